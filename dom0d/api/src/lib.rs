@@ -1,0 +1,2 @@
+//! Types of dom0d's control API.
+pub use understudy_protocol as protocol;

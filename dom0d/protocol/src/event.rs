@@ -1,0 +1,238 @@
+//! What the engine tells the outside world, and what the outside world tells it.
+
+use core::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Instant;
+
+/// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
+/// what arrives late for a former life is recognised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ServerId(pub u32);
+
+/// A client's link-layer next hop (Ethernet address), learned from its segments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+pub struct LinkAddress(pub [u8; 6]);
+
+/// Where a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// To the client whose link-layer next hop this is.
+    Client(LinkAddress),
+    /// To a server's vif.
+    Server(ServerId),
+}
+
+/// One IP packet to send, whole: checksums filled in, no longer than the path's MTU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transmit {
+    /// Where it goes.
+    pub to: Destination,
+    /// The IPv4 or IPv6 packet.
+    pub packet: Vec<u8>,
+}
+
+/// Why the OVM is believed to be at fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Evidence {
+    /// (a) The domain is gone, or shut down with a code that nobody planned.
+    DomainGone,
+    /// (b) The domain is paused and nobody announced it.
+    DomainPaused,
+    /// (c) A client segment stays unacknowledged by the OVM though an RVM acknowledged it.
+    UnacknowledgedSegment,
+    /// (d) The RVMs agree on an answer that the OVM does not begin.
+    NoProgress,
+    /// (e) FIN or RST on several conversations that covering RVMs do not share.
+    UnsharedClose,
+    /// An operator asked for it.
+    Operator,
+}
+
+/// Why an RVM's state may differ from the OVM's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StaleReason {
+    /// Attached, and nobody has stated yet that its state equals the OVM's.
+    NotSeeded,
+    /// It missed bytes of a conversation that the OVM served.
+    MissedBytes,
+    /// A conversation that the OVM serves could not be replicated to it.
+    UncoveredConversation,
+    /// It was the OVM and was deposed for a fault.
+    Deposed,
+    /// It was evicted for falling behind.
+    Lagged,
+}
+
+/// Why a conversation is uncovered by an RVM, or unprotected as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Uncovered {
+    /// The daemon did not see its SYN.
+    MidStream,
+    /// The conversation table was full.
+    TableFull,
+    /// The RVM was attached after the conversation began.
+    AttachedLater,
+    /// The RVM's SYN-ACK lacks timestamps, window scale or MSS that the client relies on.
+    OptionsDiffer,
+    /// The RVM refused or reset the conversation.
+    RvmReset,
+    /// The RVM did not answer, or fell behind a limit.
+    RvmLagged,
+    /// The client sent two different bytes for one position.
+    Contradiction,
+    /// The OVM acknowledged bytes that were never recorded.
+    UnrecordedAck,
+    /// TCP-MD5 or TCP-AO: segments can't be rewritten.
+    Authenticated,
+}
+
+/// What must be done outside the engine, in the order polled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// From this moment `to` is the OVM. In force inside the engine already; a data plane that
+    /// forwards by itself must switch now, before the next [`Transmit`] is sent.
+    Cutover {
+        /// The service's new epoch.
+        epoch: u64,
+        /// The OVM until now; `None` if there was none.
+        from: Option<ServerId>,
+        /// The OVM from now on.
+        to: ServerId,
+    },
+    /// Pause or destroy this deposed server, as the service's policy says.
+    Fence(ServerId),
+    /// Tell whoever listens.
+    Event(Event),
+}
+
+/// Something an operator would want to know, with when it happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Event {
+    /// When, on the engine's clock.
+    pub at: Instant,
+    /// What.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// Kinds of [`Event`]; names and fields are stable, they are the control API's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum EventKind {
+    /// A server joined the queue.
+    Attached {
+        /// Which.
+        server: ServerId,
+        /// Promotable from the start.
+        seeded: bool,
+    },
+    /// A server left the queue.
+    Detached {
+        /// Which.
+        server: ServerId,
+    },
+    /// An RVM was taken out of the queue and its memory released.
+    Evicted {
+        /// Which.
+        server: ServerId,
+        /// Why.
+        reason: StaleReason,
+    },
+    /// An RVM is not promotable until it is seeded again.
+    Stale {
+        /// Which.
+        server: ServerId,
+        /// Why.
+        reason: StaleReason,
+    },
+    /// The operator stated that the RVM's state equals the OVM's.
+    Seeded {
+        /// Which.
+        server: ServerId,
+    },
+    /// The OVM is believed to be at fault.
+    Suspected {
+        /// Which.
+        server: ServerId,
+        /// Why.
+        evidence: Evidence,
+    },
+    /// A promotion took place. `evidence` is `None` for a planned switchover.
+    CutOver {
+        /// The service's new epoch.
+        epoch: u64,
+        /// The OVM until then.
+        from: Option<ServerId>,
+        /// The OVM from then on.
+        to: ServerId,
+        /// Why.
+        evidence: Option<Evidence>,
+        /// Open conversations at that moment.
+        conversations: u64,
+    },
+    /// The first byte of the new epoch was sent to a client.
+    FirstByte {
+        /// The epoch.
+        epoch: u64,
+    },
+    /// Every conversation of an epoch ended recuperation.
+    Recuperated {
+        /// The epoch.
+        epoch: u64,
+        /// Conversations that go on.
+        recuperated: u64,
+        /// Conversations that were reset.
+        reset: u64,
+    },
+    /// A fault was found and nothing is promotable; the OVM stays.
+    NoCandidate {
+        /// The OVM at fault.
+        server: Option<ServerId>,
+        /// Why it is at fault.
+        evidence: Evidence,
+        /// Each other server and why it can't be promoted.
+        because: Vec<(ServerId, NotPromotable)>,
+    },
+    /// An RVM answered differently from what the client was sent.
+    Diverged {
+        /// The RVM.
+        server: ServerId,
+        /// The conversation's client.
+        client: SocketAddr,
+        /// Position in the stream of answers, from the first byte (0).
+        position: u64,
+    },
+    /// A conversation flows but could not survive a promotion.
+    Unprotected {
+        /// The conversation's client.
+        client: SocketAddr,
+        /// Why.
+        reason: Uncovered,
+    },
+    /// A conversation was reset because it could not go on correctly.
+    Reset {
+        /// The conversation's client.
+        client: SocketAddr,
+    },
+}
+
+/// Why a server can't be promoted unasked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NotPromotable {
+    /// It is the OVM.
+    IsOvm,
+    /// Its state may differ from the OVM's.
+    Stale(StaleReason),
+    /// It is behind the service-wide order for too long.
+    Lagging,
+    /// Too many unplanned promotions took place in the window.
+    PromotionLimit,
+    /// Its domain is not running.
+    NotRunning,
+}

@@ -1,0 +1,96 @@
+//! Snapshots of a service for operators; field names are the control API's.
+
+use core::net::SocketAddr;
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::{NotPromotable, ServerId, StaleReason, Uncovered};
+
+/// A server's place in the queue; the numbers are the paper's (§IV.B).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// 2: serves now.
+    Ovm,
+    /// 3: receives what clients send, its answers are suppressed.
+    Rvm,
+    /// 4: serves, and conversations are still in recuperation.
+    TakingOver,
+}
+
+/// One service at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ServiceStatus {
+    /// Grows by one with each promotion; 0 before the first OVM.
+    pub epoch: u64,
+    /// The server queue, in order.
+    pub servers: Vec<ServerStatus>,
+    /// Open conversations.
+    pub conversations: u64,
+    /// Handshakes begun by clients and not completed.
+    pub embryonic: u64,
+    /// Conversations in recuperation.
+    pub recuperating: u64,
+    /// Bytes held for any server or client.
+    pub retained_bytes: u64,
+    /// Monotonic counters by name (see the counters of [`crate::ServiceStatus`]).
+    pub counters: BTreeMap<&'static str, u64>,
+}
+
+/// One server at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ServerStatus {
+    /// Which.
+    pub server: ServerId,
+    /// Its place.
+    pub role: Role,
+    /// Why it can't be promoted unasked; `None` if it can.
+    pub not_promotable: Option<NotPromotable>,
+    /// Why its state may differ from the OVM's, if it may.
+    pub stale: Option<StaleReason>,
+    /// Open conversations it covers.
+    pub covered: u64,
+    /// Open conversations it does not cover.
+    pub uncovered: u64,
+    /// Open conversations in which it diverged.
+    pub diverged: u64,
+    /// Bytes, over all conversations and both directions, that it is behind.
+    pub behind_bytes: u64,
+}
+
+/// One conversation at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConversationStatus {
+    /// The client's address.
+    pub client: SocketAddr,
+    /// The PSC address and port.
+    pub psc: SocketAddr,
+    /// RFC 9293 state as the daemon sees it.
+    pub state: &'static str,
+    /// In recuperation.
+    pub recuperating: bool,
+    /// Client bytes recorded.
+    pub received_bytes: u64,
+    /// Answer bytes sent to the client.
+    pub sent_bytes: u64,
+    /// Why the conversation as a whole is unprotected.
+    pub unprotected: Option<Uncovered>,
+    /// Per server: covered, or why not.
+    pub legs: Vec<LegStatus>,
+}
+
+/// One server's part in one conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LegStatus {
+    /// Which server.
+    pub server: ServerId,
+    /// Client bytes it acknowledged.
+    pub acknowledged_bytes: u64,
+    /// Answer bytes it produced.
+    pub produced_bytes: u64,
+    /// Why it does not cover the conversation.
+    pub uncovered: Option<Uncovered>,
+    /// Position of its first answer byte that differs, if one does.
+    pub diverged_at: Option<u64>,
+}

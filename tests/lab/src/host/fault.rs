@@ -1,0 +1,44 @@
+//! The faults that the lab can make happen to a domain.
+
+use std::path::Path;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// A fault of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Fault {
+    /// Everything of the domain stops and domain info says paused, as after `xl pause`. [`thaw`]able.
+    Freeze,
+    /// The same, but domain info says running: a guest that spins with interrupts off. [`thaw`]able.
+    Spin,
+    /// The guest's kernel panics: all stops, shutdown code crash; soon gone (on_crash = destroy).
+    Crash,
+    /// `xl destroy`: the domain and its vif disappear.
+    Destroy,
+    /// The services' processes stop, the kernel still acknowledges. [`thaw`]able.
+    Hang,
+    /// The services' processes are killed; the kernel sends FIN or RST.
+    Kill,
+    /// The guest shuts itself down.
+    Poweroff,
+    /// The guest reboots: same UUID, new domid, empty services.
+    Reboot,
+}
+
+/// When a fault took effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct FaultInstant {
+    /// CLOCK_MONOTONIC, nanoseconds, read right before.
+    pub(crate) monotonic_ns: u64,
+}
+
+pub(crate) fn strike(_directory: &Path, _fault: Fault, _domain: &str) -> Result<FaultInstant> {
+    Ok(FaultInstant { monotonic_ns: 0 })
+}
+
+pub(crate) fn thaw(_directory: &Path, _domain: &str) -> Result<()> {
+    Ok(())
+}

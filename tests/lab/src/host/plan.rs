@@ -1,0 +1,127 @@
+//! Who is in a lab and which addresses they have; no side effects.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Service;
+
+/// What a lab is made from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct LabConfig {
+    /// The instance's name, at most 4 letters or digits, prefix of everything it makes.
+    pub(crate) name: String,
+    /// Number of replicas, 0 to 3.
+    pub(crate) replicas: usize,
+    /// What runs in each domU.
+    pub(crate) services: Vec<Service>,
+    /// Gives hosts and PSCs IPv6 addresses besides IPv4.
+    pub(crate) ipv6: bool,
+    /// Size of `/large.bin`, which every domU's HTTP server offers with the same contents.
+    pub(crate) large_file_bytes: u64,
+    /// Whether to build `dom0d` and `understudy` first (off when the caller just did).
+    pub(crate) build: bool,
+}
+
+impl LabConfig {
+    /// The defaults: two replicas, all services, IPv6, a 300 MB file.
+    pub(crate) fn new(name: String) -> Self {
+        LabConfig {
+            name,
+            replicas: 2,
+            services: Service::ALL.to_vec(),
+            ipv6: true,
+            large_file_bytes: 300_000_000,
+            build: true,
+        }
+    }
+
+    /// The lab's run-time directory.
+    pub(crate) fn directory(&self) -> PathBuf {
+        PathBuf::from("/run/understudy-lab").join(&self.name)
+    }
+}
+
+/// The instance that the environment variable `LAB_NAME` names, or `us`.
+pub(crate) fn instance_name() -> Result<String> {
+    let name = std::env::var("LAB_NAME").unwrap_or_else(|_| "us".to_owned());
+    ensure!(
+        (1..=4).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric()),
+        "LAB_NAME is \"{name}\": it must be 1 to 4 letters or digits, since interfaces are named after it"
+    );
+    Ok(name)
+}
+
+/// IPv4 address of the client.
+pub(crate) const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+
+/// Addresses of the domU at a place, counted from 1.
+pub(crate) fn guest_addresses(place: usize, ipv6: bool) -> Vec<IpAddr> {
+    let last = u8::try_from(10 + place).unwrap_or(u8::MAX);
+    lab_addresses(last, ipv6)
+}
+
+/// Virtual addresses of a service: 10.77.0.100 + n and fd77::100 + n.
+pub(crate) fn psc_addresses(service: Service, ipv6: bool) -> Vec<IpAddr> {
+    let offset = service.psc_offset();
+    let mut all = vec![IpAddr::V4(Ipv4Addr::new(10, 77, 0, 100 + offset))];
+    if ipv6 {
+        all.push(IpAddr::V6(Ipv6Addr::new(
+            0xfd77,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0x100 + u16::from(offset),
+        )));
+    }
+    all
+}
+
+/// 10.77.0.N and, read as decimal digits, fd77::N.
+pub(crate) fn lab_addresses(last: u8, ipv6: bool) -> Vec<IpAddr> {
+    let mut all = vec![IpAddr::V4(Ipv4Addr::new(10, 77, 0, last))];
+    if ipv6 && let Ok(digits) = u16::from_str_radix(&last.to_string(), 16) {
+        all.push(IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, digits)));
+    }
+    all
+}
+
+/// Name of the domain at a place, counted from 1.
+pub(crate) fn domain_name(place: usize) -> String {
+    format!("guest-{place}")
+}
+
+/// One `[[service]]` per service, `guest-1` as OVM, the others as RVMs that are given as identical.
+pub(crate) fn default_config(config: &LabConfig) -> String {
+    use std::fmt::Write as _;
+
+    let mut toml = String::new();
+    let rvms: Vec<String> = (2..=config.replicas + 1).map(domain_name).collect();
+    for &service in &config.services {
+        let psc: Vec<String> = psc_addresses(service, config.ipv6)
+            .iter()
+            .map(IpAddr::to_string)
+            .collect();
+        // Writing to a String does not fail.
+        let _ = writeln!(
+            toml,
+            "[[service]]\nname = \"{}\"\npsc = {psc:?}\nports = [{}]\nbridge = \"xenbr0\"\n\
+             ovm = \"{}\"\nrvms = {rvms:?}\nattach = \"assume-identical\"",
+            service.name(),
+            service.port(),
+            domain_name(1),
+        );
+        match service {
+            Service::Redis => {}
+            Service::Http => toml.push_str("masks = [\"http-date\"]\n"),
+            Service::Postgresql => toml.push_str("masks = [\"postgresql-backend-key\"]\n"),
+        }
+        toml.push('\n');
+    }
+    toml
+}

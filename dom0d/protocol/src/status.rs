@@ -3,12 +3,12 @@
 use core::net::SocketAddr;
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{NotPromotable, ServerId, StaleReason, Uncovered};
 
 /// A server's place in the queue; the numbers are the paper's (§IV.B).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
     /// 2: serves now.

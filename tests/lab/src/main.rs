@@ -1,6 +1,7 @@
 //! `cargo lab`: Understudy's labs. This file only reads the command line and hands over.
 
 mod host;
+mod xenstored;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};

@@ -1,0 +1,104 @@
+//! What operators can order (`POST /v1/services/{s}/…`), what is answered, and how a refusal looks.
+
+use serde::{Deserialize, Serialize};
+use understudy_protocol::ServerId;
+
+use crate::Domain;
+
+/// How long open conversations get to end by themselves when an attach with a drain does not say.
+pub const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 30_000;
+
+/// The longest drain: clients without an open conversation are kept waiting meanwhile.
+pub const MAX_DRAIN_TIMEOUT_MS: u64 = 3_600_000;
+
+/// Body of `…/attach`. Exactly one of `assume_identical` and `drain` must be true.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// The domain's name or UUID.
+    pub domain: String,
+    /// The operator states: its state equals the OVM's now.
+    #[serde(default)]
+    pub assume_identical: bool,
+    /// The operator states: its state equals the OVM's once the open conversations have ended. New
+    /// ones are held until then.
+    #[serde(default)]
+    pub drain: bool,
+    /// When the drain gives up, in milliseconds from now; [`DEFAULT_DRAIN_TIMEOUT_MS`] if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_timeout_ms: Option<u64>,
+}
+
+/// Body of `…/detach`, `…/pause` and `…/resume`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OnDomain {
+    /// The domain's name or UUID.
+    pub domain: String,
+}
+
+/// Body of `…/switchover`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Switchover {
+    /// The next OVM; the best candidate if absent.
+    #[serde(default)]
+    pub to: Option<String>,
+}
+
+/// Body of `…/failover`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Failover {
+    /// The next OVM; the best candidate if absent.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// Promote although it is not promotable: conversations that can't go on there are reset.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Answer to `…/attach`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The domain.
+    pub domain: Domain,
+    /// Its id in events and status from now on.
+    pub server: ServerId,
+    /// The drain is under way; an event (`seeded`, or `stale`) reports its end.
+    pub draining: bool,
+}
+
+/// Answer to `…/detach`, `…/pause` and `…/resume`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// The domain.
+    pub domain: Domain,
+}
+
+/// Answer to `…/switchover` and `…/failover`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promoted {
+    /// The new OVM.
+    pub domain: Domain,
+    /// Its id in events and status.
+    pub server: ServerId,
+    /// The service's new epoch.
+    pub epoch: u64,
+}
+
+/// Body of every answer with a status of 400 or more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What was refused, or failed.
+    pub error: Refusal,
+}
+
+/// Why a request was not carried out; nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// A stable name, for programs.
+    pub code: String,
+    /// What failed, on what, and what to do.
+    pub message: String,
+}

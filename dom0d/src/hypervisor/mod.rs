@@ -1,0 +1,132 @@
+//! Which domains are there, how are they, and how is one paused, resumed or destroyed?
+//!
+//! Two implementations: [`xen`] over libxenctrl and [`lab`] over the files and the socket of the
+//! namespace lab. Nothing else in the daemon knows which one runs.
+
+pub(crate) mod lab;
+pub(crate) mod xen;
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+/// A domain as the hypervisor sees it. Frozen inside, stalled or idle do not show here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DomainState {
+    /// The number of this life of it.
+    pub(crate) domid: u16,
+    /// Its identity.
+    pub(crate) uuid: Uuid,
+    /// Paused by a toolstack (or by this daemon).
+    pub(crate) paused: bool,
+    /// Dead; its remains are being cleared away.
+    pub(crate) dying: bool,
+    /// It stopped by itself, with this code.
+    pub(crate) shutdown: Option<Shutdown>,
+}
+
+/// Why a domain stopped by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shutdown {
+    /// So that it can be saved or migrated; it may come back.
+    Suspend,
+    /// Any other code: it does not come back in this life.
+    Final,
+}
+
+/// Access to the hypervisor. Each thread that needs it opens its own.
+pub(crate) trait Hypervisor: Send {
+    /// All domains at this moment. Called every millisecond: must not block.
+    fn domains(&mut self) -> Result<&[DomainState], HypervisorError>;
+
+    /// Pauses a domain; done if it is paused already.
+    fn pause(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
+
+    /// Lets a paused domain run; done if it runs already.
+    fn unpause(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
+
+    /// Ends a domain; done if it is gone already.
+    fn destroy(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
+}
+
+/// One life of one domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct DomainId {
+    /// The identity, checked before anything is done: domids are reused.
+    pub(crate) uuid: Uuid,
+    /// The number of this life.
+    pub(crate) domid: u16,
+}
+
+/// Which hypervisor runs the domains.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum HypervisorKind {
+    /// The real one.
+    Xen,
+    /// The namespace lab in this directory.
+    Lab(PathBuf),
+}
+
+impl HypervisorKind {
+    /// A connection of its own for the calling thread.
+    pub(crate) fn open(&self) -> Result<Box<dyn Hypervisor>, HypervisorError> {
+        Ok(match self {
+            Self::Xen => Box::new(xen::Xen::open()?),
+            Self::Lab(dir) => Box::new(lab::Lab::open(dir)?),
+        })
+    }
+
+    /// Its name in the status.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Xen => "xen",
+            Self::Lab(_) => "lab",
+        }
+    }
+}
+
+/// Why the hypervisor did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HypervisorError {
+    /// Xen refused, or can't be reached.
+    #[error(transparent)]
+    Xen(#[from] xen_sys::Error),
+    /// The lab's domain list can't be read.
+    #[error("can't read the lab's domain list {}: {error}; is the lab up (cargo lab status)?", .path.display())]
+    LabList {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The lab's hypervisor socket can't be used.
+    #[error("can't {op} domain {domid} through {}: {error}; is the lab up (cargo lab status)?", .path.display())]
+    LabSocket {
+        /// The request.
+        op: &'static str,
+        /// The domain.
+        domid: u16,
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The lab refused.
+    #[error("the lab refuses to {op} domain {domid}: {error}")]
+    LabRefused {
+        /// The request.
+        op: &'static str,
+        /// The domain.
+        domid: u16,
+        /// Why.
+        error: String,
+    },
+    /// The domain is gone, or its number belongs to another one now.
+    #[error("domain {domid} ({uuid}) does not exist any more")]
+    Gone {
+        /// The number it had.
+        domid: u16,
+        /// The domain.
+        uuid: Uuid,
+    },
+}

@@ -1,0 +1,77 @@
+//! The real hypervisor, through libxenctrl.
+
+use xen_sys::{DomainInfo, ShutdownReason, Xenctrl};
+
+use super::{DomainId, DomainState, Hypervisor, HypervisorError, Shutdown};
+
+/// An open libxenctrl and the last list of domains.
+pub(crate) struct Xen {
+    control: Xenctrl,
+    domains: Vec<DomainState>,
+}
+
+impl Xen {
+    /// Opens the library of the running hypervisor's version.
+    pub(crate) fn open() -> Result<Self, HypervisorError> {
+        Ok(Self {
+            control: Xenctrl::open()?,
+            domains: Vec::new(),
+        })
+    }
+
+    fn find(&self, domain: DomainId) -> Result<Option<DomainInfo>, HypervisorError> {
+        let found = self.control.domain(domain.domid)?;
+        Ok(found.filter(|found| found.uuid == domain.uuid))
+    }
+
+    fn existing(&self, domain: DomainId) -> Result<DomainInfo, HypervisorError> {
+        self.find(domain)?.ok_or(HypervisorError::Gone {
+            domid: domain.domid,
+            uuid: domain.uuid,
+        })
+    }
+}
+
+impl Hypervisor for Xen {
+    fn domains(&mut self) -> Result<&[DomainState], HypervisorError> {
+        self.domains.clear();
+        let listed = self.control.domains()?;
+        self.domains.extend(listed.iter().map(state));
+        Ok(&self.domains)
+    }
+
+    fn pause(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+        // Xen counts pauses: one of ours on top of another would outlive a single `xl unpause`.
+        if !self.existing(domain)?.paused {
+            self.control.pause(domain.domid, domain.uuid)?;
+        }
+        Ok(())
+    }
+
+    fn unpause(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+        if self.existing(domain)?.paused {
+            self.control.unpause(domain.domid, domain.uuid)?;
+        }
+        Ok(())
+    }
+
+    fn destroy(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+        match self.find(domain)? {
+            Some(found) if !found.dying => Ok(self.control.destroy(domain.domid, domain.uuid)?),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn state(info: &DomainInfo) -> DomainState {
+    DomainState {
+        domid: info.domid,
+        uuid: info.uuid,
+        paused: info.paused,
+        dying: info.dying,
+        shutdown: info.shutdown.map(|reason| match reason {
+            ShutdownReason::Suspend => Shutdown::Suspend,
+            _ => Shutdown::Final,
+        }),
+    }
+}

@@ -161,17 +161,11 @@ pub struct Mask {
 impl Mask {
     /// The value of HTTP's `Date` field (RFC 9110 §6.6.1: IMF-fixdate, always 29 bytes).
     pub fn http_date() -> Self {
-        Self {
-            prefix: b"\r\nDate: ".to_vec(),
-            length: 29,
-        }
+        Self { prefix: b"\r\nDate: ".to_vec(), length: 29 }
     }
 
     /// Process id and key of PostgreSQL's BackendKeyData (protocol 3.0: `K`, length 12, 8 bytes).
     pub fn postgresql_backend_key() -> Self {
-        Self {
-            prefix: b"K\x00\x00\x00\x0c".to_vec(),
-            length: 8,
-        }
+        Self { prefix: b"K\x00\x00\x00\x0c".to_vec(), length: 8 }
     }
 }

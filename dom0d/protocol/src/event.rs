@@ -155,6 +155,13 @@ pub enum EventKind {
         /// Which.
         server: ServerId,
     },
+    /// Conversations were still open at a drain's deadline; the RVM stays stale.
+    DrainFailed {
+        /// Which.
+        server: ServerId,
+        /// Conversations that were still open.
+        open: u64,
+    },
     /// The OVM is believed to be at fault.
     Suspected {
         /// Which.

@@ -4,17 +4,38 @@
 //! Packets go in and come out as whole IP packets; link layers, devices and domains are the
 //! caller's. The terms are RFC 9293's for TCP, the paper's for roles.
 
+mod answer;
 mod config;
+mod context;
+mod conversation;
+mod counters;
 mod event;
+mod feed;
+mod handshake;
+mod leg;
+mod mask;
+mod operator;
+mod order;
+mod promotion;
+mod queue;
+mod recuperation;
+mod sender;
+mod seq;
 mod service;
 mod status;
+mod stream;
+mod table;
 mod time;
+mod verdict;
+mod wire;
 
 pub use config::{CandidatePolicy, LagPolicy, Limits, Mask, ServiceConfig, Timing};
 pub use event::{
-    Destination, Effect, Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId,
-    StaleReason, Transmit, Uncovered,
+    Destination, Effect, Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId, StaleReason,
+    Transmit, Uncovered,
 };
-pub use service::{OperatorError, Seeding, ServerSpec, Service};
+pub use operator::{OperatorError, Seeding, ServerSpec};
+pub use queue::MAX_SERVERS;
+pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
 pub use time::Instant;

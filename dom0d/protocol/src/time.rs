@@ -33,10 +33,7 @@ impl Add<Duration> for Instant {
     type Output = Instant;
 
     fn add(self, rhs: Duration) -> Instant {
-        Instant(
-            self.0
-                .saturating_add(rhs.as_micros().min(u128::from(u64::MAX)) as u64),
-        )
+        Instant(self.0.saturating_add(rhs.as_micros().min(u128::from(u64::MAX)) as u64))
     }
 }
 

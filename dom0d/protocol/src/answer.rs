@@ -1,0 +1,402 @@
+//! What servers' segments do to a conversation.
+//!
+//! The OVM's are recorded and passed on; everybody else's only move the daemon's picture of that
+//! server: what it acknowledged, what it answered.
+
+use crate::context::Context;
+use crate::conversation::{Conversation, Held};
+use crate::leg::{Leg, Phase};
+use crate::queue::Slot;
+use crate::seq::{position_of, seq_of};
+use crate::wire::{Flags, Options, Segment};
+use crate::{ServerId, Uncovered};
+
+impl Conversation {
+    /// A segment that the server in `slot` sent.
+    pub(crate) fn handle_server(
+        &mut self,
+        slot: Slot,
+        server: ServerId,
+        segment: &Segment<'_>,
+        ctx: &mut Context,
+    ) {
+        let Some(mut leg) = self.legs.take(slot, server) else { return };
+        if let Some((tsval, _)) = segment.options.timestamps {
+            leg.note_tsval(tsval);
+        }
+        let kept = match leg.phase {
+            Phase::SynSent => self.handle_syn_ack(&mut leg, slot, segment, ctx),
+            Phase::Open if leg.through => {
+                self.handle_ovm(&mut leg, segment, ctx);
+                Ok(())
+            }
+            Phase::Open => {
+                self.handle_suppressed(&mut leg, slot, segment, ctx);
+                Ok(())
+            }
+        };
+        match kept {
+            Ok(()) => self.legs.put(slot, leg),
+            Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
+        }
+    }
+
+    // ---- handshake ------------------------------------------------------------------------------
+
+    /// The answer to the SYN that the daemon sent in the client's name (RFC 9293 §3.10.7.3).
+    fn handle_syn_ack(
+        &mut self,
+        leg: &mut Leg,
+        slot: Slot,
+        segment: &Segment<'_>,
+        ctx: &mut Context,
+    ) -> Result<(), Uncovered> {
+        let acknowledges = segment.flags.has(Flags::ACK) && segment.ack == self.client.iss.wrapping_add(1);
+        if segment.flags.has(Flags::RST) {
+            return if acknowledges { Err(Uncovered::RvmReset) } else { Ok(()) };
+        }
+        if !segment.flags.has(Flags::SYN) || !acknowledges {
+            if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::SYN) {
+                // An old connection of the same client on this server: reset it, then try again.
+                if let Some(guest) = ctx.guest(slot, self.key.psc) {
+                    let reset =
+                        Segment { seq: segment.ack, flags: Flags::RST, ..self.segment_to_leg(leg, guest) };
+                    ctx.send_to_server(leg.server, reset.emit());
+                }
+            }
+            return Ok(());
+        }
+        let options = &segment.options;
+        let mss = options.mss.unwrap_or(if self.key.psc.is_ipv4() { 536 } else { 1220 });
+        // The client relies on what the OVM agreed to; without resizing and reformatting segments
+        // such a server could never take over.
+        if options.timestamps.is_some() != self.client.timestamps
+            || (options.window_shift.is_none() && self.client.shift.is_some())
+            || mss < self.told.mss
+        {
+            return Err(Uncovered::OptionsDiffer);
+        }
+        leg.phase = Phase::Open;
+        leg.iss = segment.seq;
+        leg.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
+        leg.mss = mss;
+        leg.rcv_nxt = 1;
+        leg.edge = 1 + u64::from(segment.window);
+        leg.sender.disarm();
+        leg.sender.acknowledged(1, 0, ctx.now);
+        leg.owes_since = None;
+        leg.told = (1, 0);
+        leg.ack_due = true;
+        Ok(())
+    }
+
+    // ---- the OVM --------------------------------------------------------------------------------
+
+    fn handle_ovm(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
+        let Some(start) = position_of(leg.iss, segment.seq, self.down.end()) else { return };
+        if segment.flags.has(Flags::RST) {
+            return self.handle_ovm_reset(leg, start, segment, ctx);
+        }
+        ctx.counters.ovm_segments += 1;
+        if segment.flags.has(Flags::SYN) {
+            // A retransmitted SYN-ACK: the client's third ACK was lost on the way to the OVM.
+            self.forward_to_client(leg, start, segment, segment.flags, segment.payload, ctx);
+            return;
+        }
+        if segment.flags.has(Flags::ACK) {
+            self.note_ovm_acknowledgment(leg, segment, ctx);
+        }
+        let Some(payload) = self.record_answer(start, segment.payload, ctx) else { return };
+        let mut flags = segment.flags;
+        if flags.has(Flags::FIN) {
+            let position = start + segment.payload.len() as u64;
+            leg.fin = Some(position);
+            if self.must_hold(position, false, ctx) {
+                flags = flags.without(Flags::FIN);
+            } else {
+                self.pass_fin(position);
+            }
+        }
+        self.forward_to_client(
+            leg,
+            start,
+            segment,
+            flags,
+            payload.as_deref().unwrap_or(segment.payload),
+            ctx,
+        );
+    }
+
+    fn note_ovm_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
+        let Some(ack) = position_of(self.client.iss, segment.ack, leg.rcv_nxt) else { return };
+        if ack > self.up_end() {
+            // It took bytes that were never recorded: no RVM can have them.
+            self.unprotect(Uncovered::UnrecordedAck, ctx);
+        }
+        if ack < leg.rcv_nxt {
+            return;
+        }
+        if ack > leg.rcv_nxt {
+            self.note_progress(leg, ack, ctx);
+        }
+        leg.edge = ack + (u64::from(segment.window) << leg.shift);
+    }
+
+    /// A server acknowledged the client's bytes up to `ack`.
+    fn note_progress(&mut self, leg: &mut Leg, ack: u64, ctx: &mut Context) {
+        let bytes = ack.min(self.up.end()).saturating_sub(leg.rcv_nxt.max(1));
+        if let Some(slot) = ctx.queue.slot_of(leg.server) {
+            ctx.due(slot, -(bytes as i64));
+        }
+        leg.rcv_nxt = ack;
+        leg.owes_since = None;
+    }
+
+    /// Records the OVM's payload. `None`: it must not be passed on. `Some(Some(bytes))`: these must be
+    /// passed on in its place, since the client may have the first copy of some.
+    fn record_answer(&mut self, start: u64, payload: &[u8], ctx: &mut Context) -> Option<Option<Vec<u8>>> {
+        if payload.is_empty() {
+            return Some(None);
+        }
+        let before = self.down.end();
+        let limit = ctx.config.limits.conversation_bytes as usize;
+        let inserted = self.down.insert(start, payload, 0, limit);
+        if inserted.refused {
+            ctx.counters.conversation_bytes += 1;
+            return None;
+        }
+        self.note_answer(before, ctx);
+        if inserted.conflict.is_none() {
+            return Some(None);
+        }
+        ctx.counters.ovm_contradictions += 1;
+        let end = start + payload.len() as u64;
+        let known = self.down.base().max(start)..self.down.end().min(end);
+        let mut first_copy = payload.to_vec();
+        let (from, to) = ((known.start - start) as usize, (known.end - start) as usize);
+        first_copy[from..to].copy_from_slice(&self.down.copy(known));
+        Some(Some(first_copy))
+    }
+
+    /// What the client is sent grew from `before`: the order and the RVMs' dues follow.
+    pub(crate) fn note_answer(&mut self, before: u64, ctx: &mut Context) {
+        let grown = self.down.end() - before;
+        if grown == 0 {
+            return;
+        }
+        ctx.last_answer = ctx.now;
+        self.suspicion.note_answer();
+        self.for_each_leg(ctx, |slot, leg, ctx| {
+            if !leg.through {
+                ctx.due(slot, grown as i64);
+            }
+        });
+        if ctx.queue.rvms().next().is_some() {
+            ctx.order.answered(self.id, self.down.end());
+        }
+    }
+
+    fn forward_to_client(
+        &mut self,
+        leg: &Leg,
+        start: u64,
+        segment: &Segment<'_>,
+        flags: Flags,
+        payload: &[u8],
+        ctx: &mut Context,
+    ) {
+        let window_shift = if segment.flags.has(Flags::SYN) { 0 } else { leg.shift };
+        self.told.acked = self.told.acked.max(leg.rcv_nxt);
+        self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), ctx);
+        let timestamps = segment
+            .options
+            .timestamps
+            .map(|(tsval, tsecr)| (self.advance_tsval(tsval.wrapping_add(leg.ts_delta)), tsecr));
+        let translated = Segment {
+            seq: seq_of(self.told.iss, start),
+            flags,
+            urgent: segment.urgent,
+            ecn: segment.ecn,
+            options: Options { timestamps, ..segment.options },
+            payload,
+            ..self.segment_to_client()
+        };
+        self.send_to_client(&translated, ctx);
+    }
+
+    /// Moves the right edge of the client's window, never back. Where clients wait for RVMs, no
+    /// further than there is room to keep what an RVM still lacks.
+    pub(crate) fn offer_window(&mut self, edge: u64, ctx: &mut Context) {
+        let edge = match ctx.config.on_lag {
+            crate::LagPolicy::Evict => edge,
+            crate::LagPolicy::Wait => {
+                let room = self.up.base() + u64::from(ctx.config.limits.conversation_bytes) / 2;
+                if room < edge {
+                    ctx.counters.lag_bytes += 1;
+                }
+                edge.min(room)
+            }
+        };
+        self.told.edge = self.told.edge.max(edge);
+    }
+
+    // ---- close ----------------------------------------------------------------------------------
+
+    /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
+    fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
+        if self.down_fin.is_some()
+            || self.closed.is_some()
+            || self.is_close_shared(position, ctx) != Some(false)
+        {
+            self.release_hold(ctx);
+            return false;
+        }
+        if self.held.is_none() {
+            ctx.counters.closes_held += 1;
+            self.held = Some(Held { position, rst, until: ctx.now + ctx.config.timing.close_hold });
+            ctx.holding.insert(self.id);
+        } else if let Some(held) = &mut self.held {
+            // A RST after a FIN, or the other way round: the last word counts.
+            *held = Held { position, rst, until: held.until };
+        }
+        true
+    }
+
+    /// Whether a covering RVM closed at `position` too; `None` if no RVM could tell.
+    fn is_close_shared(&self, position: u64, ctx: &Context) -> Option<bool> {
+        let ovm = ctx.queue.ovm();
+        let mut shared = None;
+        for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
+            if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) {
+                let closed =
+                    leg.fin == Some(position) || (leg.gone.is_some() && leg.answers.end() >= position);
+                shared = Some(shared == Some(true) || closed);
+            }
+        }
+        shared
+    }
+
+    fn pass_fin(&mut self, position: u64) {
+        self.down_fin = Some(position);
+    }
+
+    fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        leg.gone = Some(ctx.now);
+        if self.must_hold(start, true, ctx) {
+            return;
+        }
+        let flags = segment.flags;
+        self.pass_reset(start, flags, ctx);
+    }
+
+    /// Passes a RST of the OVM on, exactly where it was; servers that stay behind are reset too.
+    fn pass_reset(&mut self, position: u64, flags: Flags, ctx: &mut Context) {
+        let reset =
+            Segment { seq: seq_of(self.told.iss, position), flags, window: 0, ..self.segment_to_client() };
+        let link = self.link;
+        ctx.send_to_client(link, reset.emit());
+        self.up_rst = Some(self.up_end());
+        self.close(ctx);
+    }
+
+    /// Decides about a held FIN or RST: an RVM shares it, or its time is over and it stands alone.
+    /// On several conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
+    pub(crate) fn review_hold(&mut self, ctx: &mut Context) {
+        let Some(held) = self.held else { return };
+        let shared = self.is_close_shared(held.position, ctx) != Some(false);
+        if !shared {
+            if ctx.now < held.until {
+                return;
+            }
+            ctx.counters.closes_unshared += 1;
+            if ctx.holding.len() > 1 && ctx.suspicion.is_none() && !self.suspicion.close_reported {
+                self.suspicion.close_reported = true;
+                ctx.suspicion = Some(crate::Evidence::UnsharedClose);
+                // Looked at again soon: if nothing could be promoted, it passes then.
+                self.held = Some(Held { until: ctx.now + ctx.config.timing.close_hold, ..held });
+                return;
+            }
+        }
+        self.release_hold(ctx);
+        if held.rst {
+            self.pass_reset(held.position, Flags::RST.with(Flags::ACK), ctx);
+        } else {
+            self.pass_fin(held.position);
+            let fin = Segment {
+                seq: seq_of(self.told.iss, held.position),
+                flags: Flags::FIN.with(Flags::ACK),
+                ..self.segment_to_client()
+            };
+            self.send_to_client(&fin, ctx);
+        }
+    }
+
+    // ---- everybody else -------------------------------------------------------------------------
+
+    /// An RVM, or the new OVM in recuperation: nothing of this segment reaches a client as it is.
+    fn handle_suppressed(&mut self, leg: &mut Leg, slot: Slot, segment: &Segment<'_>, ctx: &mut Context) {
+        ctx.counters.rvm_segments += 1;
+        let Some(start) = position_of(leg.iss, segment.seq, leg.answers.end()) else { return };
+        if segment.flags.has(Flags::SYN) {
+            leg.ack_due = true;
+            return;
+        }
+        if segment.flags.has(Flags::RST) {
+            if leg.gone.is_none() {
+                leg.gone = Some(ctx.now);
+                leg.sender.disarm();
+                ctx.progressed[slot.index()] = true;
+            }
+            return;
+        }
+        if !segment.flags.has(Flags::ACK) {
+            return;
+        }
+        self.note_suppressed_acknowledgment(leg, segment, ctx);
+        let before = leg.answers.end();
+        if !segment.payload.is_empty() {
+            let limit = ctx.config.limits.conversation_bytes as usize;
+            let inserted = leg.answers.insert(start, segment.payload, 0, limit);
+            if inserted.refused {
+                ctx.counters.conversation_bytes += 1;
+            }
+            let grown = leg.answers.end() - before;
+            if grown > 0 {
+                ctx.due(slot, -(grown as i64));
+                ctx.progressed[slot.index()] = true;
+            }
+            // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).
+            leg.ack_due |= grown == 0;
+        } else if start < leg.answers.end() {
+            // A keepalive or a window probe.
+            leg.ack_due = true;
+        }
+        if segment.flags.has(Flags::FIN) {
+            let position = start + segment.payload.len() as u64;
+            leg.ack_due |= leg.fin.is_some();
+            leg.fin.get_or_insert(position);
+        }
+    }
+
+    fn note_suppressed_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
+        let Some(ack) = position_of(self.client.iss, segment.ack, leg.rcv_nxt) else { return };
+        if ack < leg.rcv_nxt || ack > leg.sender.highest {
+            return;
+        }
+        let edge = ack + (u64::from(segment.window) << leg.shift);
+        if ack > leg.rcv_nxt {
+            let bytes = ack - leg.rcv_nxt;
+            self.note_progress(leg, ack, ctx);
+            if leg.sender.acknowledged(ack, bytes, ctx.now) {
+                self.retransmit_first(leg, ctx);
+            }
+        } else if edge == leg.edge
+            && segment.payload.is_empty()
+            && !segment.flags.has(Flags::FIN)
+            && leg.sender.duplicate(ack)
+        {
+            self.retransmit_first(leg, ctx);
+        }
+        leg.edge = edge;
+    }
+}

@@ -1,0 +1,177 @@
+//! What the conversations of one service share while they work.
+
+use core::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeSet, VecDeque};
+
+use crate::counters::Counters;
+use crate::order::Order;
+use crate::queue::{MAX_SERVERS, Queue, Slot};
+use crate::table::ConversationId;
+use crate::{
+    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, ServerId, ServiceConfig,
+    StaleReason, Transmit,
+};
+
+/// How the present epoch's recuperation goes.
+#[derive(Debug, Default)]
+pub(crate) struct Recuperation {
+    /// Conversations still in it.
+    pub(crate) pending: BTreeSet<ConversationId>,
+    pub(crate) recuperated: u64,
+    pub(crate) reset: u64,
+    /// No byte of this epoch was sent to a client yet.
+    pub(crate) first_byte_due: bool,
+    /// Length of the service-wide order at the cutover: the new OVM is fed in that order up to here.
+    pub(crate) mark: u64,
+    /// The end of this recuperation was told, or there is none.
+    pub(crate) reported: bool,
+}
+
+impl Recuperation {
+    /// No conversation is left in it, and nobody was told.
+    pub(crate) fn is_to_be_reported(&self) -> bool {
+        !self.reported && self.pending.is_empty()
+    }
+}
+
+/// See the module.
+pub(crate) struct Context {
+    pub(crate) now: Instant,
+    pub(crate) config: ServiceConfig,
+    pub(crate) queue: Queue,
+    pub(crate) order: Order,
+    pub(crate) epoch: u64,
+    pub(crate) recuperation: Recuperation,
+    pub(crate) counters: Counters,
+    out: VecDeque<Transmit>,
+    effects: VecDeque<Effect>,
+    /// Bytes held by all conversations.
+    pub(crate) retained: u64,
+    /// Open conversations.
+    pub(crate) open: u64,
+    /// Conversations in which a FIN or RST of the OVM is held.
+    pub(crate) holding: BTreeSet<ConversationId>,
+    /// Conversations whose clients are to be sent a RST.
+    pub(crate) resets: VecDeque<ConversationId>,
+    /// Slots whose server produced something: the order may move on.
+    pub(crate) progressed: [bool; MAX_SERVERS],
+    /// Evidence against the OVM found while working.
+    pub(crate) suspicion: Option<Evidence>,
+    /// RVMs that fell behind a limit.
+    pub(crate) laggards: Vec<Slot>,
+    /// When the OVM last sent a new byte in any conversation.
+    pub(crate) last_answer: Instant,
+    /// When the caller was last found to have been starved of CPU.
+    pub(crate) starved_at: Instant,
+}
+
+impl Context {
+    pub(crate) fn new(config: ServiceConfig) -> Self {
+        Self {
+            now: Instant::default(),
+            config,
+            queue: Queue::default(),
+            order: Order::default(),
+            epoch: 0,
+            recuperation: Recuperation { reported: true, ..Recuperation::default() },
+            counters: Counters::default(),
+            out: VecDeque::new(),
+            effects: VecDeque::new(),
+            retained: 0,
+            open: 0,
+            holding: BTreeSet::new(),
+            resets: VecDeque::new(),
+            progressed: [false; MAX_SERVERS],
+            suspicion: None,
+            laggards: Vec::new(),
+            last_answer: Instant::default(),
+            starved_at: Instant::default(),
+        }
+    }
+
+    pub(crate) fn send_to_client(&mut self, link: LinkAddress, packet: Vec<u8>) {
+        self.out.push_back(Transmit { to: Destination::Client(link), packet });
+    }
+
+    pub(crate) fn send_to_server(&mut self, server: ServerId, packet: Vec<u8>) {
+        self.out.push_back(Transmit { to: Destination::Server(server), packet });
+    }
+
+    pub(crate) fn next_transmit(&mut self) -> Option<Transmit> {
+        self.out.pop_front()
+    }
+
+    /// Drops what was about to be sent on behalf of a deposed server.
+    pub(crate) fn drop_transmits_to_clients(&mut self) {
+        self.out.retain(|transmit| !matches!(transmit.to, Destination::Client(_)));
+    }
+
+    pub(crate) fn effect(&mut self, effect: Effect) {
+        self.effects.push_back(effect);
+    }
+
+    pub(crate) fn event(&mut self, kind: EventKind) {
+        if self.effects.len() < self.config.limits.events as usize {
+            self.effects.push_back(Effect::Event(Event { at: self.now, kind }));
+        } else {
+            self.counters.events += 1;
+        }
+    }
+
+    pub(crate) fn next_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) {
+        if let Some(event) = self.queue.mark_stale(slot, reason) {
+            self.event(event);
+        }
+    }
+
+    /// Every RVM missed something.
+    pub(crate) fn mark_all_stale(&mut self, reason: StaleReason) {
+        for (slot, _) in self.roster() {
+            self.mark_stale(slot, reason);
+        }
+    }
+
+    /// The queue's slots and servers, copied so that the context stays free.
+    pub(crate) fn roster(&self) -> impl Iterator<Item = (Slot, ServerId)> + use<> {
+        let mut roster = [None; MAX_SERVERS];
+        for (place, server) in roster.iter_mut().zip(self.queue.iter()) {
+            *place = Some((server.slot, server.id));
+        }
+        roster.into_iter().flatten()
+    }
+
+    /// The OVM's slot and id.
+    pub(crate) fn ovm(&self) -> Option<(Slot, ServerId)> {
+        self.queue.ovm_server().map(|server| (server.slot, server.id))
+    }
+
+    /// The address that `psc` has on the server in `slot`.
+    pub(crate) fn guest(&self, slot: Slot, psc: SocketAddr) -> Option<SocketAddr> {
+        let address: IpAddr = self.queue.get(slot)?.address(psc.ip())?;
+        Some(SocketAddr::new(address, psc.port()))
+    }
+
+    /// `bytes` more are to be followed by the server in `slot` (fewer if negative).
+    pub(crate) fn due(&mut self, slot: Slot, bytes: i64) {
+        if let Some(server) = self.queue.get_mut(slot) {
+            server.behind += bytes;
+        }
+    }
+
+    /// An open conversation became (un)covered or (un)diverged on `slot`.
+    pub(crate) fn count(&mut self, slot: Slot, covered: i64, diverged: i64) {
+        if let Some(server) = self.queue.get_mut(slot) {
+            server.covered = server.covered.saturating_add_signed(covered);
+            server.diverged = server.diverged.saturating_add_signed(diverged);
+        }
+    }
+
+    /// Evidence that began at `since` has stood for this long without the daemon being at fault.
+    pub(crate) fn measured_from(&self, since: Instant) -> Instant {
+        since.max(self.starved_at)
+    }
+}

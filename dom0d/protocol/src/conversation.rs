@@ -1,0 +1,625 @@
+//! One client connection to the PSC, with its counterpart on every server.
+//!
+//! Read before an edit: RFC 9293 §3.4 (sequence numbers), §3.10.7.4 (acceptability), RFC 7323
+//! (timestamps, window scale), RFC 2018 and 2883 (SACK), RFC 5961 (blind attacks).
+//!
+//! This file holds the state and what the client's segments do to it; `answer` what servers'
+//! segments do, `feed` how the daemon plays the client, `recuperation` how it plays the server,
+//! `verdict` what may be concluded against the OVM.
+
+use crate::context::Context;
+use crate::leg::{Leg, Legs, Phase};
+use crate::mask;
+use crate::queue::{MAX_SERVERS, Slot};
+use crate::recuperation::Recuperating;
+use crate::seq::{later, position_of, seq_of};
+use crate::stream::Stream;
+use crate::table::{ConversationId, Key};
+use crate::verdict::Suspicion;
+use crate::wire::{Flags, Options, SackBlocks, Segment};
+use crate::{EventKind, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
+
+/// What a client said of itself in its SYN, as far as the OVM agreed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Client {
+    pub(crate) iss: u32,
+    /// Largest segment it takes, options included.
+    pub(crate) mss: u16,
+    /// Shift of the windows it advertises; `None` if windows are not scaled.
+    pub(crate) shift: Option<u8>,
+    pub(crate) sack: bool,
+    pub(crate) timestamps: bool,
+    /// Its latest TSval.
+    pub(crate) tsval: u32,
+    /// TS.Recent of the OVM (RFC 7323 §4.3): the basis of PAWS.
+    pub(crate) ts_recent: u32,
+    /// SND.UNA of the servers: down position that it acknowledged.
+    pub(crate) acked: u64,
+    /// Right edge of its window.
+    pub(crate) edge: u64,
+}
+
+/// What the client was told by any server so far; never taken back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Told {
+    /// ISS_client_view: fixed by the SYN-ACK that the client accepted.
+    pub(crate) iss: u32,
+    /// Shift of the windows that it is told.
+    pub(crate) shift: u8,
+    /// MSS of that SYN-ACK.
+    pub(crate) mss: u16,
+    /// Highest up position acknowledged to it.
+    pub(crate) acked: u64,
+    /// Furthest right edge of the window.
+    pub(crate) edge: u64,
+    /// Last TSval.
+    pub(crate) tsval: u32,
+}
+
+/// A FIN or RST of the OVM that is not passed on yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Held {
+    pub(crate) position: u64,
+    pub(crate) rst: bool,
+    pub(crate) until: Instant,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Conversation {
+    pub(crate) id: ConversationId,
+    pub(crate) key: Key,
+    pub(crate) link: LinkAddress,
+    /// Epoch in which its legs were last arranged.
+    pub(crate) epoch: u64,
+    pub(crate) client: Client,
+    pub(crate) told: Told,
+    /// Recorded bytes of the client.
+    pub(crate) up: Stream,
+    /// Position of the client's FIN, and its mark in the service-wide order.
+    pub(crate) up_fin: Option<(u64, u64)>,
+    /// Position of the client's RST.
+    pub(crate) up_rst: Option<u64>,
+    /// End of the client's urgent data.
+    pub(crate) urgent: Option<u64>,
+    /// What the client was sent.
+    pub(crate) down: Stream,
+    /// Position of the FIN that the client was sent.
+    pub(crate) down_fin: Option<u64>,
+    pub(crate) legs: Legs,
+    pub(crate) held: Option<Held>,
+    pub(crate) recuperating: Option<Box<Recuperating>>,
+    pub(crate) suspicion: Suspicion,
+    pub(crate) unprotected: Option<Uncovered>,
+    /// When it ended for client and OVM.
+    pub(crate) closed: Option<Instant>,
+    /// It was reset by the daemon: whatever the client still sends is answered with a RST.
+    pub(crate) was_reset: bool,
+    pub(crate) last_heard: Instant,
+    pub(crate) probes: u8,
+    /// When it is registered to be looked at.
+    pub(crate) deadline: Option<Instant>,
+    /// It is in the service's list of work.
+    pub(crate) queued: bool,
+    /// Its share of the service's retained bytes.
+    pub(crate) retained: u64,
+}
+
+/// Probes to an idle client before it counts as dead, and the time between them.
+const IDLE_PROBES: u8 = 5;
+const IDLE_PROBE_INTERVAL: core::time::Duration = core::time::Duration::from_secs(15);
+
+impl Conversation {
+    /// Something is in flight anywhere: bytes that somebody has not acknowledged or produced.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.closed.is_none()
+            && (self.retained > 0
+                || self.recuperating.is_some()
+                || self.client.acked < self.down_end()
+                || self.suspicion.is_pending())
+    }
+
+    /// Open for client and OVM.
+    pub(crate) fn is_open(&self) -> bool {
+        self.closed.is_none()
+    }
+
+    /// SND.NXT towards the client, FIN counted.
+    pub(crate) fn down_end(&self) -> u64 {
+        self.down.highest().max(self.down_fin.map_or(0, |fin| fin + 1))
+    }
+
+    /// End of the client's recorded sequence space, FIN counted.
+    pub(crate) fn up_end(&self) -> u64 {
+        self.up_fin.map_or(self.up.end(), |(fin, _)| fin + 1)
+    }
+
+    // ---- the client's segments ------------------------------------------------------------------
+
+    /// A segment of the client that is not a SYN.
+    pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
+        if self.was_reset {
+            return self.answer_with_reset(link, segment, ctx);
+        }
+        let Some(start) = position_of(self.client.iss, segment.seq, self.up.end()) else {
+            ctx.counters.unacceptable += 1;
+            return;
+        };
+        if segment.flags.has(Flags::RST) {
+            return self.handle_client_reset(start, segment, ctx);
+        }
+        if !segment.flags.has(Flags::ACK) {
+            ctx.counters.unacceptable += 1;
+            return;
+        }
+        let ack = position_of(self.told.iss, segment.ack, self.client.acked);
+        let Some(ack) = ack.filter(|ack| *ack <= self.down_end()) else {
+            // RFC 5961 §5: neither recorded nor passed on.
+            ctx.counters.bad_ack += 1;
+            return;
+        };
+        if self.is_acceptable(start, segment) {
+            self.last_heard = ctx.now;
+            self.probes = 0;
+            self.link = link;
+            self.note_acknowledgment(start, ack, segment, ctx);
+            if !self.record(start, segment, ctx) {
+                return;
+            }
+        } else {
+            ctx.counters.unacceptable += 1;
+            // Somebody must answer it with an ACK: the OVM, or the daemon in its place.
+            if let Some(recuperating) = &mut self.recuperating {
+                recuperating.ack_due = true;
+            }
+        }
+        self.forward_to_ovm(ack, segment, ctx);
+    }
+
+    /// RFC 9293 §3.10.7.4 with PAWS (RFC 7323 §5). Lenient where servers differ: what is recorded and
+    /// not taken by the OVM is sent again by the client.
+    fn is_acceptable(&self, start: u64, segment: &Segment<'_>) -> bool {
+        let end = start + segment.sequence_length();
+        let in_window = start <= self.told.edge.max(self.told.acked) && end >= self.told.acked;
+        let in_time = match segment.options.timestamps {
+            Some((tsval, _)) if self.client.timestamps => {
+                // One tick of tolerance, as Linux has it, for reordered segments.
+                !later(self.client.ts_recent, tsval.wrapping_add(1))
+            }
+            _ => true,
+        };
+        in_window && in_time
+    }
+
+    fn note_acknowledgment(&mut self, start: u64, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        if let Some((tsval, _)) = segment.options.timestamps {
+            if later(tsval, self.client.tsval) {
+                self.client.tsval = tsval;
+            }
+            if start <= self.told.acked && later(tsval, self.client.ts_recent) {
+                self.client.ts_recent = tsval;
+            }
+        }
+        let window = u64::from(segment.window) << self.client.shift.unwrap_or(0);
+        if ack >= self.client.acked {
+            let duplicate = ack == self.client.acked
+                && segment.sequence_length() == 0
+                && ack + window == self.client.edge;
+            let newly = ack - self.client.acked;
+            self.client.acked = ack;
+            self.client.edge = ack + window;
+            if let Some(recuperating) = &mut self.recuperating {
+                recuperating.acknowledged(ack, newly, duplicate, ctx.now);
+            }
+        }
+    }
+
+    /// Records payload, FIN and urgent pointer. False if there was no room: then the segment must not
+    /// be passed on either, and the client will send it again.
+    fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> bool {
+        let end = start + segment.payload.len() as u64;
+        if !segment.payload.is_empty() {
+            let before = self.up.end();
+            let mark = ctx.order.mark();
+            let room = self.told.edge.max(self.told.acked).saturating_sub(start);
+            let taken =
+                &segment.payload[..segment.payload.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
+            let limit = ctx.config.limits.conversation_bytes as usize;
+            let inserted = self.up.insert(start, taken, mark, limit);
+            if inserted.refused {
+                ctx.counters.conversation_bytes += 1;
+                return false;
+            }
+            if inserted.conflict.is_some_and(|position| position >= self.told.acked) {
+                ctx.counters.contradictions += 1;
+                self.unprotect(Uncovered::Contradiction, ctx);
+            }
+            let grown = (self.up.end() - before) as i64;
+            if grown > 0 {
+                self.for_each_leg(ctx, |slot, _, ctx| ctx.due(slot, grown));
+            }
+            if let Some(recuperating) = &mut self.recuperating {
+                // A retransmission or a gap: the client waits for an ACK.
+                recuperating.ack_due |= grown == 0;
+            }
+        }
+        if segment.flags.has(Flags::URG) && segment.urgent > 0 {
+            self.urgent = Some(start + u64::from(segment.urgent));
+        }
+        if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.end() {
+            self.up_fin = Some((end, ctx.order.mark()));
+        }
+        true
+    }
+
+    /// Passes the client's segment to the OVM, if the OVM has the conversation.
+    fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some(leg) = self.legs.get_mut(slot, server).filter(|leg| leg.through) else { return };
+        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+        let translated = Segment {
+            dst: guest,
+            ack: seq_of(leg.iss, ack),
+            options: Options {
+                timestamps: segment
+                    .options
+                    .timestamps
+                    .map(|(tsval, tsecr)| (tsval, leg.translated_tsecr(tsecr))),
+                sack: segment.options.sack.moved(leg.iss.wrapping_sub(self.told.iss)),
+                ..segment.options
+            },
+            ..*segment
+        };
+        translated.emit_split(leg.mss, |packet| ctx.send_to_server(server, packet));
+    }
+
+    /// RFC 5961 §3: only the exact position counts; the OVM answers all others with an ACK.
+    fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        if start == self.up_end() || start == self.told.acked {
+            self.up_rst = Some(start);
+            self.forward_to_ovm(self.client.acked, segment, ctx);
+            self.close(ctx);
+        } else {
+            ctx.counters.unacceptable += 1;
+            self.forward_to_ovm(self.client.acked, segment, ctx);
+        }
+    }
+
+    fn answer_with_reset(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
+        if segment.flags.has(Flags::RST) || !segment.flags.has(Flags::ACK) {
+            return;
+        }
+        let reset =
+            Segment { seq: segment.ack, ack: 0, flags: Flags::RST, window: 0, ..self.segment_to_client() };
+        ctx.send_to_client(link, reset.emit());
+    }
+
+    // ---- towards the client ---------------------------------------------------------------------
+
+    /// A segment to the client with nothing in it but the present acknowledgment, window and time.
+    pub(crate) fn segment_to_client(&self) -> Segment<'static> {
+        let window = self.told.edge.saturating_sub(self.told.acked) >> self.told.shift;
+        Segment {
+            src: self.key.psc,
+            dst: self.key.client,
+            seq: seq_of(self.told.iss, self.down_end()),
+            ack: seq_of(self.client.iss, self.told.acked),
+            flags: Flags::ACK,
+            window: u16::try_from(window).unwrap_or(u16::MAX),
+            urgent: 0,
+            options: Options {
+                timestamps: self.client.timestamps.then_some((self.told.tsval, self.client.ts_recent)),
+                ..Options::default()
+            },
+            ecn: 0,
+            payload: &[],
+        }
+    }
+
+    /// Sends a segment to the client, split as it needs.
+    pub(crate) fn send_to_client(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
+        if ctx.recuperation.first_byte_due && !segment.payload.is_empty() {
+            ctx.recuperation.first_byte_due = false;
+            ctx.event(EventKind::FirstByte { epoch: ctx.epoch });
+        }
+        let link = self.link;
+        segment.emit_split(self.client.mss, |packet| ctx.send_to_client(link, packet));
+    }
+
+    /// A TSval for the client: never earlier than the last one.
+    pub(crate) fn advance_tsval(&mut self, tsval: u32) -> u32 {
+        if later(tsval, self.told.tsval) {
+            self.told.tsval = tsval;
+        }
+        self.told.tsval
+    }
+
+    // ---- legs -----------------------------------------------------------------------------------
+
+    /// Calls `visit` for each leg of a server in the queue.
+    pub(crate) fn for_each_leg(
+        &mut self,
+        ctx: &mut Context,
+        mut visit: impl FnMut(Slot, &mut Leg, &mut Context),
+    ) {
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get_mut(slot, server) {
+                visit(slot, leg, ctx);
+            }
+        }
+    }
+
+    /// Gives the server a leg, or says why it has none.
+    pub(crate) fn add_leg(&mut self, slot: Slot, leg: Leg, ctx: &mut Context) {
+        if ctx.guest(slot, self.key.psc).is_none() {
+            self.legs.set_absent(slot, Uncovered::OptionsDiffer);
+            ctx.mark_stale(slot, StaleReason::UncoveredConversation);
+            return;
+        }
+        ctx.count(slot, 1, 0);
+        self.legs.put(slot, Box::new(leg));
+    }
+
+    /// The server does not cover the conversation any more, so its state may differ from now on.
+    pub(crate) fn drop_leg(&mut self, slot: Slot, leg: &Leg, reason: Uncovered, ctx: &mut Context) {
+        self.settle_accounts(slot, leg, ctx);
+        if leg.is_open() {
+            self.send_reset_to(slot, leg, ctx);
+        }
+        self.legs.set_absent(slot, reason);
+        ctx.progressed[slot.index()] = true;
+        ctx.mark_stale(slot, StaleReason::UncoveredConversation);
+    }
+
+    /// Takes what `leg` stands for out of its server's sums.
+    fn settle_accounts(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
+        let up = self.up.end().saturating_sub(leg.rcv_nxt.max(1)) as i64;
+        let down = if leg.through { 0 } else { self.down.end() as i64 - leg.answers.end() as i64 };
+        ctx.due(slot, -(up + down));
+        if self.is_open() {
+            let covers = leg.covers();
+            ctx.count(slot, -i64::from(covers), -i64::from(!covers));
+        }
+    }
+
+    /// The conversation flows, but none of the RVMs can carry it on.
+    pub(crate) fn unprotect(&mut self, reason: Uncovered, ctx: &mut Context) {
+        if self.unprotected.is_some() {
+            return;
+        }
+        self.unprotected = Some(reason);
+        ctx.event(EventKind::Unprotected { client: self.key.client, reason });
+        let ovm = ctx.queue.ovm();
+        for (slot, server) in ctx.roster() {
+            if Some(slot) != ovm
+                && let Some(leg) = self.legs.take(slot, server)
+            {
+                self.drop_leg(slot, &leg, reason, ctx);
+            }
+        }
+    }
+
+    // ---- the end --------------------------------------------------------------------------------
+
+    /// Both FINs are acknowledged, or somebody reset it.
+    pub(crate) fn close(&mut self, ctx: &mut Context) {
+        if self.closed.is_some() {
+            return;
+        }
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get(slot, server) {
+                let covers = leg.covers();
+                ctx.count(slot, -i64::from(covers), -i64::from(!covers));
+            }
+        }
+        self.closed = Some(ctx.now);
+        ctx.open = ctx.open.saturating_sub(1);
+        self.release_hold(ctx);
+        self.end_recuperation(ctx);
+    }
+
+    /// It leaves the table. An RVM that still lacked bytes of it lacks them for good.
+    pub(crate) fn end(&mut self, ctx: &mut Context) {
+        self.close(ctx);
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.take(slot, server) {
+                if self.up_rst.is_none() && leg.gone.is_none() && leg.rcv_nxt < self.up.end() {
+                    ctx.mark_stale(slot, StaleReason::MissedBytes);
+                }
+                self.settle_accounts(slot, &leg, ctx);
+            }
+        }
+        ctx.progressed = [true; MAX_SERVERS];
+        ctx.retained = ctx.retained.saturating_sub(self.retained);
+    }
+
+    pub(crate) fn release_hold(&mut self, ctx: &mut Context) {
+        if self.held.take().is_some() {
+            ctx.holding.remove(&self.id);
+        }
+    }
+
+    /// Closes the conversation if both sides have closed and acknowledged.
+    fn close_if_finished(&mut self, ctx: &mut Context) {
+        let (Some(down_fin), Some((up_fin, _))) = (self.down_fin, self.up_fin) else { return };
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let served = self.legs.get(slot, server).is_some_and(|leg| leg.rcv_nxt > up_fin);
+        if served && self.client.acked > down_fin {
+            self.close(ctx);
+        }
+    }
+
+    /// The conversation can't go on correctly: the client is sent a RST when its turn comes.
+    pub(crate) fn reset(&mut self, ctx: &mut Context) {
+        if self.was_reset || self.closed.is_some() {
+            return;
+        }
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.take(slot, server) {
+                self.settle_accounts(slot, &leg, ctx);
+                if leg.is_open() {
+                    self.send_reset_to(slot, &leg, ctx);
+                }
+                ctx.progressed[slot.index()] = true;
+            }
+        }
+        self.was_reset = true;
+        ctx.recuperation.reset += 1;
+        ctx.counters.resets += 1;
+        ctx.event(EventKind::Reset { client: self.key.client });
+        ctx.resets.push_back(self.id);
+        self.close(ctx);
+        self.up = Stream::new(self.up.end());
+    }
+
+    /// The RST of [`Conversation::reset`]. The position is a guess when data is in flight; the client
+    /// answers a wrong one with a challenge ACK (RFC 5961 §3.2), which is then answered exactly.
+    pub(crate) fn send_reset(&mut self, ctx: &mut Context) {
+        let reset = Segment { flags: Flags::RST.with(Flags::ACK), window: 0, ..self.segment_to_client() };
+        ctx.send_to_client(self.link, reset.emit());
+        self.down = Stream::new(self.down.end());
+    }
+
+    /// Resets the server's side, at the exact position.
+    pub(crate) fn send_reset_to(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
+        if let Some(guest) = ctx.guest(slot, self.key.psc) {
+            let reset = Segment {
+                seq: seq_of(self.client.iss, leg.rcv_nxt),
+                flags: Flags::RST.with(Flags::ACK),
+                window: 0,
+                ..self.segment_to_leg(leg, guest)
+            };
+            ctx.send_to_server(leg.server, reset.emit());
+        }
+    }
+
+    // ---- work -----------------------------------------------------------------------------------
+
+    /// Does whatever is due: feeds servers, recuperates, judges, releases. Called after each segment
+    /// and when the deadline has come. False if the conversation is to be forgotten.
+    pub(crate) fn work(&mut self, ctx: &mut Context) -> bool {
+        self.legs.retain(|index, server| {
+            ctx.queue.iter().any(|known| known.id == server && known.slot.index() == index)
+        });
+        if self.epoch != ctx.epoch {
+            self.enter_epoch(ctx);
+        }
+        for (slot, server) in ctx.roster() {
+            if let Some(mut leg) = self.legs.take(slot, server) {
+                match self.tend(slot, &mut leg, ctx) {
+                    Ok(()) => self.legs.put(slot, leg),
+                    Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
+                }
+            }
+        }
+        self.recuperate(ctx);
+        if self.is_open() {
+            self.review_hold(ctx);
+            self.judge(ctx);
+            self.close_if_finished(ctx);
+        }
+        self.release(ctx);
+        self.is_wanted(ctx)
+    }
+
+    /// Forgets bytes that nobody needs any more.
+    fn release(&mut self, ctx: &mut Context) {
+        let (mut up, mut down) = (self.up.end(), self.client.acked);
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
+                up = up.min(leg.rcv_nxt);
+                if !leg.through && leg.covers() {
+                    down = down.min(leg.compared);
+                }
+            }
+        }
+        self.up.release(up);
+        let lookback = if ctx.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
+        self.down.release(if self.closed.is_some() { down } else { down.saturating_sub(lookback) });
+        let mut retained = (self.up.retained() + self.down.retained()) as u64;
+        for (slot, server) in ctx.roster() {
+            retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained() as u64);
+        }
+        ctx.retained = ctx.retained - self.retained + retained;
+        self.retained = retained;
+    }
+
+    /// Whether to keep it: open and its client alive, or closed and its linger not over.
+    fn is_wanted(&mut self, ctx: &mut Context) -> bool {
+        match self.closed {
+            Some(closed) => ctx.now < closed + ctx.config.timing.linger,
+            None if self.probes >= IDLE_PROBES && ctx.now >= self.idle_deadline(ctx) => {
+                // Nobody there: every server is told, the client would not hear it.
+                self.reset(ctx);
+                true
+            }
+            None => {
+                if ctx.now >= self.idle_deadline(ctx) {
+                    self.probes += 1;
+                    let probe = Segment {
+                        seq: seq_of(self.told.iss, self.client.acked).wrapping_sub(1),
+                        ..self.segment_to_client()
+                    };
+                    ctx.send_to_client(self.link, probe.emit());
+                }
+                true
+            }
+        }
+    }
+
+    fn idle_deadline(&self, ctx: &Context) -> Instant {
+        self.last_heard + ctx.config.timing.idle_probe + IDLE_PROBE_INTERVAL * u32::from(self.probes)
+    }
+
+    /// When it must be looked at again.
+    pub(crate) fn next_deadline(&self, ctx: &Context) -> Instant {
+        let mut next = match self.closed {
+            Some(closed) => closed + ctx.config.timing.linger,
+            None => self.idle_deadline(ctx),
+        };
+        let mut consider = |deadline: Option<Instant>| {
+            if let Some(deadline) = deadline {
+                next = next.min(deadline);
+            }
+        };
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get(slot, server) {
+                consider(leg.sender.deadline());
+                if leg.gone.is_some() && self.is_open() {
+                    consider(leg.gone.map(|gone| gone + crate::feed::GONE_GRACE));
+                }
+            }
+        }
+        if self.is_open() {
+            consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
+            consider(self.held.map(|held| held.until));
+            consider(self.suspicion.deadline(&ctx.config.timing, ctx));
+        }
+        next
+    }
+
+    /// A leg as it begins: handshake with `server` complete as the client saw it.
+    pub(crate) fn through_leg(server: ServerId, told: &Told, window: u16) -> Leg {
+        Leg {
+            phase: Phase::Open,
+            through: true,
+            iss: told.iss,
+            shift: told.shift,
+            mss: told.mss,
+            tsval: told.tsval,
+            rcv_nxt: 1,
+            edge: 1 + u64::from(window),
+            told: (1, 0),
+            ..Leg::opening(server)
+        }
+    }
+
+    /// No SACK towards servers: the daemon's own ACKs are cumulative.
+    pub(crate) fn options_to_leg(&self, leg: &Leg) -> Options {
+        Options {
+            timestamps: self.client.timestamps.then_some((self.client.tsval, leg.tsval)),
+            sack: SackBlocks::default(),
+            ..Options::default()
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Monotonic counters: what was dropped, refused or limited, by reason. Names are the control API's.
+
+use std::collections::BTreeMap;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// See the module.
+        #[derive(Clone, Debug, Default)]
+        pub(crate) struct Counters {
+            $($(#[$doc])* pub(crate) $name: u64,)*
+        }
+
+        impl Counters {
+            pub(crate) fn by_name(&self) -> BTreeMap<&'static str, u64> {
+                BTreeMap::from([$((stringify!($name), self.$name),)*])
+            }
+        }
+    };
+}
+
+counters! {
+    /// Segments from clients to a replicated port.
+    client_segments,
+    /// Segments from the OVM that were passed on.
+    ovm_segments,
+    /// Segments from RVMs (suppressed).
+    rvm_segments,
+    /// Packets too short for their headers.
+    malformed_truncated,
+    /// Packets with impossible header fields.
+    malformed_header,
+    /// TCP options with impossible lengths.
+    malformed_options,
+    /// IP fragments: not forwarded, since their place in a stream is unknown.
+    fragments,
+    /// Segments with a wrong checksum.
+    bad_checksum,
+    /// Packets to the PSC that are not TCP, or to a port that is not replicated.
+    not_replicated,
+    /// Packets whose addresses are not the PSC's or the server's.
+    wrong_address,
+    /// Packets of servers that are not, or no longer, in the queue: the fence at work.
+    fenced,
+    /// Client segments while the service had no OVM.
+    no_ovm,
+    /// SYNs and segments with TCP-MD5 or TCP-AO: not forwarded, they can't be rewritten.
+    authenticated,
+    /// Client segments that a TCP would not accept: forwarded or answered, not recorded.
+    unacceptable,
+    /// Client segments that acknowledge what was never sent (RFC 5961 §5).
+    bad_ack,
+    /// Segments dropped for [`crate::Limits::conversation_bytes`].
+    conversation_bytes,
+    /// Handshakes forgotten for [`crate::Limits::embryonic`].
+    embryonic,
+    /// Conversations left unprotected for [`crate::Limits::conversations`].
+    conversations,
+    /// Segments of conversations that the daemon does not know, forwarded unprotected.
+    unprotected_segments,
+    /// Client bytes that contradict recorded ones.
+    contradictions,
+    /// Bytes of the OVM that contradict what it sent before: the first copy was sent.
+    ovm_contradictions,
+    /// SYNs held during a drain.
+    held_syns,
+    /// SYNs dropped during a drain because too many were held.
+    held_syns_dropped,
+    /// RVMs evicted.
+    evictions,
+    /// RVMs evicted, or clients slowed, for [`crate::Limits::lag_bytes`].
+    lag_bytes,
+    /// RVMs evicted for [`crate::Limits::order_entries`].
+    order_entries,
+    /// Conversations in which an RVM diverged.
+    divergences,
+    /// Promotions, planned ones included.
+    promotions,
+    /// Faults without a promotion because of [`crate::Limits::promotions`].
+    promotions_limited,
+    /// Conversations reset because they could not go on correctly.
+    resets,
+    /// Segments sent again to servers or clients.
+    retransmissions,
+    /// FIN and RST of the OVM that were held for an RVM to do the same.
+    closes_held,
+    /// FIN and RST of the OVM that no RVM shared.
+    closes_unshared,
+    /// ICMP errors passed to the OVM.
+    icmp_errors,
+    /// Events dropped because nobody polled them ([`crate::Limits::events`]).
+    events,
+    /// Times the caller did not call for [`crate::Timing::starvation`].
+    starvations,
+}

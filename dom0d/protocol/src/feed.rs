@@ -1,0 +1,254 @@
+//! How the daemon plays the client towards a server: in order, from the recorded stream, within the
+//! server's window, never acknowledging what the client has not acknowledged.
+
+use core::net::SocketAddr;
+use core::time::Duration;
+
+use crate::context::Context;
+use crate::conversation::Conversation;
+use crate::leg::{Leg, Phase};
+use crate::mask::{self, Compared};
+use crate::queue::Slot;
+use crate::seq::seq_of;
+use crate::wire::{Flags, Options, Segment};
+use crate::{EventKind, Uncovered};
+
+/// A server that reset a conversation may be a moment ahead of the OVM doing the same.
+pub(crate) const GONE_GRACE: Duration = Duration::from_millis(500);
+
+impl Conversation {
+    /// Compares, feeds and times the leg of one server. An error uncovers the conversation there.
+    pub(crate) fn tend(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
+        if leg.through {
+            return Ok(());
+        }
+        if leg.phase == Phase::SynSent {
+            return self.tend_handshake(slot, leg, ctx);
+        }
+        self.compare(slot, leg, ctx);
+        if let Some(gone) = leg.gone {
+            let alone = self.is_open() && ctx.now >= gone + GONE_GRACE;
+            return if alone { Err(Uncovered::RvmReset) } else { Ok(()) };
+        }
+        self.feed(slot, leg, ctx);
+        self.note_debt(slot, leg, ctx);
+        Ok(())
+    }
+
+    fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
+        if self.up_rst.is_some() {
+            // The client is gone before the server ever knew of it.
+            leg.gone = Some(ctx.now);
+            leg.sender.disarm();
+            return Ok(());
+        }
+        let first = !leg.sender.is_armed();
+        if first || leg.sender.expired(0, ctx.now) {
+            ctx.counters.retransmissions += u64::from(!first);
+            leg.sender.arm(ctx.now);
+            let Some(guest) = ctx.guest(slot, self.key.psc) else { return Err(Uncovered::OptionsDiffer) };
+            let syn = Segment {
+                seq: self.client.iss,
+                ack: 0,
+                flags: Flags::SYN,
+                window: u16::MAX,
+                options: Options {
+                    mss: Some(self.client.mss),
+                    window_shift: self.client.shift,
+                    sack_permitted: self.client.sack,
+                    timestamps: self.client.timestamps.then_some((self.client.tsval, 0)),
+                    ..Options::default()
+                },
+                ..self.segment_to_leg(leg, guest)
+            };
+            ctx.send_to_server(leg.server, syn.emit());
+        }
+        self.note_debt(slot, leg, ctx);
+        Ok(())
+    }
+
+    /// Compares what the server answered with what the client was sent.
+    pub(crate) fn compare(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+        if leg.covers() {
+            let compared = match mask::compare(&ctx.config.masks, &self.down, &leg.answers, leg.compared) {
+                // It closed where the client was sent more.
+                Compared::Equal(_) if leg.fin.is_some_and(|fin| fin < self.down.end()) => {
+                    Compared::Diverged(leg.fin.unwrap_or(leg.compared))
+                }
+                compared => compared,
+            };
+            match compared {
+                Compared::Equal(position) => leg.compared = position,
+                Compared::Diverged(position) => {
+                    leg.diverged_at = Some(position);
+                    if self.is_open() {
+                        ctx.count(slot, -1, 1);
+                    }
+                    ctx.counters.divergences += 1;
+                    ctx.progressed[slot.index()] = true;
+                    ctx.event(EventKind::Diverged {
+                        server: leg.server,
+                        client: self.key.client,
+                        position: position.saturating_sub(1),
+                    });
+                }
+            }
+        }
+        leg.answers.release(if leg.covers() { leg.compared } else { leg.answers.end() });
+    }
+
+    /// Sends what the server may have: data, FIN, RST, or an ACK.
+    fn feed(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+        let una = leg.rcv_nxt;
+        if leg.sender.expired(una, ctx.now) {
+            ctx.counters.retransmissions += 1;
+            if una == leg.sender.highest {
+                self.probe_window(leg, guest, ctx);
+            }
+        }
+        while self.feed_data(slot, leg, guest, ctx) {}
+        self.feed_fin(slot, leg, guest, ctx);
+        if self.up_rst.is_some_and(|position| position <= leg.rcv_nxt) {
+            self.send_reset_to(slot, leg, ctx);
+            leg.gone = Some(ctx.now);
+            leg.sender.disarm();
+            ctx.progressed[slot.index()] = true;
+            return;
+        }
+        let told = self.told_to(leg);
+        let window = leg.told.1.saturating_sub(leg.told.0);
+        let opened =
+            told.1 > leg.told.1 && (window < 2 * u64::from(leg.mss) || told.1 - leg.told.1 >= window / 4);
+        if leg.ack_due || told.0 > leg.told.0 || opened {
+            leg.ack_due = false;
+            leg.told = told;
+            let ack = self.segment_to_leg(leg, guest);
+            ctx.send_to_server(leg.server, ack.emit());
+        }
+    }
+
+    /// Sends one segment of data if one may be sent.
+    fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) -> bool {
+        let from = leg.sender.nxt;
+        let limit =
+            leg.edge.min(leg.sender.limit(leg.rcv_nxt, ctx.config.limits.inflight_bytes)).min(self.up.end());
+        let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
+        let mut to = from;
+        while to < limit.min(from + room) {
+            let Some((mark, run_end)) = self.up.mark_at(to) else { break };
+            if to >= leg.sender.highest && !ctx.order.permits(slot, mark, self.id) {
+                break;
+            }
+            to = run_end.min(limit).min(from + room);
+        }
+        if to <= from {
+            if from < self.up.end() && leg.edge <= from && !leg.sender.is_armed() {
+                leg.sender.arm(ctx.now);
+            }
+            return false;
+        }
+        self.send_data(leg, guest, from, to, ctx);
+        leg.sender.sent(to, ctx.now);
+        true
+    }
+
+    fn send_data(&mut self, leg: &mut Leg, guest: SocketAddr, from: u64, to: u64, ctx: &mut Context) {
+        leg.told = self.told_to(leg);
+        leg.ack_due = false;
+        let payload = self.up.copy(from..to);
+        let mut flags = Flags::ACK.with(Flags::PSH);
+        let urgent = self.urgent.and_then(|end| u16::try_from(end.saturating_sub(from)).ok()).unwrap_or(0);
+        if urgent > 0 {
+            flags = flags.with(Flags::URG);
+        }
+        let segment = Segment {
+            seq: seq_of(self.client.iss, from),
+            flags,
+            urgent,
+            payload: &payload,
+            ..self.segment_to_leg(leg, guest)
+        };
+        ctx.send_to_server(leg.server, segment.emit());
+    }
+
+    fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
+        let Some((position, mark)) = self.up_fin else { return };
+        if leg.sender.nxt != position || position != self.up.end() || !ctx.order.permits(slot, mark, self.id)
+        {
+            return;
+        }
+        leg.told = self.told_to(leg);
+        leg.ack_due = false;
+        let fin = Segment {
+            seq: seq_of(self.client.iss, position),
+            flags: Flags::FIN.with(Flags::ACK),
+            ..self.segment_to_leg(leg, guest)
+        };
+        ctx.send_to_server(leg.server, fin.emit());
+        leg.sender.sent(position + 1, ctx.now);
+    }
+
+    /// Sends the segment at SND.UNA again, at once.
+    pub(crate) fn retransmit_first(&mut self, leg: &mut Leg, ctx: &mut Context) {
+        let Some(slot) = ctx.queue.slot_of(leg.server) else { return };
+        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+        let from = leg.rcv_nxt;
+        let to = self.up.end().min(from + u64::from(leg.mss).saturating_sub(12).max(1));
+        if from < to && from >= self.up.base() {
+            ctx.counters.retransmissions += 1;
+            self.send_data(leg, guest, from, to, ctx);
+        }
+    }
+
+    /// RFC 9293 §3.8.6.1, as Linux does it: an old sequence number asks for the present window.
+    fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
+        let probe = Segment {
+            seq: seq_of(self.client.iss, leg.rcv_nxt).wrapping_sub(1),
+            ..self.segment_to_leg(leg, guest)
+        };
+        ctx.send_to_server(leg.server, probe.emit());
+        leg.sender.arm(ctx.now);
+    }
+
+    /// What the server is to be told: never an ACK of what it has not sent, nor of what the client has
+    /// not acknowledged; the client's window.
+    fn told_to(&self, leg: &Leg) -> (u64, u64) {
+        (leg.produced().min(self.client.acked).max(leg.told.0), self.client.edge)
+    }
+
+    /// A segment in the client's name with nothing in it but acknowledgment, window and time.
+    pub(crate) fn segment_to_leg(&self, leg: &Leg, guest: SocketAddr) -> Segment<'static> {
+        let (ack, edge) = self.told_to(leg);
+        let window = edge.saturating_sub(ack) >> self.client.shift.unwrap_or(0);
+        Segment {
+            src: self.key.client,
+            dst: guest,
+            seq: seq_of(self.client.iss, leg.sender.nxt.max(leg.rcv_nxt)),
+            ack: seq_of(leg.iss, ack),
+            flags: Flags::ACK,
+            window: u16::try_from(window).unwrap_or(u16::MAX),
+            urgent: 0,
+            options: self.options_to_leg(leg),
+            ecn: 0,
+            payload: &[],
+        }
+    }
+
+    /// Notices a server that owes an answer of its kernel for too long.
+    fn note_debt(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+        let owes = leg.phase == Phase::SynSent
+            || leg.rcv_nxt < leg.sender.highest
+            || (leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt);
+        if !owes {
+            leg.owes_since = None;
+            return;
+        }
+        let since = *leg.owes_since.get_or_insert(ctx.now);
+        if ctx.now.since(ctx.measured_from(since)) >= ctx.config.timing.lag_limit
+            && ctx.queue.ovm() != Some(slot)
+        {
+            ctx.laggards.push(slot);
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Clients' handshakes with the OVM, until the client's third segment shows that it exists.
+//!
+//! They live in a table of their own: a SYN flood fills nothing else, and costs replicas nothing.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::context::Context;
+use crate::conversation::{Client, Conversation, Told};
+use crate::leg::{Leg, Legs};
+use crate::seq::position_of;
+use crate::stream::Stream;
+use crate::table::{ConversationId, Key};
+use crate::wire::{Flags, Options, Segment};
+use crate::{LinkAddress, ServerId};
+
+/// The OVM's answer to a SYN, as the client saw it.
+#[derive(Clone, Copy, Debug)]
+struct SynAck {
+    server: ServerId,
+    iss: u32,
+    window: u16,
+    options: Options,
+}
+
+/// A handshake that a client began.
+#[derive(Clone, Debug)]
+pub(crate) struct Embryonic {
+    link: LinkAddress,
+    iss: u32,
+    window: u16,
+    flags: Flags,
+    options: Options,
+    answer: Option<SynAck>,
+    /// Tells this handshake from an earlier one of the same addresses in the queue of ages.
+    number: u64,
+}
+
+/// What became of a segment that may complete a handshake.
+pub(crate) enum Third {
+    /// No such handshake, or the segment does not complete it.
+    NotYet,
+    /// The client has accepted the OVM's SYN-ACK.
+    Complete(Embryonic),
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Handshakes {
+    by_key: HashMap<Key, Embryonic>,
+    ages: VecDeque<(u64, Key)>,
+    begun: u64,
+}
+
+impl Handshakes {
+    pub(crate) fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    /// A client's SYN; forwarded to the OVM without what can't be replicated (Fast Open, MPTCP, data).
+    pub(crate) fn handle_syn(&mut self, key: Key, link: LinkAddress, syn: &Segment<'_>, ctx: &mut Context) {
+        let known = self.by_key.get(&key).is_some_and(|embryonic| embryonic.iss == syn.seq);
+        if !known {
+            self.begun += 1;
+            let embryonic = Embryonic {
+                link,
+                iss: syn.seq,
+                window: syn.window,
+                flags: syn.flags,
+                options: Options {
+                    timestamps: syn.options.timestamps.map(|(tsval, _)| (tsval, 0)),
+                    ..syn.options
+                },
+                answer: None,
+                number: self.begun,
+            };
+            self.by_key.insert(key, embryonic);
+            self.ages.push_back((self.begun, key));
+            self.make_room(ctx);
+        }
+        if let Some(embryonic) = self.by_key.get(&key) {
+            embryonic.forward(&key, ctx);
+        }
+    }
+
+    fn make_room(&mut self, ctx: &mut Context) {
+        let limit = ctx.config.limits.embryonic as usize;
+        while self.by_key.len() > limit || self.ages.len() > 2 * limit {
+            let Some((number, key)) = self.ages.pop_front() else { break };
+            if self.by_key.get(&key).is_some_and(|embryonic| embryonic.number == number) {
+                self.by_key.remove(&key);
+                ctx.counters.embryonic += 1;
+            }
+        }
+        while let Some((number, key)) = self.ages.front() {
+            if self.by_key.get(key).is_some_and(|embryonic| embryonic.number == *number) {
+                break;
+            }
+            self.ages.pop_front();
+        }
+    }
+
+    /// The OVM's SYN-ACK to a handshake; true if it is one's.
+    pub(crate) fn handle_syn_ack(&mut self, key: &Key, server: ServerId, segment: &Segment<'_>) -> bool {
+        let Some(embryonic) = self.by_key.get_mut(key) else { return false };
+        if segment.ack != embryonic.iss.wrapping_add(1) {
+            return false;
+        }
+        embryonic.answer =
+            Some(SynAck { server, iss: segment.seq, window: segment.window, options: segment.options });
+        true
+    }
+
+    /// Whether a RST of the OVM refuses a handshake.
+    pub(crate) fn is_refusal(&self, key: &Key, segment: &Segment<'_>) -> bool {
+        self.by_key.get(key).is_some_and(|embryonic| {
+            segment.flags.has(Flags::ACK) && segment.ack == embryonic.iss.wrapping_add(1)
+        })
+    }
+
+    /// The OVM refused the handshake; true if it is one's.
+    pub(crate) fn handle_refusal(&mut self, key: &Key, segment: &Segment<'_>) -> bool {
+        self.is_refusal(key, segment) && self.by_key.remove(key).is_some()
+    }
+
+    /// A client's segment with an ACK: its third, or data that overtook it.
+    pub(crate) fn handle_third(&mut self, key: &Key, segment: &Segment<'_>) -> Third {
+        let Some(embryonic) = self.by_key.get(key) else { return Third::NotYet };
+        let accepted = embryonic.answer.is_some_and(|answer| {
+            segment.flags.has(Flags::ACK)
+                && segment.ack.wrapping_sub(answer.iss.wrapping_add(1)) <= u32::from(u16::MAX)
+                && position_of(embryonic.iss, segment.seq, 1)
+                    .is_some_and(|start| (1..1 << 30).contains(&start))
+        });
+        if !accepted || segment.flags.has(Flags::RST) {
+            return Third::NotYet;
+        }
+        self.by_key.remove(key).map_or(Third::NotYet, Third::Complete)
+    }
+
+    /// The client gave up.
+    pub(crate) fn forget(&mut self, key: &Key) {
+        self.by_key.remove(key);
+    }
+
+    /// A new OVM knows nothing of these: those that the old one has not answered are opened at once.
+    pub(crate) fn reopen(&self, ctx: &mut Context) {
+        for (key, embryonic) in &self.by_key {
+            if embryonic.answer.is_none() {
+                embryonic.forward(key, ctx);
+            }
+        }
+    }
+}
+
+impl Embryonic {
+    fn forward(&self, key: &Key, ctx: &mut Context) {
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some(guest) = ctx.guest(slot, key.psc) else { return };
+        let syn = Segment {
+            src: key.client,
+            dst: guest,
+            seq: self.iss,
+            ack: 0,
+            flags: self.flags,
+            window: self.window,
+            urgent: 0,
+            options: self.options,
+            ecn: 0,
+            payload: &[],
+        };
+        ctx.send_to_server(server, syn.emit());
+    }
+
+    /// The conversation that the handshake leads to, with legs being opened on every other server.
+    pub(crate) fn open(self, id: ConversationId, key: Key, ctx: &mut Context) -> Option<Box<Conversation>> {
+        let answer = self.answer?;
+        let scaled = self.options.window_shift.filter(|_| answer.options.window_shift.is_some());
+        let timestamps = self.options.timestamps.filter(|_| answer.options.timestamps.is_some());
+        let default_mss = if key.psc.is_ipv4() { 536 } else { 1220 };
+        // RFC 9293 §3.7.1; a client that names less than the least possible would multiply packets.
+        let mss = self.options.mss.unwrap_or(default_mss).max(88);
+        let told = Told {
+            iss: answer.iss,
+            shift: answer.options.window_shift.filter(|_| scaled.is_some()).unwrap_or(0),
+            mss: answer.options.mss.unwrap_or(default_mss),
+            acked: 1,
+            edge: 1 + u64::from(answer.window),
+            tsval: answer.options.timestamps.map_or(0, |(tsval, _)| tsval),
+        };
+        let tsval = timestamps.map_or(0, |(tsval, _)| tsval);
+        let mut conversation = Box::new(Conversation {
+            id,
+            key,
+            link: self.link,
+            epoch: ctx.epoch,
+            client: Client {
+                iss: self.iss,
+                mss,
+                shift: scaled,
+                sack: self.options.sack_permitted && answer.options.sack_permitted,
+                timestamps: timestamps.is_some(),
+                tsval,
+                ts_recent: tsval,
+                acked: 1,
+                edge: 1 + u64::from(self.window),
+            },
+            told,
+            up: Stream::new(1),
+            up_fin: None,
+            up_rst: None,
+            urgent: None,
+            down: Stream::new(1),
+            down_fin: None,
+            legs: Legs::none(),
+            held: None,
+            recuperating: None,
+            suspicion: Default::default(),
+            unprotected: None,
+            closed: None,
+            was_reset: false,
+            last_heard: ctx.now,
+            probes: 0,
+            deadline: None,
+            queued: false,
+            retained: 0,
+        });
+        ctx.open += 1;
+        for (slot, server) in ctx.roster() {
+            let leg = if server == answer.server {
+                let mut leg = Conversation::through_leg(server, &told, answer.window);
+                leg.mss = leg.mss.min(mtu_mss(slot, &key, ctx));
+                leg
+            } else {
+                Leg::opening(server)
+            };
+            conversation.add_leg(slot, leg, ctx);
+        }
+        if ctx.ovm().is_some_and(|(_, ovm)| ovm != answer.server) {
+            // Promoted in mid-handshake: the client speaks with a server that is gone, the daemon
+            // carries it over to the new one.
+            conversation.begin_recuperation(ctx);
+        }
+        Some(conversation)
+    }
+}
+
+/// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
+fn mtu_mss(slot: crate::queue::Slot, key: &Key, ctx: &Context) -> u16 {
+    let headers = if key.psc.is_ipv4() { 40 } else { 60 };
+    ctx.queue.get(slot).map_or(u16::MAX, |server| server.mtu.saturating_sub(headers))
+}

@@ -1,0 +1,192 @@
+//! One server's part in one conversation.
+
+use crate::queue::{MAX_SERVERS, Slot};
+use crate::sender::Sender;
+use crate::seq::later;
+use crate::stream::Stream;
+use crate::{Instant, ServerId, Uncovered};
+
+/// How far the handshake with a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The daemon sent the client's SYN; the server has not answered.
+    SynSent,
+    /// Both SYNs are known.
+    Open,
+}
+
+/// A server's connection that stands for the client's. Positions as in [`crate::seq`]: up is client
+/// to server, down is server to client.
+#[derive(Debug)]
+pub(crate) struct Leg {
+    pub(crate) server: ServerId,
+    pub(crate) phase: Phase,
+    /// The client's own segments reach this server, and its segments the client (OVM, outside
+    /// recuperation). Otherwise the daemon plays the client.
+    pub(crate) through: bool,
+    /// ISS of the server.
+    pub(crate) iss: u32,
+    /// Shift of the windows it advertises.
+    pub(crate) shift: u8,
+    /// Largest segment it takes, options included.
+    pub(crate) mss: u16,
+    /// TS.Recent towards it: its last TSval.
+    pub(crate) tsval: u32,
+    /// Added to its TSval for the client, subtracted from the client's TSecr.
+    pub(crate) ts_delta: u32,
+    /// Its TSval when it was promoted: a TSecr below it would measure another server's time.
+    pub(crate) ts_floor: u32,
+    /// RCV.NXT of the server: up position it acknowledged.
+    pub(crate) rcv_nxt: u64,
+    /// Right edge of its window.
+    pub(crate) edge: u64,
+    /// What the daemon sends it.
+    pub(crate) sender: Sender,
+    /// What it answered and was not compared yet; its end is the server's SND.NXT as received.
+    pub(crate) answers: Stream,
+    /// Answers are compared up to here.
+    pub(crate) compared: u64,
+    /// Position of its FIN.
+    pub(crate) fin: Option<u64>,
+    /// It reset the connection (or refused the SYN): when.
+    pub(crate) gone: Option<Instant>,
+    /// Position of its first answer byte that differs.
+    pub(crate) diverged_at: Option<u64>,
+    /// Down position and right edge that the daemon last told it.
+    pub(crate) told: (u64, u64),
+    /// It must be sent an ACK.
+    pub(crate) ack_due: bool,
+    /// Since when it owes an acknowledgment or handshake without progress.
+    pub(crate) owes_since: Option<Instant>,
+}
+
+impl Leg {
+    /// A leg whose SYN is to be sent.
+    pub(crate) fn opening(server: ServerId) -> Self {
+        Self {
+            server,
+            phase: Phase::SynSent,
+            through: false,
+            iss: 0,
+            shift: 0,
+            mss: 0,
+            tsval: 0,
+            ts_delta: 0,
+            ts_floor: 0,
+            rcv_nxt: 0,
+            edge: 1,
+            sender: Sender::new(0),
+            answers: Stream::new(1),
+            compared: 1,
+            fin: None,
+            gone: None,
+            diverged_at: None,
+            told: (0, 0),
+            ack_due: false,
+            owes_since: None,
+        }
+    }
+
+    /// Counts as covering the conversation.
+    pub(crate) fn covers(&self) -> bool {
+        self.diverged_at.is_none()
+    }
+
+    /// May be given segments.
+    pub(crate) fn is_open(&self) -> bool {
+        self.phase == Phase::Open && self.gone.is_none()
+    }
+
+    /// Its SND.NXT as received, FIN counted.
+    pub(crate) fn produced(&self) -> u64 {
+        self.answers.end() + u64::from(self.fin == Some(self.answers.end()))
+    }
+
+    /// Remembers its TSval (RFC 7323 §4.3; its segments reach us by one wire, so the latest counts).
+    pub(crate) fn note_tsval(&mut self, tsval: u32) {
+        if later(tsval, self.tsval) || self.tsval == 0 {
+            self.tsval = tsval;
+        }
+    }
+
+    /// The client's TSecr as this server must see it: one of its own TSvals since its promotion.
+    pub(crate) fn translated_tsecr(&self, tsecr: u32) -> u32 {
+        let own = tsecr.wrapping_sub(self.ts_delta);
+        if later(own, self.tsval) {
+            self.tsval
+        } else if later(self.ts_floor, own) {
+            self.ts_floor
+        } else {
+            own
+        }
+    }
+}
+
+/// A server's place in a conversation.
+#[derive(Debug)]
+pub(crate) enum Place {
+    /// Not covered, and why.
+    Absent(Uncovered),
+    Present(Box<Leg>),
+}
+
+/// The legs of one conversation by slot.
+#[derive(Debug)]
+pub(crate) struct Legs([Place; MAX_SERVERS]);
+
+impl Legs {
+    pub(crate) fn none() -> Self {
+        Self([const { Place::Absent(Uncovered::AttachedLater) }; MAX_SERVERS])
+    }
+
+    /// The leg in `slot` if it belongs to `server`.
+    pub(crate) fn get(&self, slot: Slot, server: ServerId) -> Option<&Leg> {
+        match &self.0[slot.index()] {
+            Place::Present(leg) if leg.server == server => Some(leg),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn get_mut(&mut self, slot: Slot, server: ServerId) -> Option<&mut Leg> {
+        match &mut self.0[slot.index()] {
+            Place::Present(leg) if leg.server == server => Some(leg),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn put(&mut self, slot: Slot, leg: Box<Leg>) {
+        self.0[slot.index()] = Place::Present(leg);
+    }
+
+    /// Takes the leg out to work on it.
+    pub(crate) fn take(&mut self, slot: Slot, server: ServerId) -> Option<Box<Leg>> {
+        self.get(slot, server)?;
+        match core::mem::replace(&mut self.0[slot.index()], Place::Absent(Uncovered::AttachedLater)) {
+            Place::Present(leg) => Some(leg),
+            Place::Absent(_) => None,
+        }
+    }
+
+    /// Why `slot` is empty.
+    pub(crate) fn absence(&self, slot: Slot) -> Uncovered {
+        match &self.0[slot.index()] {
+            Place::Absent(reason) => *reason,
+            Place::Present(_) => Uncovered::AttachedLater,
+        }
+    }
+
+    pub(crate) fn set_absent(&mut self, slot: Slot, reason: Uncovered) {
+        self.0[slot.index()] = Place::Absent(reason);
+    }
+
+    /// Frees legs of servers that `lives` does not know.
+    pub(crate) fn retain(&mut self, mut lives: impl FnMut(usize, ServerId) -> bool) {
+        for (index, place) in self.0.iter_mut().enumerate() {
+            if let Place::Present(leg) = place
+                && !lives(index, leg.server)
+            {
+                *place = Place::Absent(Uncovered::AttachedLater);
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What an operator may ask of a service, and what a service tells an operator.
+
+use core::net::IpAddr;
+
+use crate::conversation::Conversation;
+use crate::promotion::{self, Deposed};
+use crate::queue::{MAX_SERVERS, Slot};
+use crate::service::Service;
+use crate::{
+    ConversationStatus, EventKind, Evidence, Instant, LegStatus, Role, ServerId, ServerStatus, ServiceConfig,
+    ServiceStatus, StaleReason,
+};
+
+/// A server as the caller introduces it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerSpec {
+    /// Its identity, never used before in this service.
+    pub id: ServerId,
+    /// The guest's own addresses: at most one per family; a PSC address without a counterpart here
+    /// is not served by it.
+    pub addresses: Vec<IpAddr>,
+    /// MTU of its vif in bytes.
+    pub mtu: u16,
+}
+
+/// What the operator states about an RVM's state when attaching it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seeding {
+    /// Nothing: it is fed new conversations, and is stale.
+    Unseeded,
+    /// Its state equals the OVM's now. Refused while conversations are open.
+    AssumeIdentical,
+    /// Its state will equal the OVM's once open conversations ended: new SYNs are held, and what is
+    /// still open at the deadline makes the drain fail (SYNs flow again, the RVM stays stale).
+    Drain {
+        /// When to give up.
+        deadline: Instant,
+    },
+}
+
+/// Why an operator's request is refused; nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OperatorError {
+    /// The id is not in the queue.
+    #[error("the server is not in this service's queue")]
+    UnknownServer,
+    /// The id is in the queue already.
+    #[error("the server is in this service's queue already")]
+    AlreadyAttached,
+    /// No slot is free.
+    #[error("the queue is full: a service has at most {0} servers")]
+    QueueFull(usize),
+    /// Seeding as identical needs a moment without open conversations.
+    #[error(
+        "{0} conversations are open; a server can be taken as identical only when none is (wait, or drain)"
+    )]
+    ConversationsOpen(u64),
+    /// A drain is under way.
+    #[error("a drain is under way already")]
+    DrainUnderWay,
+    /// The service has an OVM.
+    #[error("the service has an OVM already")]
+    OvmInstalled,
+    /// It is the OVM.
+    #[error("the server is the OVM")]
+    IsOvm,
+    /// No server would remain that could serve.
+    #[error("nothing would be left to serve the clients")]
+    NothingLeft,
+    /// The server can't be promoted unasked, and force was not given.
+    #[error("the server is not promotable")]
+    NotPromotable,
+}
+
+impl Service {
+    // ---- operator actions ---------------------------------------------------------------------
+
+    /// The first OVM of a service that has none. Its state is the truth by definition.
+    pub fn install_ovm(&mut self, now: Instant, spec: ServerSpec) -> Result<(), OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        if self.ctx.queue.ovm().is_some() {
+            return Err(OperatorError::OvmInstalled);
+        }
+        let id = spec.id;
+        let slot = match self.ctx.queue.slot_of(id) {
+            Some(slot) => slot,
+            None => self.ctx.queue.push(spec, None).ok_or(OperatorError::QueueFull(MAX_SERVERS))?,
+        };
+        promotion::cut_over(slot, None, Deposed::Rvm, &mut self.ctx);
+        self.ctx.mark_all_stale(StaleReason::NotSeeded);
+        self.after_cutover();
+        Ok(())
+    }
+
+    /// Adds an RVM at the end of the queue.
+    pub fn attach(&mut self, now: Instant, spec: ServerSpec, seeding: Seeding) -> Result<(), OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        let id = spec.id;
+        if self.ctx.queue.slot_of(id).is_some() {
+            return Err(OperatorError::AlreadyAttached);
+        }
+        self.check_seeding(seeding)?;
+        let slot = self
+            .ctx
+            .queue
+            .push(spec, Some(StaleReason::NotSeeded))
+            .ok_or(OperatorError::QueueFull(MAX_SERVERS))?;
+        self.ctx.order.start(slot);
+        self.ctx.event(EventKind::Attached { server: id, seeded: seeding == Seeding::AssumeIdentical });
+        self.begin_seeding(id, seeding);
+        Ok(())
+    }
+
+    /// Seeds an RVM that is attached already.
+    pub fn seed(&mut self, now: Instant, server: ServerId, seeding: Seeding) -> Result<(), OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        let slot = self.ctx.queue.slot_of(server).ok_or(OperatorError::UnknownServer)?;
+        if self.ctx.queue.ovm() == Some(slot) {
+            return Err(OperatorError::IsOvm);
+        }
+        self.check_seeding(seeding)?;
+        self.begin_seeding(server, seeding);
+        Ok(())
+    }
+
+    fn check_seeding(&self, seeding: Seeding) -> Result<(), OperatorError> {
+        match seeding {
+            Seeding::AssumeIdentical if self.ctx.open > 0 => {
+                Err(OperatorError::ConversationsOpen(self.ctx.open))
+            }
+            Seeding::Drain { .. } if self.drain.is_some() => Err(OperatorError::DrainUnderWay),
+            _ => Ok(()),
+        }
+    }
+
+    fn begin_seeding(&mut self, server: ServerId, seeding: Seeding) {
+        match seeding {
+            Seeding::Unseeded => {}
+            Seeding::AssumeIdentical => self.mark_seeded(server),
+            Seeding::Drain { deadline } => self.begin_drain(server, deadline),
+        }
+    }
+
+    /// Takes an RVM out of the queue.
+    pub fn detach(&mut self, now: Instant, server: ServerId) -> Result<(), OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        let slot = self.ctx.queue.slot_of(server).ok_or(OperatorError::UnknownServer)?;
+        if self.ctx.queue.ovm() == Some(slot) {
+            let alone = self.ctx.queue.rvms().next().is_none();
+            return Err(if alone { OperatorError::NothingLeft } else { OperatorError::IsOvm });
+        }
+        self.drain.take_if(|drain| drain.server == server);
+        self.ctx.queue.remove(slot);
+        self.ctx.order.start(slot);
+        self.ctx.event(EventKind::Detached { server });
+        Ok(())
+    }
+
+    /// Planned: `to` (or the best candidate) becomes the OVM; the old OVM stays as a promotable RVM.
+    pub fn switchover(&mut self, now: Instant, to: Option<ServerId>) -> Result<ServerId, OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        let slot = promotion::named_or_best(&self.ctx, to, false)?;
+        self.promote(slot, None, Deposed::Rvm)
+    }
+
+    /// Unplanned by an operator: the OVM is deposed and fenced. `force` promotes `to` even if it is
+    /// not promotable (its uncovered and diverged conversations are reset).
+    pub fn failover(
+        &mut self,
+        now: Instant,
+        to: Option<ServerId>,
+        force: bool,
+    ) -> Result<ServerId, OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        let slot = promotion::named_or_best(&self.ctx, to, force)?;
+        self.promote(slot, Some(Evidence::Operator), Deposed::Fenced)
+    }
+
+    fn promote(
+        &mut self,
+        slot: Slot,
+        evidence: Option<Evidence>,
+        deposed: Deposed,
+    ) -> Result<ServerId, OperatorError> {
+        let id = self.ctx.queue.get(slot).ok_or(OperatorError::UnknownServer)?.id;
+        promotion::cut_over(slot, evidence, deposed, &mut self.ctx);
+        self.after_cutover();
+        Ok(id)
+    }
+
+    // ---- getters ------------------------------------------------------------------------------
+
+    /// The service's configuration.
+    pub fn config(&self) -> &ServiceConfig {
+        &self.ctx.config
+    }
+
+    /// The current OVM.
+    pub fn ovm(&self) -> Option<ServerId> {
+        self.ctx.ovm().map(|(_, server)| server)
+    }
+
+    /// The current epoch.
+    pub fn epoch(&self) -> u64 {
+        self.ctx.epoch
+    }
+
+    /// A snapshot for operators; cost grows with the number of servers, not of conversations.
+    pub fn status(&self) -> ServiceStatus {
+        let ctx = &self.ctx;
+        let recuperating = ctx.recuperation.pending.len() as u64;
+        let server = |server: &crate::queue::Server| ServerStatus {
+            server: server.id,
+            role: match ctx.queue.ovm() == Some(server.slot) {
+                true if recuperating > 0 => Role::TakingOver,
+                true => Role::Ovm,
+                false => Role::Rvm,
+            },
+            not_promotable: ctx.queue.not_promotable(server),
+            stale: server.stale,
+            covered: server.covered,
+            uncovered: ctx.open.saturating_sub(server.covered + server.diverged),
+            diverged: server.diverged,
+            behind_bytes: server.behind_bytes(),
+        };
+        ServiceStatus {
+            epoch: ctx.epoch,
+            servers: ctx.queue.iter().map(server).collect(),
+            conversations: ctx.open,
+            embryonic: self.handshakes.len() as u64,
+            recuperating,
+            retained_bytes: ctx.retained,
+            counters: ctx.counters.by_name(),
+        }
+    }
+
+    /// Snapshots of open conversations, the first `limit` in table order starting at `skip`.
+    pub fn conversations(&self, skip: usize, limit: usize) -> Vec<ConversationStatus> {
+        let open = self.table.iter().filter(|conversation| conversation.is_open());
+        open.skip(skip).take(limit).map(|conversation| self.describe(conversation)).collect()
+    }
+
+    fn describe(&self, conversation: &Conversation) -> ConversationStatus {
+        let leg = |(slot, server)| match conversation.legs.get(slot, server) {
+            Some(leg) => LegStatus {
+                server,
+                acknowledged_bytes: leg.rcv_nxt.saturating_sub(1),
+                produced_bytes: if leg.through { conversation.down.end() } else { leg.answers.end() }
+                    .saturating_sub(1),
+                uncovered: None,
+                diverged_at: leg.diverged_at.map(|position| position.saturating_sub(1)),
+            },
+            None => LegStatus {
+                server,
+                acknowledged_bytes: 0,
+                produced_bytes: 0,
+                uncovered: Some(conversation.legs.absence(slot)),
+                diverged_at: None,
+            },
+        };
+        ConversationStatus {
+            client: conversation.key.client,
+            psc: conversation.key.psc,
+            // As the OVM's TCP has it (RFC 9293 §3.3.2).
+            state: match (conversation.up_fin, conversation.down_fin) {
+                (None, None) => "ESTABLISHED",
+                (Some(_), None) => "CLOSE-WAIT",
+                (None, Some(_)) => "FIN-WAIT",
+                (Some(_), Some(_)) => "CLOSING",
+            },
+            recuperating: conversation.recuperating.is_some(),
+            received_bytes: conversation.up.end() - 1,
+            sent_bytes: conversation.down.end() - 1,
+            unprotected: conversation.unprotected,
+            legs: self.ctx.roster().map(leg).collect(),
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! An RVM becomes the OVM: choice of the candidate, cutover, and the fate of the old OVM.
+//!
+//! The cutover costs the same for one conversation and for fifty thousand: the epoch and the OVM
+//! change, nothing else. Conversations follow as they have something to do.
+
+use core::cmp::Reverse;
+use std::collections::VecDeque;
+
+use crate::context::{Context, Recuperation};
+use crate::queue::{Server, Slot};
+use crate::{
+    CandidatePolicy, Effect, EventKind, Evidence, Instant, NotPromotable, OperatorError, ServerId,
+    StaleReason,
+};
+
+/// What becomes of the old OVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deposed {
+    /// It leaves the queue and is fenced.
+    Fenced,
+    /// It stays as an RVM: its state is right.
+    Rvm,
+}
+
+/// Unplanned promotions of the recent past.
+#[derive(Debug, Default)]
+pub(crate) struct Unplanned(VecDeque<Instant>);
+
+impl Unplanned {
+    /// Whether one more is allowed now; counts it if so.
+    pub(crate) fn admit(&mut self, ctx: &Context) -> bool {
+        let window = ctx.config.timing.promotion_window;
+        self.0.retain(|at| ctx.now.since(*at) < window);
+        let admitted = self.0.len() < ctx.config.limits.promotions as usize;
+        if admitted {
+            self.0.push_back(ctx.now);
+        }
+        admitted
+    }
+}
+
+/// The best promotable RVM by the service's policy.
+pub(crate) fn candidate(ctx: &Context) -> Option<Slot> {
+    let mut promotable = ctx.queue.iter().filter(|server| ctx.queue.not_promotable(server).is_none());
+    match ctx.config.candidate {
+        CandidatePolicy::Queue => promotable.next(),
+        // `min_by_key` takes the first of equals: queue order.
+        CandidatePolicy::Progress => promotable.min_by_key(|server| (Reverse(server.covered), server.behind)),
+    }
+    .map(|server| server.slot)
+}
+
+/// Why nothing was promoted.
+pub(crate) fn obstacles(ctx: &Context) -> Vec<(ServerId, NotPromotable)> {
+    let obstacle = |server: &Server| ctx.queue.not_promotable(server).map(|why| (server.id, why));
+    ctx.queue.iter().filter_map(obstacle).filter(|(_, why)| *why != NotPromotable::IsOvm).collect()
+}
+
+/// The RVM that an operator named, or the best one.
+pub(crate) fn named_or_best(ctx: &Context, to: Option<ServerId>, force: bool) -> Result<Slot, OperatorError> {
+    let Some(to) = to else { return candidate(ctx).ok_or(OperatorError::NothingLeft) };
+    let slot = ctx.queue.slot_of(to).ok_or(OperatorError::UnknownServer)?;
+    let server = ctx.queue.get(slot).ok_or(OperatorError::UnknownServer)?;
+    match ctx.queue.not_promotable(server) {
+        Some(NotPromotable::IsOvm) => Err(OperatorError::IsOvm),
+        Some(_) if !force => Err(OperatorError::NotPromotable),
+        _ => Ok(slot),
+    }
+}
+
+/// Cuts over to `slot`. From here on nothing of the old OVM reaches a client.
+pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed, ctx: &mut Context) {
+    let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
+    let old = ctx.ovm();
+    ctx.epoch += 1;
+    ctx.counters.promotions += 1;
+    ctx.queue.set_ovm(slot);
+    let from = old.map(|(_, server)| server);
+    // What the old OVM said and was not sent yet is not said any more.
+    ctx.drop_transmits_to_clients();
+    ctx.effect(Effect::Cutover { epoch: ctx.epoch, from, to });
+    match (old, deposed) {
+        (Some((old, server)), Deposed::Fenced) => {
+            ctx.queue.remove(old);
+            ctx.effect(Effect::Fence(server));
+        }
+        (Some((old, _)), Deposed::Rvm) => ctx.order.start(old),
+        (None, _) => {}
+    }
+    let mark = ctx.order.length();
+    ctx.recuperation = Recuperation { first_byte_due: true, mark, ..Recuperation::default() };
+    ctx.suspicion = None;
+    ctx.holding.clear();
+    ctx.event(EventKind::CutOver { epoch: ctx.epoch, from, to, evidence, conversations: ctx.open });
+}
+
+/// Takes an RVM out of the queue. Its memory is released as its conversations are next looked at.
+pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
+    if ctx.queue.ovm() == Some(slot) {
+        return;
+    }
+    if let Some(server) = ctx.queue.remove(slot) {
+        ctx.counters.evictions += 1;
+        ctx.order.start(slot);
+        ctx.event(EventKind::Evicted { server: server.id, reason });
+    }
+}

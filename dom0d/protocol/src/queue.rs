@@ -1,0 +1,153 @@
+//! The server queue: which servers a service has, in order, and what each may be used for.
+
+use core::net::IpAddr;
+
+use crate::{EventKind, Instant, NotPromotable, ServerId, ServerSpec, StaleReason};
+
+/// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).
+pub const MAX_SERVERS: usize = 4;
+
+/// A place in per-conversation arrays. Reused; the [`ServerId`] in it tells whose it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Slot(u8);
+
+impl Slot {
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    #[cfg(test)]
+    pub(crate) const fn for_tests(index: u8) -> Self {
+        Self(index)
+    }
+}
+
+/// One server.
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub(crate) id: ServerId,
+    pub(crate) slot: Slot,
+    addresses: Vec<IpAddr>,
+    pub(crate) mtu: u16,
+    pub(crate) stale: Option<StaleReason>,
+    pub(crate) running: bool,
+    /// It keeps clients' bytes waiting for the service-wide order beyond the limit.
+    pub(crate) lagging: bool,
+    /// Since when conversations wait for it without its cursor moving.
+    pub(crate) waiting_since: Option<Instant>,
+    /// Open conversations it covers.
+    pub(crate) covered: u64,
+    /// Open conversations in which it diverged (not among the covered).
+    pub(crate) diverged: u64,
+    /// Bytes of both directions that the others have and it has not; negative when it is ahead.
+    pub(crate) behind: i64,
+}
+
+impl Server {
+    /// Its own address of the same family.
+    pub(crate) fn address(&self, like: IpAddr) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|address| address.is_ipv4() == like.is_ipv4())
+    }
+
+    pub(crate) fn behind_bytes(&self) -> u64 {
+        u64::try_from(self.behind).unwrap_or(0)
+    }
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    /// In the operator's order.
+    servers: Vec<Server>,
+    ovm: Option<Slot>,
+}
+
+impl Queue {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Server> + '_ {
+        self.servers.iter()
+    }
+
+    pub(crate) fn get(&self, slot: Slot) -> Option<&Server> {
+        self.servers.iter().find(|server| server.slot == slot)
+    }
+
+    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<&mut Server> {
+        self.servers.iter_mut().find(|server| server.slot == slot)
+    }
+
+    pub(crate) fn slot_of(&self, id: ServerId) -> Option<Slot> {
+        self.servers.iter().find(|server| server.id == id).map(|server| server.slot)
+    }
+
+    pub(crate) fn ovm(&self) -> Option<Slot> {
+        self.ovm
+    }
+
+    pub(crate) fn ovm_server(&self) -> Option<&Server> {
+        self.get(self.ovm?)
+    }
+
+    /// Slots of RVMs.
+    pub(crate) fn rvms(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.servers.iter().map(|server| server.slot).filter(|slot| Some(*slot) != self.ovm)
+    }
+
+    pub(crate) fn set_ovm(&mut self, slot: Slot) {
+        self.ovm = Some(slot);
+        if let Some(server) = self.get_mut(slot) {
+            server.stale = None;
+        }
+    }
+
+    /// Adds a server at the end; `None` if no slot is free.
+    pub(crate) fn push(&mut self, spec: ServerSpec, stale: Option<StaleReason>) -> Option<Slot> {
+        let slot = (0..MAX_SERVERS as u8).map(Slot).find(|slot| self.get(*slot).is_none())?;
+        self.servers.push(Server {
+            id: spec.id,
+            slot,
+            addresses: spec.addresses,
+            mtu: spec.mtu.max(576),
+            stale,
+            running: true,
+            lagging: false,
+            waiting_since: None,
+            covered: 0,
+            diverged: 0,
+            behind: 0,
+        });
+        Some(slot)
+    }
+
+    /// Removes a server. Cost does not depend on what it held: its legs are recognised by their id
+    /// and freed when their conversation is next looked at.
+    pub(crate) fn remove(&mut self, slot: Slot) -> Option<Server> {
+        let index = self.servers.iter().position(|server| server.slot == slot)?;
+        if self.ovm == Some(slot) {
+            self.ovm = None;
+        }
+        Some(self.servers.remove(index))
+    }
+
+    /// Marks an RVM stale; the event, if that is news.
+    pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) -> Option<EventKind> {
+        if self.ovm == Some(slot) {
+            return None;
+        }
+        let server = self.get_mut(slot).filter(|server| server.stale.is_none())?;
+        server.stale = Some(reason);
+        Some(EventKind::Stale { server: server.id, reason })
+    }
+
+    /// Why a server can't be promoted unasked.
+    pub(crate) fn not_promotable(&self, server: &Server) -> Option<NotPromotable> {
+        if self.ovm == Some(server.slot) {
+            Some(NotPromotable::IsOvm)
+        } else if let Some(reason) = server.stale {
+            Some(NotPromotable::Stale(reason))
+        } else if !server.running {
+            Some(NotPromotable::NotRunning)
+        } else {
+            server.lagging.then_some(NotPromotable::Lagging)
+        }
+    }
+}

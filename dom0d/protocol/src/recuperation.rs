@@ -1,0 +1,238 @@
+//! From promotion until a conversation's counts on the new OVM reach those of the old (paper §IV.B):
+//! the daemon plays the server towards the client, from what it recorded and what the new OVM answers.
+
+use crate::context::Context;
+use crate::conversation::Conversation;
+use crate::leg::{Leg, Phase};
+use crate::sender::Sender;
+use crate::seq::seq_of;
+use crate::stream::Stream;
+use crate::wire::{Flags, Segment};
+use crate::{EventKind, Instant};
+
+/// A conversation's recuperation.
+#[derive(Debug)]
+pub(crate) struct Recuperating {
+    /// What the daemon sends the client.
+    pub(crate) sender: Sender,
+    /// The client must be sent an ACK.
+    pub(crate) ack_due: bool,
+    /// The segment at SND.UNA must be sent again at once.
+    resend: bool,
+}
+
+impl Recuperating {
+    /// The client acknowledged `newly` bytes up to `ack`, or repeated itself.
+    pub(crate) fn acknowledged(&mut self, ack: u64, newly: u64, duplicate: bool, now: Instant) {
+        if newly > 0 {
+            self.resend |= self.sender.acknowledged(ack, newly, now);
+        } else if duplicate {
+            self.resend |= self.sender.duplicate(ack);
+        }
+    }
+}
+
+impl Conversation {
+    /// Arranges the legs for the service's present epoch.
+    pub(crate) fn enter_epoch(&mut self, ctx: &mut Context) {
+        self.epoch = ctx.epoch;
+        self.suspicion = Default::default();
+        // What the deposed OVM wanted to close is the new OVM's to decide.
+        self.release_hold(ctx);
+        let ovm = ctx.ovm();
+        let (down_end, down_fin, acked) = (self.down.end(), self.down_fin, self.client.acked);
+        self.for_each_leg(ctx, |slot, leg, _| {
+            if leg.through && ovm.is_some_and(|(ovm, _)| ovm != slot) {
+                // A former OVM that stays as an RVM: everything the client was sent came from it.
+                leg.through = false;
+                leg.sender = Sender::new(leg.rcv_nxt);
+                leg.answers = Stream::new(down_end);
+                leg.compared = down_end;
+                leg.fin = down_fin;
+                leg.told = (acked, 0);
+                leg.ack_due = true;
+            }
+        });
+        if self.closed.is_some() {
+            return;
+        }
+        let Some((slot, server)) = ovm else { return };
+        let fit = self.unprotected.is_none();
+        let tsval = self.told.tsval;
+        match self.legs.get_mut(slot, server) {
+            Some(leg) if fit && leg.gone.is_none() && leg.covers() => {
+                leg.through = false;
+                leg.ts_delta = tsval.wrapping_sub(leg.tsval);
+                leg.ts_floor = leg.tsval;
+                self.begin_recuperation(ctx);
+            }
+            _ => self.reset(ctx),
+        }
+    }
+
+    /// From now on the daemon plays the server.
+    pub(crate) fn begin_recuperation(&mut self, ctx: &mut Context) {
+        // Whatever the client lacks is sent at once: nobody waits for a retransmission timer.
+        let mut sender = Sender::new(self.client.acked);
+        sender.highest = self.down_end();
+        self.recuperating = Some(Box::new(Recuperating { sender, ack_due: false, resend: false }));
+        ctx.recuperation.pending.insert(self.id);
+    }
+
+    pub(crate) fn end_recuperation(&mut self, ctx: &mut Context) {
+        if self.recuperating.take().is_some() {
+            ctx.recuperation.pending.remove(&self.id);
+        }
+    }
+
+    /// One step: take what the new OVM answered, tell the client, hand back if the counts are reached.
+    pub(crate) fn recuperate(&mut self, ctx: &mut Context) {
+        if self.recuperating.is_none() || self.closed.is_some() {
+            return;
+        }
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some(mut leg) = self.legs.take(slot, server) else { return self.reset(ctx) };
+        let Some(mut recuperating) = self.recuperating.take() else { return };
+        self.adopt_answers(&mut leg, ctx);
+        if !leg.covers() || leg.gone.is_some() {
+            let lost = leg.gone.is_none() || leg.answers.end() < self.down.end();
+            self.recuperating = Some(recuperating);
+            let gone = leg.gone;
+            self.legs.put(slot, leg);
+            // The new OVM closes the conversation with a RST of its own: that is its answer.
+            if lost || gone.is_some() {
+                self.reset(ctx);
+            }
+            return;
+        }
+        if leg.phase == Phase::Open {
+            recuperating.ack_due |= leg.rcv_nxt > self.told.acked;
+            self.told.acked = self.told.acked.max(leg.rcv_nxt);
+            self.offer_window(leg.edge, ctx);
+            if self.client.timestamps {
+                self.advance_tsval(leg.tsval.wrapping_add(leg.ts_delta));
+            }
+        }
+        self.serve(&mut recuperating, ctx);
+        if self.has_recuperated(&leg, ctx) {
+            leg.through = true;
+            leg.sender.disarm();
+            ctx.recuperation.pending.remove(&self.id);
+            ctx.recuperation.recuperated += 1;
+        } else {
+            self.recuperating = Some(recuperating);
+        }
+        self.legs.put(slot, leg);
+    }
+
+    /// What the new OVM answered beyond what the client was sent is now what the client is sent.
+    fn adopt_answers(&mut self, leg: &mut Leg, ctx: &mut Context) {
+        loop {
+            let before = self.down.end();
+            if !leg.covers() || leg.compared < before || leg.answers.end() <= before {
+                break;
+            }
+            let bytes = leg.answers.copy(before..leg.answers.end());
+            let limit = ctx.config.limits.conversation_bytes as usize;
+            if self.down.insert(before, &bytes, 0, limit).refused {
+                ctx.counters.conversation_bytes += 1;
+                break;
+            }
+            self.note_answer(before, ctx);
+            if let Some(slot) = ctx.queue.slot_of(leg.server) {
+                // It can't be behind what it answered itself.
+                ctx.due(slot, -((self.down.end() - before) as i64));
+                let ahead = leg.answers.end().min(self.down.end()) - before;
+                ctx.due(slot, ahead as i64);
+                // Bytes beyond a gap, sent under the old OVM, are compared as they are reached.
+                self.compare(slot, leg, ctx);
+            }
+        }
+        if self.down_fin.is_none() && leg.covers() && leg.fin == Some(self.down.highest()) {
+            self.down_fin = leg.fin;
+        }
+    }
+
+    /// Sends the client what it lacks, or an ACK if one is due.
+    fn serve(&mut self, recuperating: &mut Recuperating, ctx: &mut Context) {
+        let una = self.client.acked;
+        if recuperating.sender.expired(una, ctx.now) {
+            ctx.counters.retransmissions += 1;
+            if una == recuperating.sender.highest {
+                // The client's window is closed: ask for it.
+                let probe =
+                    Segment { seq: seq_of(self.told.iss, una).wrapping_sub(1), ..self.segment_to_client() };
+                self.send_to_client(&probe, ctx);
+                recuperating.sender.arm(ctx.now);
+            }
+        }
+        if core::mem::take(&mut recuperating.resend) {
+            let to = self.down.end().min(una + u64::from(self.client.mss));
+            if una < to {
+                ctx.counters.retransmissions += 1;
+                self.send_answer(una, to, ctx);
+            }
+        }
+        let mut sent = false;
+        loop {
+            let from = recuperating.sender.nxt;
+            let bound = ctx.config.limits.inflight_bytes;
+            let limit = self.client.edge.min(recuperating.sender.limit(una, bound)).min(self.down.end());
+            let to = limit.min(from + u64::from(self.client.mss));
+            if to <= from {
+                break;
+            }
+            self.send_answer(from, to, ctx);
+            recuperating.sender.sent(to, ctx.now);
+            sent = true;
+        }
+        if let Some(fin) = self.down_fin.filter(|fin| recuperating.sender.nxt == *fin) {
+            let segment = Segment {
+                seq: seq_of(self.told.iss, fin),
+                flags: Flags::FIN.with(Flags::ACK),
+                ..self.segment_to_client()
+            };
+            self.send_to_client(&segment, ctx);
+            recuperating.sender.sent(fin + 1, ctx.now);
+            sent = true;
+        }
+        if recuperating.sender.nxt < self.down_end() && !recuperating.sender.is_armed() {
+            recuperating.sender.arm(ctx.now);
+        }
+        if recuperating.ack_due && !sent {
+            let ack = self.segment_to_client();
+            self.send_to_client(&ack, ctx);
+        }
+        recuperating.ack_due = false;
+    }
+
+    fn send_answer(&mut self, from: u64, to: u64, ctx: &mut Context) {
+        let payload = self.down.copy(from..to);
+        let segment = Segment {
+            seq: seq_of(self.told.iss, from),
+            flags: Flags::ACK.with(Flags::PSH),
+            payload: &payload,
+            ..self.segment_to_client()
+        };
+        self.send_to_client(&segment, ctx);
+    }
+
+    /// The new OVM has acknowledged whatever the client was acknowledged and has answered whatever the
+    /// client was sent; every conversation's earlier causes have reached it.
+    fn has_recuperated(&self, leg: &Leg, ctx: &Context) -> bool {
+        let Some(slot) = ctx.queue.ovm() else { return false };
+        leg.phase == Phase::Open
+            && leg.rcv_nxt >= self.told.acked
+            && leg.sender.nxt >= self.up_end()
+            && leg.compared >= self.down.highest()
+            && (self.down_fin.is_none() || leg.fin == self.down_fin)
+            && ctx.order.cursor(slot) >= ctx.recuperation.mark
+    }
+
+    /// All conversations of the epoch are through: say so once.
+    pub(crate) fn report(ctx: &mut Context) {
+        ctx.recuperation.reported = true;
+        let (recuperated, reset) = (ctx.recuperation.recuperated, ctx.recuperation.reset);
+        ctx.event(EventKind::Recuperated { epoch: ctx.epoch, recuperated, reset });
+    }
+}

@@ -1,0 +1,268 @@
+//! One direction of a conversation as recorded bytes: a contiguous part that others may read, and
+//! what arrived beyond a gap.
+
+use core::ops::Range;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Neighbouring small chunks of one mark are joined up to this size.
+const JOINED_CHUNK: usize = 8 << 10;
+
+/// A run of bytes recorded at once.
+#[derive(Debug)]
+struct Chunk {
+    start: u64,
+    /// Place in the service-wide order (see [`crate::order`]): the answers that must precede it.
+    mark: u64,
+    bytes: Vec<u8>,
+}
+
+impl Chunk {
+    fn end(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+}
+
+/// What an insertion brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Inserted {
+    /// First position at which the bytes contradict recorded ones (which stay).
+    pub(crate) conflict: Option<u64>,
+    /// The contiguous part grew.
+    pub(crate) grew: bool,
+    /// Bytes were not taken: beyond the limit.
+    pub(crate) refused: bool,
+}
+
+/// Recorded bytes by position. First copy wins: what was recorded never changes.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    chunks: VecDeque<Chunk>,
+    end: u64,
+    pending: BTreeMap<u64, Vec<u8>>,
+    retained: usize,
+}
+
+impl Stream {
+    /// An empty stream whose next byte has position `start`.
+    pub(crate) fn new(start: u64) -> Self {
+        Self { chunks: VecDeque::new(), end: start, pending: BTreeMap::new(), retained: 0 }
+    }
+
+    /// First retained position.
+    pub(crate) fn base(&self) -> u64 {
+        self.chunks.front().map_or(self.end, |chunk| chunk.start)
+    }
+
+    /// End of the contiguous part.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// End of everything, gaps included.
+    pub(crate) fn highest(&self) -> u64 {
+        self.pending.last_key_value().map_or(self.end, |(start, bytes)| start + bytes.len() as u64)
+    }
+
+    /// Bytes held.
+    pub(crate) fn retained(&self) -> usize {
+        self.retained
+    }
+
+    /// Records `bytes` at `position`, at most `limit` bytes in all. `mark` goes with bytes that join
+    /// the contiguous part now, also with earlier ones that close up behind them.
+    pub(crate) fn insert(&mut self, position: u64, bytes: &[u8], mark: u64, limit: usize) -> Inserted {
+        let mut inserted = Inserted::default();
+        let before = self.end;
+        let stop = position + bytes.len() as u64;
+        // The part that is recorded already is compared, not copied.
+        let known = self.base().max(position)..self.end.min(stop);
+        if known.start < known.end {
+            inserted.conflict = self.first_difference(known.clone(), slice(bytes, position, &known));
+        }
+        let new = self.end.max(position)..stop;
+        if new.start < new.end {
+            if self.retained + (new.end - new.start) as usize > limit {
+                inserted.refused = true;
+            } else if new.start == self.end && self.pending.is_empty() {
+                self.append(slice(bytes, position, &new), mark);
+            } else {
+                let conflict = self.insert_pending(new.start, slice(bytes, position, &new));
+                inserted.conflict = inserted.conflict.or(conflict);
+                self.close_up(mark);
+            }
+        }
+        inserted.grew = self.end > before;
+        inserted
+    }
+
+    fn append(&mut self, bytes: &[u8], mark: u64) {
+        self.retained += bytes.len();
+        self.end += bytes.len() as u64;
+        match self.chunks.back_mut() {
+            Some(last) if last.mark == mark && last.bytes.len() + bytes.len() <= JOINED_CHUNK => {
+                last.bytes.extend_from_slice(bytes);
+            }
+            _ => self.chunks.push_back(Chunk {
+                start: self.end - bytes.len() as u64,
+                mark,
+                bytes: bytes.to_vec(),
+            }),
+        }
+    }
+
+    /// Fills the gaps among pending runs; overlaps are compared.
+    fn insert_pending(&mut self, start: u64, bytes: &[u8]) -> Option<u64> {
+        let stop = start + bytes.len() as u64;
+        let mut conflict = None;
+        let mut gaps = Vec::new();
+        let mut at = start;
+        let first = self
+            .pending
+            .range(..=start)
+            .next_back()
+            .filter(|(run, held)| *run + held.len() as u64 > start)
+            .map_or(start, |(run, _)| *run);
+        for (&run, held) in self.pending.range(first..stop) {
+            if run > at {
+                gaps.push(at..run);
+            }
+            let overlap = run.max(start)..stop.min(run + held.len() as u64);
+            let (new, old) = (slice(bytes, start, &overlap), slice(held, run, &overlap));
+            if let Some(index) = new.iter().zip(old).position(|(new, old)| new != old) {
+                conflict = conflict.or(Some(overlap.start + index as u64));
+            }
+            at = at.max(overlap.end);
+        }
+        if at < stop {
+            gaps.push(at..stop);
+        }
+        for gap in gaps {
+            self.retained += (gap.end - gap.start) as usize;
+            self.pending.insert(gap.start, slice(bytes, start, &gap).to_vec());
+        }
+        conflict
+    }
+
+    /// Moves pending runs that touch the contiguous part over to it.
+    fn close_up(&mut self, mark: u64) {
+        while let Some(entry) = self.pending.first_entry().filter(|entry| *entry.key() == self.end) {
+            let bytes = entry.remove();
+            self.retained -= bytes.len();
+            self.append(&bytes, mark);
+        }
+    }
+
+    fn first_difference(&self, range: Range<u64>, bytes: &[u8]) -> Option<u64> {
+        let mut at = range.start;
+        for held in self.slices(range.clone()) {
+            let offset = (at - range.start) as usize;
+            let theirs = &bytes[offset..offset + held.len()];
+            if held != theirs {
+                let index = held.iter().zip(theirs).position(|(a, b)| a != b)?;
+                return Some(at + index as u64);
+            }
+            at += held.len() as u64;
+        }
+        None
+    }
+
+    /// The retained, contiguous bytes of `range`, in pieces. The caller keeps `range` within
+    /// `base()..end()`; what lies outside is left out.
+    pub(crate) fn slices(&self, range: Range<u64>) -> impl Iterator<Item = &[u8]> + '_ {
+        let first = self.index_of(range.start);
+        self.chunks
+            .range(first.min(self.chunks.len())..)
+            .take_while({
+                let end = range.end;
+                move |chunk| chunk.start < end
+            })
+            .map(move |chunk| {
+                let part = range.start.max(chunk.start)..range.end.min(chunk.end());
+                slice(&chunk.bytes, chunk.start, &part)
+            })
+            .filter(|piece| !piece.is_empty())
+    }
+
+    /// Copies `range` (as in [`Stream::slices`]).
+    pub(crate) fn copy(&self, range: Range<u64>) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity((range.end.saturating_sub(range.start)) as usize);
+        for piece in self.slices(range) {
+            bytes.extend_from_slice(piece);
+        }
+        bytes
+    }
+
+    /// The mark of the byte at `position` and the end of the run that has the same one.
+    pub(crate) fn mark_at(&self, position: u64) -> Option<(u64, u64)> {
+        let chunk = self.chunks.get(self.index_of(position))?;
+        (position >= chunk.start && position < chunk.end()).then(|| (chunk.mark, chunk.end()))
+    }
+
+    fn index_of(&self, position: u64) -> usize {
+        self.chunks.partition_point(|chunk| chunk.end() <= position)
+    }
+
+    /// Forgets bytes before `position` (whole chunks only, so a little more may stay).
+    pub(crate) fn release(&mut self, position: u64) {
+        while self.chunks.front().is_some_and(|chunk| chunk.end() <= position) {
+            if let Some(chunk) = self.chunks.pop_front() {
+                self.retained -= chunk.bytes.len();
+            }
+        }
+        // An idle conversation should cost nothing here.
+        if self.chunks.is_empty() && self.chunks.capacity() > 0 {
+            self.chunks = VecDeque::new();
+        }
+    }
+}
+
+/// The part `range` of `bytes`, whose first byte has position `start`.
+fn slice<'a>(bytes: &'a [u8], start: u64, range: &Range<u64>) -> &'a [u8] {
+    bytes
+        .get((range.start.saturating_sub(start)) as usize..(range.end.saturating_sub(start)) as usize)
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: usize = 1 << 20;
+
+    #[test]
+    fn gaps_close_and_the_first_copy_wins() {
+        let mut stream = Stream::new(1);
+        assert!(!stream.insert(4, b"def", 0, LIMIT).grew);
+        assert!(!stream.insert(8, b"h", 0, LIMIT).grew);
+        let inserted = stream.insert(1, b"abcX", 0, LIMIT);
+        assert_eq!((inserted.conflict, inserted.grew), (Some(4), true));
+        assert_eq!(stream.end(), 7);
+        stream.insert(5, b"efgh!", 0, LIMIT);
+        assert_eq!(stream.copy(1..10), b"abcdefgh!");
+        assert_eq!(stream.retained(), 9);
+        assert_eq!(stream.insert(2, b"bXd", 0, LIMIT).conflict, Some(3));
+    }
+
+    #[test]
+    fn marks_stay_apart_and_release_is_by_chunk() {
+        let mut stream = Stream::new(1);
+        stream.insert(1, b"ab", 5, LIMIT);
+        stream.insert(3, b"cd", 6, LIMIT);
+        assert_eq!(stream.mark_at(2), Some((5, 3)));
+        assert_eq!(stream.mark_at(3), Some((6, 5)));
+        assert_eq!(stream.mark_at(5), None);
+        stream.release(2);
+        assert_eq!(stream.base(), 1);
+        stream.release(3);
+        assert_eq!((stream.base(), stream.retained()), (3, 2));
+        assert_eq!(stream.insert(1, b"XX", 0, LIMIT).conflict, None);
+    }
+
+    #[test]
+    fn the_limit_refuses_whole_segments() {
+        let mut stream = Stream::new(0);
+        assert!(!stream.insert(0, b"abc", 0, 4).refused);
+        assert!(stream.insert(3, b"de", 0, 4).refused);
+        assert_eq!(stream.end(), 3);
+    }
+}

@@ -1,0 +1,152 @@
+//! The conversation table: bounded, found by addresses or by id.
+
+use core::net::SocketAddr;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+
+use crate::conversation::Conversation;
+
+/// The addresses that identify a conversation (RFC 9293 §3.3.1: remote and local socket).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Key {
+    pub(crate) client: SocketAddr,
+    pub(crate) psc: SocketAddr,
+}
+
+/// A place in the table and which of its tenants is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ConversationId {
+    index: u32,
+    generation: u32,
+}
+
+impl ConversationId {
+    #[cfg(test)]
+    pub(crate) const fn for_tests(index: u32) -> Self {
+        Self { index, generation: 0 }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Place {
+    generation: u32,
+    tenant: Option<Box<Conversation>>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    places: Vec<Place>,
+    free: Vec<u32>,
+    by_key: HashMap<Key, ConversationId>,
+    /// Closed ones, oldest first; they make room when the table is full.
+    closed: VecDeque<ConversationId>,
+    /// Those that have something in flight anywhere.
+    busy: BTreeSet<ConversationId>,
+}
+
+impl Table {
+    pub(crate) fn find(&self, key: &Key) -> Option<ConversationId> {
+        self.by_key.get(key).copied()
+    }
+
+    pub(crate) fn get(&self, id: ConversationId) -> Option<&Conversation> {
+        let place = self.places.get(id.index as usize)?;
+        place.tenant.as_deref().filter(|_| place.generation == id.generation)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: ConversationId) -> Option<&mut Conversation> {
+        let place = self.places.get_mut(id.index as usize)?;
+        place.tenant.as_deref_mut().filter(|_| place.generation == id.generation)
+    }
+
+    /// Takes a conversation out to work on it; it must be put back or removed.
+    pub(crate) fn take(&mut self, id: ConversationId) -> Option<Box<Conversation>> {
+        let place = self.places.get_mut(id.index as usize)?;
+        if place.generation == id.generation { place.tenant.take() } else { None }
+    }
+
+    /// Puts back what [`Table::take`] took.
+    pub(crate) fn put(&mut self, conversation: Box<Conversation>) {
+        let id = conversation.id;
+        if conversation.is_busy() {
+            self.busy.insert(id);
+        } else {
+            self.busy.remove(&id);
+        }
+        if let Some(place) = self.places.get_mut(id.index as usize) {
+            place.tenant = Some(conversation);
+        }
+    }
+
+    /// Reserves a place below `limit`; the caller puts a conversation with this id there.
+    pub(crate) fn reserve(&mut self, key: Key, limit: u32) -> Option<ConversationId> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None if (self.places.len() as u64) < u64::from(limit) => {
+                self.places.push(Place::default());
+                (self.places.len() - 1) as u32
+            }
+            None => return None,
+        };
+        let id = ConversationId { index, generation: self.places[index as usize].generation };
+        self.by_key.insert(key, id);
+        Some(id)
+    }
+
+    /// Gives a reserved place back that nobody moved into.
+    pub(crate) fn cancel(&mut self, id: ConversationId, key: &Key) {
+        self.by_key.remove(key);
+        self.free.push(id.index);
+    }
+
+    /// Forgets a conversation that was taken out.
+    pub(crate) fn forget(&mut self, conversation: &Conversation) {
+        let id = conversation.id;
+        if self.by_key.get(&conversation.key) == Some(&id) {
+            self.by_key.remove(&conversation.key);
+        }
+        self.busy.remove(&id);
+        if let Some(place) = self.places.get_mut(id.index as usize) {
+            place.generation = place.generation.wrapping_add(1);
+            self.free.push(id.index);
+        }
+    }
+
+    /// A conversation closed: it is remembered, and makes room when room is needed.
+    pub(crate) fn note_closed(&mut self, id: ConversationId) {
+        self.closed.push_back(id);
+        // Ids of conversations that are gone already pile up at the front.
+        while self.closed.front().is_some_and(|id| self.is_gone(*id)) {
+            self.closed.pop_front();
+        }
+    }
+
+    fn is_gone(&self, id: ConversationId) -> bool {
+        self.places.get(id.index as usize).is_none_or(|place| place.generation != id.generation)
+    }
+
+    /// The conversation that closed first and still takes room.
+    pub(crate) fn oldest_closed(&mut self) -> Option<ConversationId> {
+        while let Some(id) = self.closed.pop_front() {
+            if !self.is_gone(id) {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    /// Conversations with something in flight.
+    pub(crate) fn busy(&self) -> impl Iterator<Item = ConversationId> + '_ {
+        self.busy.iter().copied()
+    }
+
+    /// The id of whatever is in the `index`th place, and whether there are further places.
+    pub(crate) fn at(&self, index: usize) -> Option<Option<ConversationId>> {
+        let place = self.places.get(index)?;
+        Some(place.tenant.as_ref().map(|conversation| conversation.id))
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Conversation> + '_ {
+        self.places.iter().filter_map(|place| place.tenant.as_deref())
+    }
+}

@@ -1,0 +1,152 @@
+//! What one conversation says against the OVM: evidence (c) and (d) of liveness.
+//!
+//! The intuition: an RVM is a witness. It got the same bytes by the same host, so if it acknowledged
+//! or answered and the OVM did not, the host, the client and the request are not to blame.
+
+use crate::context::Context;
+use crate::conversation::Conversation;
+use crate::leg::Leg;
+use crate::mask::{self, Compared};
+use crate::queue::MAX_SERVERS;
+use crate::{Evidence, Instant, Timing};
+
+/// Since when a conversation has something against the OVM.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Suspicion {
+    /// (c) A segment stays unacknowledged by the OVM though an RVM acknowledged it.
+    unacked_since: Option<Instant>,
+    /// The OVM's acknowledgment when that began.
+    unacked_at: u64,
+    /// Times the OVM was sent the segment again.
+    reminders: u32,
+    /// (d) RVMs agree on an answer that the OVM does not begin.
+    silent_since: Option<Instant>,
+    /// (e) was reported for this conversation.
+    pub(crate) close_reported: bool,
+}
+
+/// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
+/// been lost on its vif while the client's own timer is long.
+const REMINDERS: u32 = 2;
+
+impl Suspicion {
+    pub(crate) fn note_answer(&mut self) {
+        self.silent_since = None;
+    }
+
+    pub(crate) fn is_pending(&self) -> bool {
+        self.unacked_since.is_some() || self.silent_since.is_some()
+    }
+
+    pub(crate) fn deadline(&self, timing: &Timing, ctx: &Context) -> Option<Instant> {
+        let reminder = timing.unacked_limit / (REMINDERS + 1) * (self.reminders + 1).min(REMINDERS + 1);
+        let unacked =
+            self.unacked_since.map(|since| ctx.measured_from(since) + reminder.min(timing.unacked_limit));
+        let silent = self.silent_since.map(|since| ctx.measured_from(since) + timing.progress_limit);
+        unacked
+            .into_iter()
+            .chain(silent)
+            .min()
+            .map(|deadline| deadline.max(ctx.now + core::time::Duration::from_millis(1)))
+    }
+}
+
+impl Conversation {
+    /// Looks for evidence; what is found goes into [`Context::suspicion`].
+    pub(crate) fn judge(&mut self, ctx: &mut Context) {
+        let Some((slot, server)) = ctx.ovm() else { return };
+        if !ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
+            self.suspicion =
+                Suspicion { close_reported: self.suspicion.close_reported, ..Default::default() };
+            return;
+        }
+        let Some(mut ovm) = self.legs.take(slot, server) else { return };
+        if ovm.gone.is_none() {
+            self.judge_acknowledgment(&mut ovm, ctx);
+            self.judge_progress(&ovm, ctx);
+        }
+        self.legs.put(slot, ovm);
+    }
+
+    fn judge_acknowledgment(&mut self, ovm: &mut Leg, ctx: &mut Context) {
+        let acknowledged = ovm.rcv_nxt;
+        let within_window = self.up.end().min(ovm.edge) > acknowledged;
+        let witnessed = within_window
+            && ctx.roster().any(|(slot, server)| {
+                server != ovm.server
+                    && self
+                        .legs
+                        .get(slot, server)
+                        .is_some_and(|rvm| rvm.rcv_nxt > acknowledged && rvm.covers())
+            });
+        if !witnessed {
+            self.suspicion.unacked_since = None;
+            return;
+        }
+        if self.suspicion.unacked_since.is_none() || self.suspicion.unacked_at != acknowledged {
+            self.suspicion.unacked_since = Some(ctx.now);
+            self.suspicion.unacked_at = acknowledged;
+            self.suspicion.reminders = 0;
+        }
+        let since = self.suspicion.unacked_since.unwrap_or(ctx.now);
+        let waited = ctx.now.since(ctx.measured_from(since));
+        let limit = ctx.config.timing.unacked_limit;
+        if waited >= limit {
+            ctx.suspicion.get_or_insert(Evidence::UnacknowledgedSegment);
+        } else if self.suspicion.reminders < REMINDERS
+            && waited >= limit / (REMINDERS + 1) * (self.suspicion.reminders + 1)
+        {
+            self.suspicion.reminders += 1;
+            if ovm.through {
+                ovm.sender.nxt = ovm.sender.nxt.max(acknowledged);
+                self.retransmit_first(ovm, ctx);
+            }
+        }
+    }
+
+    fn judge_progress(&mut self, ovm: &Leg, ctx: &mut Context) {
+        let position = self.down.end();
+        // If the client lacks something, the OVM may be waiting for the network, not for itself.
+        let idle = self.client.acked >= position && self.client.edge > position && self.down_fin.is_none();
+        let since = self.suspicion.silent_since.unwrap_or(ctx.now);
+        let (ahead, witnesses) = self.ahead(position, ovm, ctx);
+        self.suspicion.silent_since = if !idle || ahead.iter().flatten().count() * 2 <= witnesses {
+            None
+        } else if ctx.now.since(ctx.measured_from(since)) < ctx.config.timing.progress_limit {
+            Some(since)
+        } else if witnesses == 1 && ctx.last_answer > since {
+            // A single RVM could be the one that is wrong: then the OVM must be silent altogether.
+            Some(ctx.last_answer)
+        } else if is_agreed(&ahead, witnesses, position, ctx) {
+            ctx.suspicion.get_or_insert(Evidence::NoProgress);
+            Some(since)
+        } else {
+            Some(ctx.now)
+        };
+    }
+
+    /// Legs of promotable RVMs that have an answer at `position`, and how many RVMs are promotable.
+    fn ahead(&self, position: u64, ovm: &Leg, ctx: &Context) -> ([Option<&Leg>; MAX_SERVERS], usize) {
+        let mut witnesses = 0;
+        let mut ahead = [None; MAX_SERVERS];
+        for server in ctx.queue.iter().filter(|server| ctx.queue.not_promotable(server).is_none()) {
+            witnesses += 1;
+            ahead[server.slot.index()] = self
+                .legs
+                .get(server.slot, server.id)
+                .filter(|rvm| rvm.covers() && rvm.server != ovm.server && rvm.answers.end() > position);
+        }
+        (ahead, witnesses)
+    }
+}
+
+/// A majority has the same answer from `position` on, as far as each has answered.
+fn is_agreed(ahead: &[Option<&Leg>], witnesses: usize, position: u64, ctx: &Context) -> bool {
+    let same = |one: &Leg, other: &Leg| {
+        matches!(mask::compare(&ctx.config.masks, &one.answers, &other.answers, position), Compared::Equal(_))
+    };
+    ahead
+        .iter()
+        .flatten()
+        .any(|one| ahead.iter().flatten().filter(|other| same(one, other)).count() * 2 > witnesses)
+}

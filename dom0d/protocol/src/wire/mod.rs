@@ -1,0 +1,363 @@
+//! IP packets in, TCP segments out and back (RFC 791, RFC 8200, RFC 9293 §3.1).
+//!
+//! Every byte may be hostile: parsing names what is wrong and never panics.
+
+mod checksum;
+mod icmp;
+mod options;
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use checksum::Sum;
+pub(crate) use icmp::{Icmp, IcmpError};
+pub(crate) use options::{Options, SackBlocks};
+
+const TCP: u8 = 6;
+const ICMP: u8 = 1;
+const ICMP_V6: u8 = 58;
+/// Hops given to packets that the daemon makes or rebuilds.
+const HOP_LIMIT: u8 = 64;
+const TCP_HEADER: usize = 20;
+
+/// TCP's control bits (RFC 9293 §3.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Flags(pub(crate) u8);
+
+impl Flags {
+    pub(crate) const FIN: Self = Self(0x01);
+    pub(crate) const SYN: Self = Self(0x02);
+    pub(crate) const RST: Self = Self(0x04);
+    pub(crate) const PSH: Self = Self(0x08);
+    pub(crate) const ACK: Self = Self(0x10);
+    pub(crate) const URG: Self = Self(0x20);
+
+    pub(crate) const fn has(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+
+    pub(crate) const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    pub(crate) const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+}
+
+/// One TCP segment with its addresses. `payload` borrows the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment<'a> {
+    pub(crate) src: SocketAddr,
+    pub(crate) dst: SocketAddr,
+    pub(crate) seq: u32,
+    pub(crate) ack: u32,
+    pub(crate) flags: Flags,
+    pub(crate) window: u16,
+    pub(crate) urgent: u16,
+    pub(crate) options: Options,
+    /// The two ECN bits of the IP header (RFC 3168 §5).
+    pub(crate) ecn: u8,
+    pub(crate) payload: &'a [u8],
+}
+
+/// What an IP packet turned out to be.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Parsed<'a> {
+    Tcp(Segment<'a>),
+    Icmp(Icmp<'a>),
+    /// Neither TCP nor an ICMP error.
+    Other {
+        src: IpAddr,
+        dst: IpAddr,
+    },
+}
+
+/// Why a packet could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Malformed {
+    /// Shorter than its headers say.
+    Truncated,
+    /// Neither IPv4 nor IPv6, or a header with impossible fields.
+    Header,
+    /// An IP fragment: positions of its bytes in the stream are unknown.
+    Fragment,
+    /// The checksum is neither right nor partial.
+    Checksum,
+    /// TCP options with impossible lengths.
+    Options,
+}
+
+/// Reads one IP packet. Bytes beyond the IP length (Ethernet padding) are ignored.
+pub(crate) fn parse(packet: &[u8]) -> Result<Parsed<'_>, Malformed> {
+    let ip = parse_ip(packet)?;
+    match ip.protocol {
+        TCP => parse_tcp(&ip).map(Parsed::Tcp),
+        ICMP | ICMP_V6 => Ok(icmp::parse(ip.src, ip.dst, ip.protocol, ip.payload)
+            .map_or(Parsed::Other { src: ip.src, dst: ip.dst }, Parsed::Icmp)),
+        _ => Ok(Parsed::Other { src: ip.src, dst: ip.dst }),
+    }
+}
+
+struct Ip<'a> {
+    src: IpAddr,
+    dst: IpAddr,
+    protocol: u8,
+    ecn: u8,
+    payload: &'a [u8],
+}
+
+fn parse_ip(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
+    match packet.first().ok_or(Malformed::Truncated)? >> 4 {
+        4 => parse_ipv4(packet),
+        6 => parse_ipv6(packet),
+        _ => Err(Malformed::Header),
+    }
+}
+
+fn parse_ipv4(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
+    let header = packet.get(..20).ok_or(Malformed::Truncated)?;
+    let header_length = usize::from(header[0] & 0x0f) * 4;
+    let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
+    if header_length < 20 || total < header_length {
+        return Err(Malformed::Header);
+    }
+    // More Fragments, or a fragment offset (RFC 791 §3.1).
+    if u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0 {
+        return Err(Malformed::Fragment);
+    }
+    Ok(Ip {
+        src: Ipv4Addr::new(header[12], header[13], header[14], header[15]).into(),
+        dst: Ipv4Addr::new(header[16], header[17], header[18], header[19]).into(),
+        protocol: header[9],
+        ecn: header[1] & 0x03,
+        payload: packet.get(header_length..total).ok_or(Malformed::Truncated)?,
+    })
+}
+
+fn parse_ipv6(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
+    let header = packet.get(..40).ok_or(Malformed::Truncated)?;
+    let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
+    let mut payload = packet.get(40..40 + length).ok_or(Malformed::Truncated)?;
+    let mut protocol = header[6];
+    // Hop-by-hop, routing and destination options come before TCP (RFC 8200 §4.1), each at most
+    // once or twice; more is somebody's attempt to keep us busy.
+    for _ in 0..4 {
+        match protocol {
+            0 | 43 | 60 => {
+                let extension = payload.get(..8).ok_or(Malformed::Truncated)?;
+                protocol = extension[0];
+                let length = 8 + usize::from(extension[1]) * 8;
+                payload = payload.get(length..).ok_or(Malformed::Truncated)?;
+            }
+            44 => return Err(Malformed::Fragment),
+            _ => break,
+        }
+    }
+    Ok(Ip {
+        src: ipv6_at(header, 8).into(),
+        dst: ipv6_at(header, 24).into(),
+        protocol,
+        ecn: (header[1] >> 4) & 0x03,
+        payload,
+    })
+}
+
+fn ipv6_at(header: &[u8], at: usize) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    octets.copy_from_slice(&header[at..at + 16]);
+    octets.into()
+}
+
+fn parse_tcp<'a>(ip: &Ip<'a>) -> Result<Segment<'a>, Malformed> {
+    let bytes = ip.payload;
+    let header = bytes.get(..TCP_HEADER).ok_or(Malformed::Truncated)?;
+    let data_offset = usize::from(header[12] >> 4) * 4;
+    if data_offset < TCP_HEADER {
+        return Err(Malformed::Header);
+    }
+    let options = bytes.get(TCP_HEADER..data_offset).ok_or(Malformed::Truncated)?;
+    if !checksum_acceptable(ip, header) {
+        return Err(Malformed::Checksum);
+    }
+    Ok(Segment {
+        src: SocketAddr::new(ip.src, u16::from_be_bytes([header[0], header[1]])),
+        dst: SocketAddr::new(ip.dst, u16::from_be_bytes([header[2], header[3]])),
+        seq: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
+        ack: u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
+        flags: Flags(header[13]),
+        window: u16::from_be_bytes([header[14], header[15]]),
+        urgent: u16::from_be_bytes([header[18], header[19]]),
+        options: Options::parse(options).ok_or(Malformed::Options)?,
+        ecn: ip.ecn,
+        payload: &bytes[data_offset..],
+    })
+}
+
+/// Right, or partial: a local guest leaves the sum of the pseudo-header in the field and the rest to
+/// a device that the frame never reaches (`CHECKSUM_PARTIAL` in Linux).
+fn checksum_acceptable(ip: &Ip<'_>, header: &[u8]) -> bool {
+    let pseudo = Sum::default().pseudo_header(ip.src, ip.dst, TCP, ip.payload.len());
+    let field = u16::from_be_bytes([header[16], header[17]]);
+    field == pseudo.folded() || pseudo.add(ip.payload).finish() == 0
+}
+
+impl Segment<'_> {
+    /// Bytes of the TCP options as they will be written.
+    fn options_bytes(&self) -> Vec<u8> {
+        let mut options = Vec::with_capacity(40);
+        self.options.write(&mut options);
+        options
+    }
+
+    /// Sequence space that the segment takes: its payload, SYN and FIN (RFC 9293 §3.4).
+    pub(crate) fn sequence_length(&self) -> u64 {
+        self.payload.len() as u64
+            + u64::from(self.flags.has(Flags::SYN))
+            + u64::from(self.flags.has(Flags::FIN))
+    }
+
+    /// The whole IP packet, checksums filled in.
+    pub(crate) fn emit(&self) -> Vec<u8> {
+        let options = self.options_bytes();
+        self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload)
+    }
+
+    /// Packets of at most `mss` bytes of options and payload each (RFC 6691), in order. PSH and FIN go with the
+    /// last; a segment without payload gives one packet.
+    pub(crate) fn emit_split(&self, mss: u16, mut send: impl FnMut(Vec<u8>)) {
+        let options = self.options_bytes();
+        let room = usize::from(mss).saturating_sub(options.len()).max(1);
+        if self.payload.len() <= room {
+            return send(self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload));
+        }
+        let pieces = self.payload.len().div_ceil(room);
+        for (index, piece) in self.payload.chunks(room).enumerate() {
+            let offset = index * room;
+            let mut flags = self.flags;
+            if index + 1 < pieces {
+                flags = flags.without(Flags::PSH.with(Flags::FIN));
+            }
+            // The pointer is relative to the segment (RFC 9293 §3.8.5).
+            let urgent = usize::from(self.urgent).saturating_sub(offset);
+            if urgent == 0 {
+                flags = flags.without(Flags::URG);
+            }
+            let seq = self.seq.wrapping_add(offset as u32);
+            send(self.emit_with(&options, seq, flags, urgent as u16, piece));
+        }
+    }
+
+    fn emit_with(&self, options: &[u8], seq: u32, flags: Flags, urgent: u16, payload: &[u8]) -> Vec<u8> {
+        let tcp_length = TCP_HEADER + options.len() + payload.len();
+        let mut packet = Vec::with_capacity(40 + tcp_length);
+        write_ip_header(&mut packet, self.src.ip(), self.dst.ip(), TCP, self.ecn, tcp_length);
+        let tcp = packet.len();
+        packet.extend_from_slice(&self.src.port().to_be_bytes());
+        packet.extend_from_slice(&self.dst.port().to_be_bytes());
+        packet.extend_from_slice(&seq.to_be_bytes());
+        packet.extend_from_slice(&self.ack.to_be_bytes());
+        packet.push((((TCP_HEADER + options.len()) / 4) << 4) as u8);
+        packet.push(flags.0);
+        packet.extend_from_slice(&self.window.to_be_bytes());
+        packet.extend_from_slice(&[0, 0]);
+        packet.extend_from_slice(&urgent.to_be_bytes());
+        packet.extend_from_slice(options);
+        packet.extend_from_slice(payload);
+        let sum = Sum::default()
+            .pseudo_header(self.src.ip(), self.dst.ip(), TCP, tcp_length)
+            .add(&packet[tcp..])
+            .finish();
+        packet[tcp + 16..tcp + 18].copy_from_slice(&sum.to_be_bytes());
+        packet
+    }
+}
+
+fn write_ip_header(packet: &mut Vec<u8>, src: IpAddr, dst: IpAddr, protocol: u8, ecn: u8, length: usize) {
+    match (src, dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            let total = (20 + length) as u16;
+            packet.extend_from_slice(&[0x45, ecn]);
+            packet.extend_from_slice(&total.to_be_bytes());
+            // Identification 0 is right for what is never fragmented (RFC 6864 §4.1): Don't Fragment.
+            packet.extend_from_slice(&[0, 0, 0x40, 0, HOP_LIMIT, protocol, 0, 0]);
+            packet.extend_from_slice(&src.octets());
+            packet.extend_from_slice(&dst.octets());
+            let sum = Sum::default().add(packet).finish();
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        (src, dst) => {
+            packet.extend_from_slice(&[0x60, ecn << 4, 0, 0]);
+            packet.extend_from_slice(&(length as u16).to_be_bytes());
+            packet.extend_from_slice(&[protocol, HOP_LIMIT]);
+            for address in [src, dst] {
+                match address {
+                    IpAddr::V4(v4) => packet.extend_from_slice(&v4.to_ipv6_mapped().octets()),
+                    IpAddr::V6(v6) => packet.extend_from_slice(&v6.octets()),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(payload: &[u8]) -> Segment<'_> {
+        Segment {
+            src: "10.0.0.1:1000".parse().unwrap(),
+            dst: "10.0.0.2:80".parse().unwrap(),
+            seq: u32::MAX - 1,
+            ack: 7,
+            flags: Flags::ACK.with(Flags::PSH).with(Flags::FIN),
+            window: 512,
+            urgent: 0,
+            options: Options { timestamps: Some((1, 2)), ..Options::default() },
+            ecn: 2,
+            payload,
+        }
+    }
+
+    #[test]
+    fn emitted_packets_parse_back() {
+        let v4 = segment(b"odd");
+        assert_eq!(parse(&v4.emit()), Ok(Parsed::Tcp(v4)));
+        let v6 = Segment { src: "[fd00::1]:1".parse().unwrap(), dst: "[fd00::2]:2".parse().unwrap(), ..v4 };
+        assert_eq!(parse(&v6.emit()), Ok(Parsed::Tcp(v6)));
+    }
+
+    #[test]
+    fn a_partial_checksum_is_not_corrupt_and_a_wrong_one_is() {
+        let mut packet = segment(b"hello").emit();
+        let pseudo = Sum::default()
+            .pseudo_header([10, 0, 0, 1].into(), [10, 0, 0, 2].into(), TCP, packet.len() - 20)
+            .folded();
+        packet[36..38].copy_from_slice(&pseudo.to_be_bytes());
+        assert!(parse(&packet).is_ok());
+        packet[37] ^= 1;
+        assert_eq!(parse(&packet), Err(Malformed::Checksum));
+    }
+
+    #[test]
+    fn a_super_packet_splits_into_segments_that_wrap() {
+        let payload = [9; 25];
+        let mut packets = Vec::new();
+        segment(&payload).emit_split(22, |packet| packets.push(packet));
+        let pieces: Vec<_> = packets
+            .iter()
+            .map(|packet| match parse(packet) {
+                Ok(Parsed::Tcp(piece)) => (piece.seq, piece.payload.len(), piece.flags.has(Flags::FIN)),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(pieces, [(u32::MAX - 1, 10, false), (8, 10, false), (18, 5, true)]);
+    }
+
+    #[test]
+    fn truncation_anywhere_is_an_error() {
+        let packet = segment(b"payload").emit();
+        for length in 0..packet.len() {
+            assert!(parse(&packet[..length]).is_err(), "{length}");
+        }
+    }
+}

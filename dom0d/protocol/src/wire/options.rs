@@ -1,0 +1,156 @@
+//! TCP options (RFC 9293 §3.2, RFC 7323, RFC 2018).
+
+/// Most SACK blocks that fit beside nothing else (RFC 2018 §3).
+pub(crate) const MAX_SACK_BLOCKS: usize = 4;
+
+/// RFC 7323 §2.3: a larger shift counts as 14.
+const MAX_WINDOW_SHIFT: u8 = 14;
+
+/// SACK blocks as sequence numbers, left edge and right edge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SackBlocks {
+    blocks: [(u32, u32); MAX_SACK_BLOCKS],
+    len: u8,
+}
+
+impl SackBlocks {
+    pub(crate) fn push(&mut self, left: u32, right: u32) {
+        if let Some(block) = self.blocks.get_mut(usize::from(self.len)) {
+            *block = (left, right);
+            self.len += 1;
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.blocks[..usize::from(self.len)].iter().copied()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The same blocks, moved by `delta` in sequence space.
+    pub(crate) fn moved(mut self, delta: u32) -> Self {
+        for block in &mut self.blocks[..usize::from(self.len)] {
+            *block = (block.0.wrapping_add(delta), block.1.wrapping_add(delta));
+        }
+        self
+    }
+}
+
+/// The options that Understudy understands. All others (Fast Open, MPTCP, ...) are not repeated in
+/// what it sends: a server that never sees them never relies on them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Options {
+    pub(crate) mss: Option<u16>,
+    pub(crate) window_shift: Option<u8>,
+    pub(crate) sack_permitted: bool,
+    /// TSval, TSecr.
+    pub(crate) timestamps: Option<(u32, u32)>,
+    pub(crate) sack: SackBlocks,
+    /// TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925): the segment can't be rewritten.
+    pub(crate) authenticated: bool,
+}
+
+impl Options {
+    /// Reads options until their end; `None` if one overruns the header or has an impossible length.
+    pub(super) fn parse(mut bytes: &[u8]) -> Option<Self> {
+        let mut options = Self::default();
+        loop {
+            let (&kind, rest) = match bytes.split_first() {
+                None | Some((0, _)) => return Some(options),
+                Some((1, rest)) => {
+                    bytes = rest;
+                    continue;
+                }
+                Some(split) => split,
+            };
+            let length = usize::from(*rest.first()?);
+            let value = bytes.get(2..length)?;
+            match (kind, value.len()) {
+                (2, 2) => options.mss = Some(be16(value)),
+                (3, 1) => options.window_shift = Some(value[0].min(MAX_WINDOW_SHIFT)),
+                (4, 0) => options.sack_permitted = true,
+                (5, len) if len % 8 == 0 => {
+                    for block in value.chunks_exact(8) {
+                        options.sack.push(be32(block), be32(&block[4..]));
+                    }
+                }
+                (8, 8) => options.timestamps = Some((be32(value), be32(&value[4..]))),
+                (19 | 29, _) => options.authenticated = true,
+                (2 | 3 | 4 | 5 | 8, _) => return None,
+                _ => {}
+            }
+            bytes = &bytes[length..];
+        }
+    }
+
+    /// Appends the options, padded to a multiple of four with NOPs in front (as Linux lays them out).
+    pub(super) fn write(&self, out: &mut Vec<u8>) {
+        if let Some(mss) = self.mss {
+            out.extend_from_slice(&[2, 4]);
+            out.extend_from_slice(&mss.to_be_bytes());
+        }
+        if let Some((value, echo)) = self.timestamps {
+            out.extend_from_slice(if self.sack_permitted { &[4, 2, 8, 10] } else { &[1, 1, 8, 10] });
+            out.extend_from_slice(&value.to_be_bytes());
+            out.extend_from_slice(&echo.to_be_bytes());
+        } else if self.sack_permitted {
+            out.extend_from_slice(&[1, 1, 4, 2]);
+        }
+        if let Some(shift) = self.window_shift {
+            out.extend_from_slice(&[1, 3, 3, shift]);
+        }
+        if !self.sack.is_empty() {
+            // Beside timestamps only three blocks fit into the 40 bytes of options.
+            let room = if self.timestamps.is_some() { 3 } else { MAX_SACK_BLOCKS };
+            let blocks = room.min(usize::from(self.sack.len));
+            out.extend_from_slice(&[1, 1, 5, 2 + 8 * blocks as u8]);
+            for (left, right) in self.sack.iter().take(blocks) {
+                out.extend_from_slice(&left.to_be_bytes());
+                out.extend_from_slice(&right.to_be_bytes());
+            }
+        }
+    }
+}
+
+fn be16(bytes: &[u8]) -> u16 {
+    u16::from_be_bytes([bytes[0], bytes[1]])
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_options_read_back() {
+        let mut sack = SackBlocks::default();
+        sack.push(1, 2);
+        sack.push(u32::MAX, 5);
+        let options = Options {
+            mss: Some(1460),
+            window_shift: Some(7),
+            sack_permitted: true,
+            timestamps: Some((1, 2)),
+            sack,
+            authenticated: false,
+        };
+        let mut bytes = Vec::new();
+        options.write(&mut bytes);
+        assert_eq!(bytes.len() % 4, 0);
+        assert_eq!(Options::parse(&bytes), Some(options));
+    }
+
+    #[test]
+    fn impossible_lengths_are_refused() {
+        for bytes in [&[2, 4, 5][..], &[8, 0], &[8, 1], &[5], &[3, 4, 1, 1], &[99, 200]] {
+            assert_eq!(Options::parse(bytes), None, "{bytes:?}");
+        }
+        assert!(Options::parse(&[0, 2, 0]).is_some());
+        assert!(Options::parse(&[1, 1, 34, 4, 1, 2]).is_some());
+    }
+}

@@ -39,3 +39,6 @@ pub use queue::MAX_SERVERS;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
 pub use time::Instant;
+
+#[cfg(test)]
+mod stories;

@@ -75,20 +75,28 @@ pub enum OperatorError {
 impl Service {
     // ---- operator actions ---------------------------------------------------------------------
 
-    /// The first OVM of a service that has none. Its state is the truth by definition.
+    /// The OVM of a service that has none, or whose OVM is not running any more and could not be
+    /// replaced (conversations of that one are reset). Its state is the truth by definition.
     pub fn install_ovm(&mut self, now: Instant, spec: ServerSpec) -> Result<(), OperatorError> {
         self.ctx.now = self.ctx.now.max(now);
-        if self.ctx.queue.ovm().is_some() {
+        if self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
             return Err(OperatorError::OvmInstalled);
         }
+        let first = self.ctx.open == 0;
         let id = spec.id;
         let slot = match self.ctx.queue.slot_of(id) {
             Some(slot) => slot,
             None => self.ctx.queue.push(spec, None).ok_or(OperatorError::QueueFull(MAX_SERVERS))?,
         };
-        promotion::cut_over(slot, None, Deposed::Rvm, &mut self.ctx);
+        promotion::cut_over(slot, None, Deposed::Fenced, &mut self.ctx);
         self.ctx.mark_all_stale(StaleReason::NotSeeded);
-        self.after_cutover();
+        if first {
+            // Nothing to recuperate, nothing to report.
+            self.ctx.recuperation.reported = true;
+            self.ctx.recuperation.first_byte_due = false;
+        } else {
+            self.after_cutover();
+        }
         Ok(())
     }
 

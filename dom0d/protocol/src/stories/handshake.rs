@@ -1,0 +1,102 @@
+//! The three segments, and everything that goes wrong around them.
+
+use super::*;
+
+#[test]
+fn a_replica_is_opened_when_the_clients_third_segment_comes() {
+    let mut story = Story::new(1);
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    story.server_hears(0);
+    story.syn_ack(0);
+    story.client_hears();
+    story.silence();
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
+    assert_eq!(story.server_hears(0).flags, Flags::ACK);
+    assert_eq!(story.server_hears(1).flags, Flags::SYN);
+    story.silence();
+}
+
+#[test]
+fn a_syn_flood_costs_replicas_nothing_and_stays_bounded() {
+    let mut story = Story::configured(1, |config| config.limits.embryonic = 8);
+    for seq in 0..1000 {
+        story.client_says(Say { seq, flags: Flags::SYN, ..Say::default() });
+    }
+    assert!(story.servers[1].is_empty());
+    let status = story.service.status();
+    assert!(status.embryonic <= 8);
+    assert_eq!((status.conversations, status.retained_bytes), (0, 0));
+}
+
+#[test]
+fn client_data_may_overtake_the_replicas_syn_ack() {
+    let mut story = Story::new(1);
+    story.open();
+    story.server_hears(1);
+    story.client_sends(1, b"early", 1);
+    assert_eq!(story.server_hears(0).payload, b"early");
+    story.silence();
+    story.syn_ack(1);
+    let fed = story.server_hears(1);
+    assert_eq!((fed.seq, fed.ack, fed.payload.as_slice()), (at(1), iss(1).wrapping_add(1), &b"early"[..]));
+}
+
+#[test]
+fn a_replica_without_the_clients_timestamps_does_not_cover_and_turns_stale() {
+    let mut story = Story::new(1);
+    story.timestamps = true;
+    story.open();
+    story.server_hears(1);
+    story.timestamps = false;
+    story.syn_ack(1);
+    assert!(story.events.iter().any(|event| matches!(event, EventKind::Stale { server: ServerId(1), .. })));
+    assert_eq!(story.service.status().servers[1].uncovered, 1);
+}
+
+#[test]
+fn a_lost_syn_to_a_replica_is_sent_again() {
+    let mut story = Story::new(1);
+    story.open();
+    story.server_hears(1);
+    story.wait(Duration::from_millis(250));
+    assert_eq!(story.server_hears(1).flags, Flags::SYN);
+}
+
+#[test]
+fn the_same_addresses_again_are_a_new_conversation() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"x", 1);
+    story.server_hears(0);
+    story.server_hears(1);
+    story.server_sends(1, 1, b"", 2);
+    // The client starts over without a word.
+    let again = CLIENT_ISS.wrapping_add(1 << 20);
+    story.client_says(Say { seq: again, flags: Flags::SYN, ..Say::default() });
+    assert_eq!(story.server_hears(0).seq, again);
+    let new_iss = iss(0) + 70_000;
+    let answer = Say {
+        seq: new_iss,
+        ack: again.wrapping_add(1),
+        flags: Flags::SYN.with(Flags::ACK),
+        ..Say::default()
+    };
+    story.server_says(0, answer);
+    story.client_hears();
+    story.client_says(Say { seq: again.wrapping_add(1), ack: new_iss + 1, ..Say::default() });
+    assert_eq!(story.server_hears(0).ack, new_iss + 1);
+    assert_eq!(story.server_hears(1).seq, again);
+    assert_eq!(story.service.status().conversations, 1);
+}
+
+#[test]
+fn a_full_table_leaves_the_new_flow_unprotected_and_the_old_alone() {
+    let mut story = Story::configured(1, |config| config.limits.conversations = 0);
+    story.open();
+    assert!(story.servers[1].is_empty());
+    story.client_sends(1, b"hello", 1);
+    assert_eq!(story.server_hears(0).payload, b"hello");
+    story.server_sends(0, 1, b"world", 6);
+    assert_eq!(story.client_hears().payload, b"world");
+    let rvm = &story.service.status().servers[1];
+    assert!(rvm.not_promotable.is_some(), "it missed bytes");
+}

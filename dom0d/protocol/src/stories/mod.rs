@@ -1,0 +1,303 @@
+//! Stories of single conversations, segment by segment: what each party says, what each one hears.
+//!
+//! Here every number is chosen by hand; whole TCP stacks meet the engine in the simulator.
+
+mod close;
+mod handshake;
+mod numbering;
+mod promotion;
+mod replication;
+
+use core::time::Duration;
+use std::collections::VecDeque;
+
+use crate::wire::{self, Flags, Options, Parsed, SackBlocks, Segment};
+use crate::{
+    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Seeding, ServerId, ServerSpec,
+    Service, ServiceConfig,
+};
+
+const PSC: &str = "10.0.0.100:80";
+const CLIENT: &str = "10.0.0.1:5000";
+const LINK: LinkAddress = LinkAddress([2, 0, 0, 0, 0, 1]);
+/// The client's ISS: one conversation in four wraps early.
+const CLIENT_ISS: u32 = u32::MAX - 10;
+
+/// A segment that somebody heard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Heard {
+    seq: u32,
+    ack: u32,
+    flags: Flags,
+    window: u16,
+    timestamps: Option<(u32, u32)>,
+    sack: SackBlocks,
+    mss: Option<u16>,
+    payload: Vec<u8>,
+}
+
+/// A service with an OVM and seeded RVMs, one client, and everybody's inbox.
+struct Story {
+    service: Service,
+    now: Instant,
+    client: VecDeque<Heard>,
+    servers: Vec<VecDeque<Heard>>,
+    events: Vec<EventKind>,
+    effects: Vec<Effect>,
+    timestamps: bool,
+}
+
+/// What a party says; the rest of the segment follows from who says it.
+struct Say<'a> {
+    seq: u32,
+    ack: u32,
+    flags: Flags,
+    payload: &'a [u8],
+    window: u16,
+    tsval: u32,
+    tsecr: u32,
+    sack: SackBlocks,
+}
+
+impl Default for Say<'_> {
+    fn default() -> Self {
+        Self {
+            seq: 0,
+            ack: 0,
+            flags: Flags::ACK,
+            payload: b"",
+            window: 1000,
+            tsval: 0,
+            tsecr: 0,
+            sack: SackBlocks::default(),
+        }
+    }
+}
+
+fn iss(server: u32) -> u32 {
+    [7_000, u32::MAX - 3, 500_000, 9][server as usize]
+}
+
+fn spec(server: u32) -> ServerSpec {
+    ServerSpec { id: ServerId(server), addresses: vec![[10, 0, 0, 10 + server as u8].into()], mtu: 1500 }
+}
+
+impl Story {
+    fn new(rvms: u32) -> Self {
+        Self::configured(rvms, |_| {})
+    }
+
+    fn configured(rvms: u32, change: impl FnOnce(&mut ServiceConfig)) -> Self {
+        let mut config = ServiceConfig::new("story", vec![[10, 0, 0, 100].into()], vec![80]);
+        change(&mut config);
+        let mut service = Service::new(config);
+        let now = Instant::from_micros(1_000_000);
+        service.install_ovm(now, spec(0)).unwrap();
+        for server in 1..=rvms {
+            service.attach(now, spec(server), Seeding::AssumeIdentical).unwrap();
+        }
+        let servers = vec![VecDeque::new(); 4];
+        let mut story = Self {
+            service,
+            now,
+            client: VecDeque::new(),
+            servers,
+            events: Vec::new(),
+            effects: Vec::new(),
+            timestamps: false,
+        };
+        story.drain();
+        story.events.clear();
+        story.effects.clear();
+        story
+    }
+
+    fn drain(&mut self) {
+        while let Some(effect) = self.service.poll_effect() {
+            match effect {
+                Effect::Event(Event { kind, .. }) => self.events.push(kind),
+                effect => self.effects.push(effect),
+            }
+        }
+        while let Some(transmit) = self.service.poll_transmit(self.now) {
+            let Ok(Parsed::Tcp(segment)) = wire::parse(&transmit.packet) else { panic!("sent garbage") };
+            let heard = Heard {
+                seq: segment.seq,
+                ack: segment.ack,
+                flags: segment.flags,
+                window: segment.window,
+                timestamps: segment.options.timestamps,
+                sack: segment.options.sack,
+                mss: segment.options.mss,
+                payload: segment.payload.to_vec(),
+            };
+            match transmit.to {
+                Destination::Client(link) => {
+                    assert_eq!((link, segment.src), (LINK, PSC.parse().unwrap()));
+                    self.client.push_back(heard);
+                }
+                Destination::Server(ServerId(server)) => {
+                    assert_eq!(segment.src, CLIENT.parse().unwrap());
+                    self.servers[server as usize].push_back(heard);
+                }
+            }
+        }
+    }
+
+    /// Time passes, in steps that no deadline is missed by.
+    fn wait(&mut self, time: Duration) {
+        let until = self.now + time;
+        while self.now < until {
+            self.now = (self.now + Duration::from_millis(1)).min(until);
+            self.service.handle_timeout(self.now);
+            self.drain();
+        }
+    }
+
+    fn options(&self, say: &Say<'_>) -> Options {
+        let syn = say.flags.has(Flags::SYN);
+        Options {
+            mss: syn.then_some(1460),
+            timestamps: self.timestamps.then_some((say.tsval, say.tsecr)),
+            sack_permitted: syn,
+            sack: say.sack,
+            ..Options::default()
+        }
+    }
+
+    fn client_says(&mut self, say: Say<'_>) {
+        let segment = Segment {
+            src: CLIENT.parse().unwrap(),
+            dst: PSC.parse().unwrap(),
+            seq: say.seq,
+            ack: say.ack,
+            flags: say.flags,
+            window: say.window,
+            urgent: 0,
+            options: self.options(&say),
+            ecn: 0,
+            payload: say.payload,
+        };
+        self.service.handle_client(self.now, LINK, &segment.emit());
+        self.drain();
+    }
+
+    fn server_says(&mut self, server: u32, say: Say<'_>) {
+        let segment = Segment {
+            src: format!("10.0.0.{}:80", 10 + server).parse().unwrap(),
+            dst: CLIENT.parse().unwrap(),
+            seq: say.seq,
+            ack: say.ack,
+            flags: say.flags,
+            window: say.window,
+            urgent: 0,
+            options: self.options(&say),
+            ecn: 0,
+            payload: say.payload,
+        };
+        self.service.handle_server(self.now, ServerId(server), &segment.emit());
+        self.drain();
+    }
+
+    /// The client's handshake with the OVM, up to its third segment.
+    fn open(&mut self) {
+        self.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, tsval: 100, ..Say::default() });
+        let syn = self.server_hears(0);
+        assert_eq!((syn.seq, syn.flags), (CLIENT_ISS, Flags::SYN));
+        self.syn_ack(0);
+        let syn_ack = self.client_hears();
+        assert_eq!(syn_ack.seq, iss(0));
+        self.client_says(Say { seq: at(1), ack: iss(0) + 1, tsval: 100, tsecr: 1000, ..Say::default() });
+        self.server_hears(0);
+    }
+
+    /// `server` answers the SYN it was sent.
+    fn syn_ack(&mut self, server: u32) {
+        self.server_says(
+            server,
+            Say {
+                seq: iss(server),
+                ack: at(1),
+                flags: Flags::SYN.with(Flags::ACK),
+                tsval: tsval(server),
+                tsecr: 100,
+                ..Say::default()
+            },
+        );
+    }
+
+    /// The conversation, with every RVM's handshake complete.
+    fn established(rvms: u32) -> Self {
+        let mut story = Self::new(rvms);
+        story.establish(rvms);
+        story
+    }
+
+    fn establish(&mut self, rvms: u32) {
+        self.open();
+        for server in 1..=rvms {
+            let syn = self.server_hears(server);
+            assert_eq!((syn.seq, syn.flags), (CLIENT_ISS, Flags::SYN));
+            self.syn_ack(server);
+            let third = self.server_hears(server);
+            assert_eq!((third.seq, third.ack, third.flags), (at(1), iss(server).wrapping_add(1), Flags::ACK));
+        }
+    }
+
+    /// Client data at `position` that acknowledges answers up to `acked`.
+    fn client_sends(&mut self, position: u32, payload: &[u8], acked: u32) {
+        self.client_says(Say {
+            seq: at(position),
+            ack: iss(0).wrapping_add(acked),
+            flags: Flags::ACK.with(Flags::PSH),
+            payload,
+            ..Say::default()
+        });
+    }
+
+    /// A server's data at `position` that acknowledges client bytes up to `acked`.
+    fn server_sends(&mut self, server: u32, position: u32, payload: &[u8], acked: u32) {
+        self.server_says(
+            server,
+            Say {
+                seq: iss(server).wrapping_add(position),
+                ack: at(acked),
+                flags: Flags::ACK.with(Flags::PSH),
+                payload,
+                tsval: tsval(server),
+                ..Say::default()
+            },
+        );
+    }
+
+    fn client_hears(&mut self) -> Heard {
+        self.client.pop_front().expect("the client hears nothing")
+    }
+
+    fn server_hears(&mut self, server: u32) -> Heard {
+        self.servers[server as usize].pop_front().unwrap_or_else(|| panic!("server {server} hears nothing"))
+    }
+
+    fn silence(&self) {
+        assert_eq!(self.client, []);
+        for (server, inbox) in self.servers.iter().enumerate() {
+            assert_eq!(*inbox, [], "server {server}");
+        }
+    }
+
+    fn fail_ovm(&mut self) {
+        let ovm = self.service.ovm().expect("an OVM");
+        self.service.handle_evidence(self.now, ovm, Evidence::DomainGone);
+        self.drain();
+    }
+}
+
+/// The client's sequence number of a position.
+fn at(position: u32) -> u32 {
+    CLIENT_ISS.wrapping_add(position)
+}
+
+/// Each server's clock stands elsewhere.
+fn tsval(server: u32) -> u32 {
+    [1000, 900_000, u32::MAX - 5, 77][server as usize]
+}

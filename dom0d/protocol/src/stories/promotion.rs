@@ -1,0 +1,145 @@
+//! The OVM is gone; the conversation is not.
+
+use super::*;
+
+#[test]
+fn the_cutover_comes_before_any_packet_and_the_old_ovm_is_silent() {
+    let mut story = Story::established(1);
+    story.fail_ovm();
+    assert_eq!(
+        story.effects,
+        [Effect::Cutover { epoch: 2, from: Some(ServerId(0)), to: ServerId(1) }, Effect::Fence(ServerId(0)),]
+    );
+    story.server_sends(0, 1, b"ghost", 1);
+    assert!(story.client.is_empty());
+    assert_eq!(story.service.status().counters["fenced"], 1);
+}
+
+#[test]
+fn an_answer_that_only_the_replica_has_reaches_the_client_at_once() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(1, 1, b"answer", 4);
+    assert!(story.client.is_empty());
+    story.fail_ovm();
+    let heard = story.client_hears();
+    assert_eq!((heard.seq, heard.ack, heard.payload.as_slice()), (iss(0) + 1, at(4), &b"answer"[..]));
+    story.wait(Duration::from_millis(1));
+    assert!(
+        story
+            .events
+            .iter()
+            .any(|event| matches!(event, EventKind::Recuperated { recuperated: 1, reset: 0, .. }))
+    );
+}
+
+#[test]
+fn bytes_that_the_ovm_acknowledged_and_the_replica_lacks_are_supplied() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"write", 1);
+    story.servers[1].clear(); // lost on its vif
+    story.server_sends(0, 1, b"", 6);
+    assert_eq!(story.client_hears().ack, at(6));
+    story.fail_ovm();
+    story.wait(Duration::from_millis(210));
+    assert_eq!(story.server_hears(1).payload, b"write");
+    assert!(story.client.iter().all(|heard| heard.ack == at(6)), "never takes an ACK back");
+    story.server_sends(1, 1, b"done", 6);
+    assert_eq!(story.client.back().map(|heard| heard.payload.clone()), Some(b"done".to_vec()));
+}
+
+#[test]
+fn what_the_client_lacks_is_sent_again_without_waiting_for_a_timer() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"lost", 2);
+    story.client.clear(); // lost on the way
+    story.fail_ovm();
+    assert_eq!(story.client_hears().payload, b"lost");
+}
+
+#[test]
+fn a_new_ovm_that_answers_differently_resets_the_conversation() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"right", 2);
+    story.client.clear();
+    story.fail_ovm();
+    story.client.clear();
+    story.server_sends(1, 1, b"wrong", 2);
+    story.wait(Duration::from_millis(2));
+    assert!(story.client.iter().any(|heard| heard.flags.has(Flags::RST)), "{:?}", story.client);
+    assert!(story.client.iter().all(|heard| !heard.payload.windows(5).any(|bytes| bytes == b"wrong")));
+    // The exact reset, once the client has said where it is.
+    story.client.clear();
+    story.client_says(Say { seq: at(2), ack: iss(0) + 3, ..Say::default() });
+    let reset = story.client_hears();
+    assert_eq!((reset.seq, reset.flags), (iss(0) + 3, Flags::RST));
+}
+
+#[test]
+fn a_stale_replica_is_not_promoted_though_nothing_else_is_left() {
+    let mut story = Story::new(0);
+    story.service.attach(story.now, spec(1), Seeding::Unseeded).unwrap();
+    story.open();
+    story.fail_ovm();
+    assert!(story.effects.is_empty());
+    assert!(
+        story
+            .events
+            .iter()
+            .any(|event| matches!(event, EventKind::NoCandidate { because, .. } if because.len() == 1))
+    );
+    assert_eq!(story.service.failover(story.now, Some(ServerId(1)), true), Ok(ServerId(1)));
+}
+
+#[test]
+fn silence_of_the_ovm_alone_is_evidence_after_its_limit() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(1, 1, b"", 4);
+    story.wait(Duration::from_millis(245));
+    assert!(story.effects.is_empty());
+    assert!(story.servers[0].len() >= 2, "the OVM was reminded");
+    story.wait(Duration::from_millis(10));
+    assert!(story.events.iter().any(|event| matches!(
+        event,
+        EventKind::Suspected { evidence: Evidence::UnacknowledgedSegment, .. }
+    )));
+}
+
+#[test]
+fn an_answer_that_the_ovm_does_not_begin_is_evidence_after_its_limit() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(0, 1, b"", 4);
+    story.server_sends(1, 1, b"answer", 4);
+    story.wait(Duration::from_millis(245));
+    assert!(story.effects.is_empty());
+    story.wait(Duration::from_millis(10));
+    assert!(
+        story
+            .events
+            .iter()
+            .any(|event| matches!(event, EventKind::Suspected { evidence: Evidence::NoProgress, .. }))
+    );
+    assert_eq!(story.client.back().map(|heard| heard.payload.clone()), Some(b"answer".to_vec()));
+}
+
+#[test]
+fn a_planned_switchover_and_back_keeps_the_conversation() {
+    let mut story = Story::established(1);
+    for (to, other, position) in [(1, 0, 1u32), (0, 1, 2)] {
+        assert_eq!(story.service.switchover(story.now, None), Ok(ServerId(to)));
+        story.drain();
+        story.client.clear();
+        story.client_sends(position, b"q", position);
+        story.server_sends(to, position, b"A", position + 1);
+        assert_eq!(story.client_hears().payload, b"A");
+        story.server_sends(other, position, b"A", position + 1);
+        story.client_says(Say { seq: at(position + 1), ack: iss(0) + position + 1, ..Say::default() });
+        story.client.clear();
+    }
+    assert_eq!(story.service.status().counters["resets"], 0);
+    assert_eq!(story.service.status().servers.iter().filter(|server| server.stale.is_some()).count(), 0);
+}

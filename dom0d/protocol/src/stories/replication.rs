@@ -1,0 +1,118 @@
+//! What a replica gets, when, and what it can't do.
+
+use super::*;
+
+#[test]
+fn a_replica_is_never_acknowledged_more_than_the_client_acknowledged() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_hears(0);
+    assert_eq!(story.server_hears(1).payload, b"ask");
+    // The replica is faster.
+    story.server_sends(1, 1, b"answer", 4);
+    story.silence();
+    story.server_sends(0, 1, b"answer", 4);
+    assert_eq!(story.client_hears().payload, b"answer");
+    story.silence();
+    story.client_says(Say { seq: at(4), ack: iss(0) + 7, ..Say::default() });
+    story.server_hears(0);
+    assert_eq!(story.server_hears(1).ack, iss(1).wrapping_add(7));
+    assert_eq!(story.service.status().servers[1].diverged, 0);
+}
+
+#[test]
+fn cause_comes_before_effect() {
+    // A byte that the client sends after it saw the answer waits until the replica has answered too.
+    let mut story = Story::established(1);
+    story.client_sends(1, b"a", 1);
+    story.server_hears(0);
+    story.server_hears(1);
+    story.server_sends(0, 1, b"A", 2);
+    story.client_hears();
+    story.client_sends(2, b"b", 2);
+    assert_eq!(story.server_hears(0).payload, b"b");
+    assert!(story.servers[1].iter().all(|heard| heard.payload.is_empty()));
+    story.servers[1].clear();
+    story.server_sends(1, 1, b"A", 2);
+    assert!(story.servers[1].iter().any(|heard| heard.payload == b"b"));
+}
+
+#[test]
+fn a_different_answer_diverges_and_harms_nobody() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"right", 2);
+    assert_eq!(story.client_hears().payload, b"right");
+    story.server_sends(1, 1, b"riXht", 2);
+    assert!(story.client.is_empty());
+    assert!(
+        matches!(story.events.as_slice(), [EventKind::Diverged { position: 2, .. }]),
+        "{:?}",
+        story.events
+    );
+    assert_eq!(story.service.status().servers[1].diverged, 1);
+}
+
+#[test]
+fn a_replicas_reset_uncovers_and_the_client_hears_nothing() {
+    let mut story = Story::established(1);
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), flags: Flags::RST, ..Say::default() });
+    story.wait(Duration::from_secs(1));
+    assert!(story.client.is_empty());
+    assert!(
+        matches!(story.events.as_slice(), [EventKind::Stale { server: ServerId(1), .. }]),
+        "{:?}",
+        story.events
+    );
+}
+
+#[test]
+fn a_lost_segment_to_a_replica_is_sent_again() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    assert_eq!(story.server_hears(1).payload, b"ask");
+    story.wait(Duration::from_millis(210));
+    assert_eq!(story.server_hears(1).payload, b"ask");
+}
+
+#[test]
+fn a_replicas_closed_window_is_respected_and_probed() {
+    let mut story = Story::established(1);
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(1), window: 0, ..Say::default() });
+    story.client_sends(1, b"ask", 1);
+    assert!(story.servers[1].is_empty());
+    story.wait(Duration::from_millis(250));
+    assert_eq!(story.server_hears(1).seq, at(0), "a probe");
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(1), window: 2, ..Say::default() });
+    assert_eq!(story.server_hears(1).payload, b"as");
+}
+
+#[test]
+fn a_super_packet_is_split_for_the_client() {
+    let mut story = Story::established(0);
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, window: 60_000, ..Say::default() });
+    let answer = vec![b'x'; 4000];
+    story.server_sends(0, 1, &answer, 1);
+    let sizes: Vec<_> = story.client.iter().map(|heard| heard.payload.len()).collect();
+    assert_eq!(sizes, [1460, 1460, 1080]);
+}
+
+#[test]
+fn contradicting_client_bytes_make_the_conversation_unprotected() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"one", 1);
+    story.client_sends(1, b"two", 1);
+    assert!(
+        story.events.iter().any(|event| matches!(event, EventKind::Unprotected { .. })),
+        "{:?}",
+        story.events
+    );
+}
+
+#[test]
+fn what_the_client_acknowledges_without_having_been_sent_is_dropped() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"x", 500);
+    story.silence();
+    assert_eq!(story.service.status().counters["bad_ack"], 1);
+}

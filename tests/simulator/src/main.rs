@@ -1,2 +1,103 @@
-//! Placeholder.
-fn main() {}
+//! `simulator`: runs seeds and says which fail, with the line that replays each.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Parser;
+use simulator::{Coverage, run};
+
+/// Runs Understudy's protocol engine between real TCP stacks, in virtual time.
+#[derive(Parser)]
+struct Arguments {
+    /// One seed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// A range of seeds, FROM..TO.
+    #[arg(long, value_parser = range)]
+    seeds: Option<(u64, u64)>,
+    /// So many seeds that nobody has tried before (they come from the time).
+    #[arg(long)]
+    fresh: Option<u64>,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Print each packet and event (with --seed).
+    #[arg(long)]
+    verbose: bool,
+    /// Print the knobs that the seed stands for (with --seed).
+    #[arg(long)]
+    knobs: bool,
+    /// Run each seed twice and compare.
+    #[arg(long)]
+    twice: bool,
+    /// Leave the engine out: what fails then is the simulator's own fault.
+    #[arg(long)]
+    bare: bool,
+    /// Go on after so many failures.
+    #[arg(long, default_value_t = 10)]
+    failures: usize,
+}
+
+fn range(text: &str) -> Result<(u64, u64), String> {
+    let (from, to) = text.split_once("..").ok_or("want FROM..TO")?;
+    let number = |s: &str| s.parse::<u64>().map_err(|e| e.to_string());
+    Ok((number(from)?, number(to)?))
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let (from, to) = match (arguments.seed, arguments.seeds, arguments.fresh) {
+        (Some(seed), _, _) => (seed, seed.saturating_add(1)),
+        (None, Some(range), _) => range,
+        (None, None, fresh) => {
+            let time =
+                SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_micros() as u64;
+            (time, time + fresh.unwrap_or(200))
+        }
+    };
+    if arguments.knobs {
+        println!("{}", simulator::knobs(from));
+    }
+    if !arguments.verbose {
+        // A panic is reported with its seed.
+        std::panic::set_hook(Box::new(|_| {}));
+    }
+    let next = AtomicU64::new(from);
+    let total = Mutex::new((Coverage::default(), Vec::new(), 0u64));
+    let lock = || total.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    std::thread::scope(|scope| {
+        for _ in 0..arguments.jobs.max(1).min((to - from) as usize) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= to || lock().1.len() >= arguments.failures {
+                        return;
+                    }
+                    let mut report = run(seed, arguments.verbose, arguments.bare);
+                    if arguments.twice && run(seed, false, arguments.bare).digest != report.digest {
+                        report.failure = Some("two runs of the seed differ".into());
+                    }
+                    let mut total = lock();
+                    total.0.merge(&report.coverage);
+                    total.2 += 1;
+                    if let Some(failure) = report.failure {
+                        println!("seed {seed} failed: {failure}");
+                        println!("  cargo run --release -p simulator -- --seed {seed} --verbose");
+                        total.1.push(seed);
+                    }
+                }
+            });
+        }
+    });
+    let (coverage, failed, runs) = &*lock();
+    print!("{coverage}");
+    if *runs >= 500 {
+        for name in coverage.missing() {
+            println!("NOT EXERCISED: {name}");
+        }
+    }
+    println!("seeds {from}..{to}: {runs} runs, {} failed", failed.len());
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,36 @@
+//! No false accusation: only a server that something was done to is suspected.
+
+use std::collections::BTreeSet;
+
+use understudy_protocol::{EventKind, Evidence, ServerId};
+
+use super::Checker;
+use crate::observer::{Observer, Seen};
+
+#[derive(Default)]
+pub(crate) struct Accusation {
+    blemished: BTreeSet<ServerId>,
+}
+
+impl Checker for Accusation {
+    fn rule(&self) -> &'static str {
+        "no false accusation"
+    }
+
+    fn see(&mut self, _: &Observer, _: u64, seen: &Seen<'_>) -> Result<(), String> {
+        match seen {
+            Seen::Blemish(server) => {
+                self.blemished.insert(*server);
+            }
+            Seen::Event(EventKind::Suspected { server, evidence }) => {
+                if *evidence != Evidence::Operator && !self.blemished.contains(server) {
+                    return Err(format!(
+                        "{server:?} is suspected of {evidence:?}, but nothing is wrong with it"
+                    ));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,82 @@
+//! Understudy's simulator: the protocol engine between real TCP stacks, in virtual time.
+//!
+//! A run is a function of its seed: hosts, links, traffic and faults are drawn from it ([`run`]),
+//! and the checkers compare what an observer at dom0's devices sees with the rules of the design.
+
+mod application;
+mod checkers;
+mod client;
+mod coverage;
+mod disguise;
+mod fault;
+mod forge;
+mod guest;
+mod knobs;
+mod link;
+mod observer;
+mod prng;
+mod segment;
+mod stack;
+mod trace;
+mod verdict;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+pub use coverage::Coverage;
+
+/// How one run came out.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The run's seed.
+    pub seed: u64,
+    /// The rule that was broken and how, if one was.
+    pub failure: Option<String>,
+    /// What the run exercised.
+    pub coverage: Coverage,
+    /// Changes with every packet and event of the run: two runs of one seed have the same.
+    pub digest: u64,
+    /// Virtual time at the end, microseconds.
+    pub ended_at_us: u64,
+}
+
+/// The knobs that a seed stands for, printed.
+pub fn knobs(seed: u64) -> String {
+    format!("{:#?}", knobs::Knobs::draw(seed))
+}
+
+/// Runs a seed; `verbose` prints every packet and event.
+///
+/// `bare` leaves the engine out and lets nothing fail, to tell the simulator's own faults apart.
+pub fn run(seed: u64, verbose: bool, bare: bool) -> Report {
+    let knobs = knobs::Knobs::draw(seed);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = world::World::new(seed, knobs, trace::Trace::new(verbose), bare);
+        let failure = world.run();
+        let mut coverage = world.coverage.clone();
+        coverage.hit(&format!("theme.{:?}", world.knobs.theme));
+        coverage.hit(fault::policy_name(world.knobs.candidate));
+        Report {
+            seed,
+            failure: failure
+                .map(|f| format!("{} at {}.{:06} s: {}", f.rule, f.at / 1_000_000, f.at % 1_000_000, f.text)),
+            coverage,
+            digest: world.trace.digest(),
+            ended_at_us: world.now,
+        }
+    }));
+    outcome.unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+            .unwrap_or_default();
+        Report {
+            seed,
+            failure: Some(format!("panic: {text}")),
+            coverage: Coverage::default(),
+            digest: 0,
+            ended_at_us: 0,
+        }
+    })
+}

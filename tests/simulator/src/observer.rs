@@ -1,0 +1,424 @@
+//! What somebody sees who watches dom0's devices and knows TCP, and nothing of the engine: each
+//! conversation's streams as the client and every server have them. The checkers compare these.
+
+use core::net::SocketAddr;
+use std::collections::BTreeMap;
+
+use understudy_protocol::{EventKind, ServerId, ServiceStatus};
+
+use crate::segment::Segment;
+
+/// Longest stream that is followed; positions beyond come from hostile segments only.
+const STREAM_LIMIT: i64 = 16 << 20;
+
+/// One thing that happens at dom0.
+pub(crate) enum Seen<'a> {
+    /// A valid segment from a client reached dom0.
+    FromClient(&'a Segment<'a>),
+    /// A valid segment came out of a server's vif.
+    FromServer(ServerId, &'a Segment<'a>),
+    /// The engine sends this to a client.
+    ToClient(&'a Segment<'a>),
+    /// The engine sends this to a server.
+    ToServer(ServerId, &'a Segment<'a>),
+    /// The engine promoted.
+    Cutover { to: ServerId },
+    /// The engine says.
+    Event(&'a EventKind),
+    /// The engine's state, now and then.
+    Status(&'a ServiceStatus),
+    /// Something was done to this server, or to its link.
+    Blemish(ServerId),
+}
+
+/// Bytes by position, as far as they are known.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stream {
+    bytes: Vec<u8>,
+    /// Known ranges, ordered and apart.
+    known: Vec<(usize, usize)>,
+}
+
+impl Stream {
+    /// One past the last known byte.
+    pub(crate) fn high(&self) -> u64 {
+        self.known.last().map_or(0, |r| r.1 as u64)
+    }
+
+    /// Bytes known from the start without a gap.
+    pub(crate) fn contiguous(&self) -> u64 {
+        match self.known.first() {
+            Some(&(0, end)) => end as u64,
+            _ => 0,
+        }
+    }
+
+    /// The byte at a position.
+    pub(crate) fn get(&self, position: usize) -> Option<u8> {
+        let after = self.known.partition_point(|r| r.0 <= position);
+        let (_, end) = *self.known.get(after.checked_sub(1)?)?;
+        (position < end).then(|| self.bytes[position])
+    }
+
+    /// The first position of `bytes` (which start at `position`) that differs from what is known.
+    pub(crate) fn conflict(&self, position: i64, bytes: &[u8]) -> Option<u64> {
+        let (start, bytes) = clip(position, bytes)?;
+        for &(from, to) in &self.known {
+            let from = from.max(start);
+            let to = to.min(start + bytes.len());
+            if from < to && self.bytes[from..to] != bytes[from - start..to - start] {
+                let same = self.bytes[from..to]
+                    .iter()
+                    .zip(&bytes[from - start..to - start])
+                    .take_while(|(a, b)| a == b)
+                    .count();
+                return Some((from + same) as u64);
+            }
+        }
+        None
+    }
+
+    /// Ranges of `position..position + length` that are not known.
+    pub(crate) fn unknown(&self, position: i64, length: usize) -> Vec<(usize, usize)> {
+        let mut gaps = Vec::new();
+        let mut at = position.max(0) as usize;
+        let end = (position + length as i64).clamp(0, STREAM_LIMIT) as usize;
+        for &(from, to) in &self.known {
+            if at < from.min(end) {
+                gaps.push((at, from.min(end)));
+            }
+            at = at.max(to);
+        }
+        if at < end {
+            gaps.push((at, end));
+        }
+        gaps
+    }
+
+    /// Adds bytes; what was known stays.
+    pub(crate) fn put(&mut self, position: i64, bytes: &[u8]) {
+        let Some((start, bytes)) = clip(position, bytes) else {
+            return;
+        };
+        let end = start + bytes.len();
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        for (from, to) in self.unknown(start as i64, bytes.len()) {
+            self.bytes[from..to].copy_from_slice(&bytes[from - start..to - start]);
+        }
+        let first = self.known.partition_point(|r| r.1 < start);
+        let last = self.known.partition_point(|r| r.0 <= end);
+        let mut range = (start, end);
+        if first < last {
+            range = (start.min(self.known[first].0), end.max(self.known[last - 1].1));
+        }
+        self.known.splice(first..last, [range]);
+    }
+}
+
+fn clip(position: i64, bytes: &[u8]) -> Option<(usize, &[u8])> {
+    let skip = usize::try_from(-position.min(0)).ok()?;
+    let bytes = bytes.get(skip..).filter(|b| !b.is_empty())?;
+    let start = position.max(0);
+    (start + bytes.len() as i64 <= STREAM_LIMIT).then_some((start as usize, bytes))
+}
+
+/// A server's part in a conversation.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Leg {
+    pub(crate) iss: Option<u32>,
+    pub(crate) window_scale: u8,
+    /// The answers that came out of the server.
+    pub(crate) produced: Stream,
+    /// It sent two different bytes for one position, or what no TCP would.
+    pub(crate) contradicts_itself: bool,
+    pub(crate) fin: Option<i64>,
+    pub(crate) reset: bool,
+    /// Client bytes handed to it end here.
+    pub(crate) handed: u64,
+    /// Furthest right edge of the window that it announced, as a position of client bytes.
+    pub(crate) window_edge: i64,
+    /// Timestamps that it sent.
+    pub(crate) tsvals: Vec<u32>,
+}
+
+/// One life of a client's connection to the PSC.
+#[derive(Clone, Debug)]
+pub(crate) struct Conversation {
+    pub(crate) client: SocketAddr,
+    pub(crate) isn: u32,
+    pub(crate) began: u64,
+    /// Client bytes as they reached dom0.
+    pub(crate) received: Stream,
+    /// When which bytes reached dom0 first: start, end, order, time.
+    pub(crate) arrivals: Vec<(u64, u64, u64, u64)>,
+    pub(crate) client_fin: Option<i64>,
+    pub(crate) client_reset: bool,
+    /// Highest position of answers that the client acknowledged.
+    pub(crate) client_acked: i64,
+    pub(crate) client_tsvals: Vec<u32>,
+    /// ISS and window scale of the SYN-ACK that the client was sent.
+    pub(crate) view: Option<(u32, u8)>,
+    /// Answers as they were sent to the client.
+    pub(crate) sent: Stream,
+    pub(crate) sent_fin: Option<i64>,
+    /// Order and end of `sent` after each growth.
+    pub(crate) sent_growth: Vec<(u64, u64)>,
+    pub(crate) reset_to_client: bool,
+    pub(crate) legs: BTreeMap<ServerId, Leg>,
+}
+
+impl Conversation {
+    /// The answer bytes sent to the client before the event numbered `order`.
+    pub(crate) fn sent_before(&self, order: u64) -> u64 {
+        let after = self.sent_growth.partition_point(|g| g.0 < order);
+        after.checked_sub(1).map_or(0, |i| self.sent_growth[i].1)
+    }
+
+    /// Position of a sequence number of the client.
+    pub(crate) fn client_position(&self, seq: u32) -> i64 {
+        i64::from(seq.wrapping_sub(self.isn.wrapping_add(1)) as i32)
+    }
+
+    /// Position of a sequence number as the client sees it.
+    pub(crate) fn view_position(&self, seq: u32) -> Option<i64> {
+        let (iss, _) = self.view?;
+        Some(i64::from(seq.wrapping_sub(iss.wrapping_add(1)) as i32))
+    }
+
+    /// Whether a server's answers differ from what the client was sent.
+    pub(crate) fn diverged(&self, server: ServerId) -> bool {
+        self.legs.get(&server).is_some_and(|leg| {
+            leg.contradicts_itself
+                || leg
+                    .produced
+                    .known
+                    .iter()
+                    .any(|&(a, b)| self.sent.conflict(a as i64, &leg.produced.bytes[a..b]).is_some())
+        })
+    }
+}
+
+pub(crate) struct Observer {
+    /// Number of what happened last.
+    pub(crate) order: u64,
+    pub(crate) conversations: Vec<Conversation>,
+    /// By client and PSC address: the newest life.
+    newest: BTreeMap<(SocketAddr, SocketAddr), usize>,
+    pub(crate) psc: Vec<SocketAddr>,
+    /// Address of each server life, per family.
+    pub(crate) servers: BTreeMap<ServerId, Vec<SocketAddr>>,
+    /// Since when each life is in the queue.
+    pub(crate) attached: BTreeMap<ServerId, u64>,
+    pub(crate) ovm: Option<ServerId>,
+    pub(crate) epoch: u64,
+}
+
+impl Observer {
+    pub(crate) fn new(psc: Vec<SocketAddr>) -> Self {
+        Self {
+            order: 0,
+            conversations: Vec::new(),
+            newest: BTreeMap::new(),
+            psc,
+            servers: BTreeMap::new(),
+            attached: BTreeMap::new(),
+            ovm: None,
+            epoch: 0,
+        }
+    }
+
+    pub(crate) fn server_joins(&mut self, id: ServerId, addresses: Vec<SocketAddr>) {
+        self.servers.insert(id, addresses);
+        self.attached.insert(id, self.order);
+    }
+
+    /// The conversation of a segment between a client and the PSC or a server.
+    pub(crate) fn index_of(&self, client: SocketAddr, server: SocketAddr) -> Option<usize> {
+        let psc = self.psc.iter().find(|p| p.is_ipv6() == server.is_ipv6() && p.port() == server.port())?;
+        self.newest.get(&(client, *psc)).copied()
+    }
+
+    pub(crate) fn conversation_of(&self, client: SocketAddr, server: SocketAddr) -> Option<&Conversation> {
+        self.index_of(client, server).map(|i| &self.conversations[i])
+    }
+
+    /// Takes in what happened; called after the checkers have compared it with what was before.
+    pub(crate) fn record(&mut self, at: u64, seen: &Seen<'_>) {
+        self.order += 1;
+        match seen {
+            Seen::FromClient(segment) => self.from_client(at, segment),
+            Seen::FromServer(server, segment) => self.from_server(*server, segment),
+            Seen::ToClient(segment) => self.to_client(segment),
+            Seen::ToServer(server, segment) => {
+                if let Some(i) = self.index_of(segment.src, segment.dst) {
+                    let conversation = &mut self.conversations[i];
+                    let end = conversation.client_position(segment.seq) + segment.payload.len() as i64;
+                    let leg = conversation.legs.entry(*server).or_default();
+                    leg.handed = leg.handed.max(end.clamp(0, STREAM_LIMIT) as u64);
+                }
+            }
+            Seen::Cutover { to } => {
+                self.ovm = Some(*to);
+                self.epoch += 1;
+            }
+            Seen::Event(_) | Seen::Status(_) | Seen::Blemish(_) => {}
+        }
+    }
+
+    fn from_client(&mut self, at: u64, segment: &Segment<'_>) {
+        if !self.psc.contains(&segment.dst) {
+            return;
+        }
+        let known = self.index_of(segment.src, segment.dst);
+        if segment.syn && segment.ack.is_none() && !segment.rst {
+            let repeated = known.is_some_and(|i| self.conversations[i].isn == segment.seq);
+            if !repeated {
+                self.newest.insert((segment.src, segment.dst), self.conversations.len());
+                self.conversations.push(Conversation {
+                    client: segment.src,
+                    isn: segment.seq,
+                    began: self.order,
+                    received: Stream::default(),
+                    arrivals: Vec::new(),
+                    client_fin: None,
+                    client_reset: false,
+                    client_acked: 0,
+                    client_tsvals: Vec::new(),
+                    view: None,
+                    sent: Stream::default(),
+                    sent_fin: None,
+                    sent_growth: Vec::new(),
+                    reset_to_client: false,
+                    legs: BTreeMap::new(),
+                });
+            }
+        }
+        let Some(i) = self.index_of(segment.src, segment.dst) else {
+            return;
+        };
+        let order = self.order;
+        let conversation = &mut self.conversations[i];
+        if let Some((tsval, _)) = segment.timestamps
+            && conversation.client_tsvals.last() != Some(&tsval)
+        {
+            conversation.client_tsvals.push(tsval);
+        }
+        if segment.rst {
+            conversation.client_reset = true;
+            return;
+        }
+        if segment.syn {
+            return;
+        }
+        let position = conversation.client_position(segment.seq);
+        if let Some(acked) = segment.ack.and_then(|ack| conversation.view_position(ack)) {
+            conversation.client_acked = conversation.client_acked.max(acked);
+        }
+        for (from, to) in conversation.received.unknown(position, segment.payload.len()) {
+            conversation.arrivals.push((from as u64, to as u64, order, at));
+        }
+        conversation.received.put(position, segment.payload);
+        if segment.fin {
+            conversation.client_fin = Some(position + segment.payload.len() as i64);
+        }
+    }
+
+    fn from_server(&mut self, server: ServerId, segment: &Segment<'_>) {
+        let own = self.servers.get(&server).into_iter().flatten();
+        if !own.clone().any(|a| *a == segment.src) {
+            return;
+        }
+        let Some(i) = self.index_of(segment.dst, segment.src) else {
+            return;
+        };
+        let conversation = &mut self.conversations[i];
+        let acks_isn = segment.ack == Some(conversation.isn.wrapping_add(1));
+        let acked = segment.ack.map(|ack| conversation.client_position(ack));
+        let leg = conversation.legs.entry(server).or_default();
+        if segment.syn {
+            if acks_isn && leg.iss.is_none() {
+                leg.iss = Some(segment.seq);
+                leg.window_scale = segment.window_scale.unwrap_or(0).min(14);
+                leg.window_edge = i64::from(segment.window);
+            }
+        } else if segment.rst {
+            leg.reset = true;
+            return;
+        }
+        if let Some((tsval, _)) = segment.timestamps
+            && leg.tsvals.last() != Some(&tsval)
+        {
+            leg.tsvals.push(tsval);
+        }
+        let (Some(iss), false) = (leg.iss, segment.syn) else {
+            return;
+        };
+        let position = i64::from(segment.seq.wrapping_sub(iss.wrapping_add(1)) as i32);
+        if leg.produced.conflict(position, segment.payload).is_some() {
+            leg.contradicts_itself = true;
+        }
+        leg.produced.put(position, segment.payload);
+        if segment.fin {
+            leg.fin = Some(position + segment.payload.len() as i64);
+        }
+        if let Some(acked) = acked {
+            let edge = acked + (i64::from(segment.window) << leg.window_scale);
+            leg.window_edge = leg.window_edge.max(edge);
+        }
+    }
+
+    fn to_client(&mut self, segment: &Segment<'_>) {
+        let order = self.order;
+        let Some(i) = self.index_of(segment.dst, segment.src) else {
+            return;
+        };
+        let conversation = &mut self.conversations[i];
+        if segment.rst {
+            conversation.reset_to_client = true;
+            return;
+        }
+        if segment.syn {
+            if conversation.view.is_none() {
+                let scale = segment.window_scale.unwrap_or(0).min(14);
+                conversation.view = Some((segment.seq, scale));
+            }
+            return;
+        }
+        let Some(position) = conversation.view_position(segment.seq) else {
+            return;
+        };
+        let before = conversation.sent.high();
+        conversation.sent.put(position, segment.payload);
+        if conversation.sent.high() > before {
+            let high = conversation.sent.high();
+            conversation.sent_growth.push((order, high));
+        }
+        if segment.fin && conversation.sent_fin.is_none() {
+            conversation.sent_fin = Some(position + segment.payload.len() as i64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Stream;
+
+    #[test]
+    fn a_stream_joins_ranges_and_finds_conflicts() {
+        let mut stream = Stream::default();
+        stream.put(5, b"fgh");
+        stream.put(0, b"abc");
+        assert_eq!((stream.contiguous(), stream.high()), (3, 8));
+        assert_eq!(stream.unknown(-1, 20), vec![(3, 5), (8, 19)]);
+        assert_eq!(stream.conflict(4, b"efg"), None);
+        assert_eq!(stream.conflict(4, b"eXg"), Some(5));
+        stream.put(2, b"cdef");
+        assert_eq!(stream.contiguous(), 8);
+        assert_eq!(stream.conflict(0, b"abcdefgh"), None);
+        stream.put(-1, b"?ab");
+        assert_eq!(stream.get(0), Some(b'a'));
+        assert_eq!(stream.get(8), None);
+    }
+}

@@ -1,0 +1,87 @@
+//! The end of a run: what every client got, and what the servers hold.
+
+use understudy_protocol::Role;
+
+use crate::application::KEYS;
+use crate::client::{Ending, Outcome};
+use crate::guest::Health;
+use crate::world::World;
+
+type Verdict = Result<(), (&'static str, String)>;
+
+pub(crate) fn judge(world: &mut World) -> Verdict {
+    connections(world)?;
+    servers(world)
+}
+
+/// Every answer was right, whatever happened; and nobody was cut off without a reason.
+fn connections(world: &mut World) -> Verdict {
+    let promoted = world.promotions > 0;
+    for (c, client) in world.clients.iter().enumerate() {
+        for (n, (connection, plan)) in client.connections.iter().zip(&client.knobs.plans).enumerate() {
+            let name = format!(
+                "connection {n} of client {c} (port {}, {} of {} requests answered, {} bytes)",
+                connection.port, connection.answered, connection.issued, connection.received
+            );
+            let harm = match &connection.outcome {
+                Some(Outcome::WrongByte(position)) => {
+                    return Err(("client result", format!("{name} got a wrong byte at {position}")));
+                }
+                Some(Outcome::Completed) => {
+                    world.coverage.hit("connection.completed");
+                    if promoted {
+                        world.coverage.hit("connection.completed over a promotion");
+                    }
+                    None
+                }
+                Some(Outcome::Aborted) => {
+                    world.coverage.hit("connection.aborted");
+                    None
+                }
+                Some(Outcome::Reset) => Some("was reset"),
+                Some(Outcome::Truncated) => Some("was closed too early"),
+                None if plan.ending == Ending::Stay && client.finished() => None,
+                None => Some("is stuck"),
+            };
+            let Some(harm) = harm else { continue };
+            match world.excuse {
+                Some(excuse) => world.coverage.hit(&format!("harm excused: {excuse}")),
+                None => return Err(("survival", format!("{name} {harm}"))),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every acknowledged request is in the state of the server that serves, and of each that could.
+fn servers(world: &mut World) -> Verdict {
+    let status = world.service.status();
+    for server in &status.servers {
+        let serves = server.role != Role::Rvm;
+        if !serves && server.not_promotable.is_some() {
+            continue;
+        }
+        let Some(guest) = world.guest_of(server.server) else {
+            continue;
+        };
+        let guest = &world.guests[guest];
+        if guest.health != Health::Running {
+            continue;
+        }
+        for key in 0..KEYS {
+            let (want, have) = (world.agreement.shared.logs[key], guest.shared.logs[key]);
+            if !world.agreement.unknown[key] && want != have {
+                return Err((
+                    if serves { "nothing lost" } else { "no stale hero" },
+                    format!(
+                        "{:?} ({}) has {have:?} for key {key}, the clients were told {want:?}",
+                        server.server,
+                        if serves { "OVM" } else { "promotable" },
+                    ),
+                ));
+            }
+            world.coverage.hit("state compared");
+        }
+    }
+    Ok(())
+}

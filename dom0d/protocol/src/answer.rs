@@ -244,36 +244,44 @@ impl Conversation {
 
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
     fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
-        if self.down_fin.is_some()
-            || self.closed.is_some()
-            || self.is_close_shared(position, ctx) != Some(false)
-        {
+        let open = self.down_fin.is_none() && self.closed.is_none();
+        if !open || !matches!(self.opinion(position, ctx), Opinion::Unknown | Opinion::Disputed) {
             self.release_hold(ctx);
             return false;
         }
         if self.held.is_none() {
             ctx.counters.closes_held += 1;
-            self.held = Some(Held { position, rst, until: ctx.now + ctx.config.timing.close_hold });
             ctx.holding.insert(self.id);
-        } else if let Some(held) = &mut self.held {
-            // A RST after a FIN, or the other way round: the last word counts.
-            *held = Held { position, rst, until: held.until };
         }
+        // A RST after a FIN, or the other way round: the last word counts.
+        let hold = ctx.config.timing.close_hold;
+        let (review, until) =
+            self.held.map_or((ctx.now + hold * 3 / 4, ctx.now + hold), |held| (held.review, held.until));
+        self.held = Some(Held { position, rst, review, until });
         true
     }
 
-    /// Whether a covering RVM closed at `position` too; `None` if no RVM could tell.
-    fn is_close_shared(&self, position: u64, ctx: &Context) -> Option<bool> {
+    /// What the covering RVMs say about a close at `position`.
+    fn opinion(&self, position: u64, ctx: &Context) -> Opinion {
         let ovm = ctx.queue.ovm();
-        let mut shared = None;
+        let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
-            if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) {
-                let closed =
-                    leg.fin == Some(position) || (leg.gone.is_some() && leg.answers.end() >= position);
-                shared = Some(shared == Some(true) || closed);
+            let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
+            let answered = leg.answers.end();
+            if leg.fin == Some(position) || (leg.gone.is_some() && answered >= position) {
+                return Opinion::Shared;
             }
+            // One that is merely behind disputes nothing: it has what the OVM had, has answered all
+            // the OVM answered, and stays.
+            let quiet = ctx.now.since(ctx.measured_from(leg.answered_at)) >= ctx.config.timing.close_hold / 2;
+            let stays = leg.fin.is_none() && leg.gone.is_none();
+            let disputes = stays
+                && (answered > position
+                    || (answered == position && quiet && leg.rcv_nxt >= self.up_end() && leg.is_open()));
+            opinion =
+                if disputes || opinion == Opinion::Disputed { Opinion::Disputed } else { Opinion::Unknown };
         }
-        shared
+        opinion
     }
 
     fn pass_fin(&mut self, position: u64) {
@@ -299,20 +307,23 @@ impl Conversation {
         self.close(ctx);
     }
 
-    /// Decides about a held FIN or RST: an RVM shares it, or its time is over and it stands alone.
-    /// On several conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
+    /// Decides about a held FIN or RST: an RVM shares it, or its time is over. Disputed on several
+    /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
     pub(crate) fn review_hold(&mut self, ctx: &mut Context) {
         let Some(held) = self.held else { return };
-        let shared = self.is_close_shared(held.position, ctx) != Some(false);
-        if !shared {
+        let opinion = self.opinion(held.position, ctx);
+        if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
+            if opinion == Opinion::Disputed {
+                ctx.disputes.insert(self.id);
+            }
             if ctx.now < held.until {
                 return;
             }
             ctx.counters.closes_unshared += 1;
-            if ctx.holding.len() > 1 && ctx.suspicion.is_none() && !self.suspicion.close_reported {
-                self.suspicion.close_reported = true;
-                ctx.suspicion = Some(crate::Evidence::UnsharedClose);
-                // Looked at again soon: if nothing could be promoted, it passes then.
+            if ctx.disputes.len() > 1 && !self.suspicion.close_disputed {
+                // If nothing can be promoted, it passes next time.
+                self.suspicion.close_disputed = true;
+                ctx.suspicion.get_or_insert(crate::Evidence::UnsharedClose);
                 self.held = Some(Held { until: ctx.now + ctx.config.timing.close_hold, ..held });
                 return;
             }
@@ -362,6 +373,7 @@ impl Conversation {
             }
             let grown = leg.answers.end() - before;
             if grown > 0 {
+                leg.answered_at = ctx.now;
                 ctx.due(slot, -(grown as i64));
                 ctx.progressed[slot.index()] = true;
             }
@@ -399,4 +411,17 @@ impl Conversation {
         }
         leg.edge = edge;
     }
+}
+
+/// What covering RVMs say about a close of the OVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opinion {
+    /// There is no covering RVM.
+    None,
+    /// One did the same.
+    Shared,
+    /// One has had the chance, and goes on.
+    Disputed,
+    /// They are behind.
+    Unknown,
 }

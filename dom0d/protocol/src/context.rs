@@ -51,6 +51,8 @@ pub(crate) struct Context {
     pub(crate) open: u64,
     /// Conversations in which a FIN or RST of the OVM is held.
     pub(crate) holding: BTreeSet<ConversationId>,
+    /// Those among them whose close RVMs dispute.
+    pub(crate) disputes: BTreeSet<ConversationId>,
     /// Conversations whose clients are to be sent a RST.
     pub(crate) resets: VecDeque<ConversationId>,
     /// Slots whose server produced something: the order may move on.
@@ -80,6 +82,7 @@ impl Context {
             retained: 0,
             open: 0,
             holding: BTreeSet::new(),
+            disputes: BTreeSet::new(),
             resets: VecDeque::new(),
             progressed: [false; MAX_SERVERS],
             suspicion: None,

@@ -61,6 +61,8 @@ pub(crate) struct Told {
 pub(crate) struct Held {
     pub(crate) position: u64,
     pub(crate) rst: bool,
+    /// When RVMs are asked, so that the opinions on all conversations are there when the first hold ends.
+    pub(crate) review: Instant,
     pub(crate) until: Instant,
 }
 
@@ -436,6 +438,7 @@ impl Conversation {
     pub(crate) fn release_hold(&mut self, ctx: &mut Context) {
         if self.held.take().is_some() {
             ctx.holding.remove(&self.id);
+            ctx.disputes.remove(&self.id);
         }
     }
 
@@ -592,7 +595,7 @@ impl Conversation {
         }
         if self.is_open() {
             consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
-            consider(self.held.map(|held| held.until));
+            consider(self.held.map(|held| if ctx.now < held.review { held.review } else { held.until }));
             consider(self.suspicion.deadline(&ctx.config.timing, ctx));
         }
         next
@@ -607,6 +610,7 @@ impl Conversation {
             shift: told.shift,
             mss: told.mss,
             tsval: told.tsval,
+            ts_floor: told.tsval,
             rcv_nxt: 1,
             edge: 1 + u64::from(window),
             told: (1, 0),

@@ -2,16 +2,18 @@
 //!
 //! They live in a table of their own: a SYN flood fills nothing else, and costs replicas nothing.
 
+use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
 
 use crate::context::Context;
 use crate::conversation::{Client, Conversation, Told};
 use crate::leg::{Leg, Legs};
+use crate::queue::Slot;
 use crate::seq::position_of;
 use crate::stream::Stream;
 use crate::table::{ConversationId, Key};
 use crate::wire::{Flags, Options, Segment};
-use crate::{LinkAddress, ServerId};
+use crate::{Instant, LinkAddress, ServerId};
 
 /// The OVM's answer to a SYN, as the client saw it.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +51,8 @@ pub(crate) struct Handshakes {
     by_key: HashMap<Key, Embryonic>,
     ages: VecDeque<(u64, Key)>,
     begun: u64,
+    /// The first handshake since the OVM was last heard, when it began, and whether RVMs were asked.
+    unheard: Option<(Instant, Key, bool)>,
 }
 
 impl Handshakes {
@@ -77,9 +81,50 @@ impl Handshakes {
             self.ages.push_back((self.begun, key));
             self.make_room(ctx);
         }
-        if let Some(embryonic) = self.by_key.get(&key) {
-            embryonic.forward(&key, ctx);
+        if let (Some(embryonic), Some((slot, _))) = (self.by_key.get(&key), ctx.ovm()) {
+            embryonic.forward(&key, slot, ctx);
+            self.unheard.get_or_insert((ctx.now, key, false));
         }
+    }
+
+    /// The OVM said something.
+    pub(crate) fn note_ovm_heard(&mut self) {
+        self.unheard = None;
+    }
+
+    /// When RVMs must be asked about a SYN that the OVM does not answer.
+    pub(crate) fn question_due(&self, limit: Duration) -> Option<Instant> {
+        self.unheard.filter(|(_, _, asked)| !asked).map(|(since, _, _)| since + limit)
+    }
+
+    /// A SYN is a segment too: if the OVM is silent altogether, would an RVM have answered it?
+    pub(crate) fn ask_witnesses(&mut self, ctx: &mut Context) {
+        let limit = ctx.config.timing.unacked_limit;
+        let Some((since, key, asked)) = &mut self.unheard else { return };
+        if *asked || ctx.now.since(ctx.measured_from(*since)) < limit {
+            return;
+        }
+        *asked = true;
+        let Some(embryonic) = self.by_key.get(key) else {
+            self.unheard = None;
+            return;
+        };
+        let witnesses: Vec<_> = ctx
+            .queue
+            .iter()
+            .filter(|server| ctx.queue.not_promotable(server).is_none())
+            .map(|server| server.slot)
+            .collect();
+        for slot in witnesses {
+            embryonic.forward(key, slot, ctx);
+        }
+    }
+
+    /// An RVM answers such a question; true if that speaks against the OVM.
+    pub(crate) fn is_witness(&self, key: &Key, segment: &Segment<'_>) -> bool {
+        segment.flags.has(Flags::SYN)
+            && self.unheard.is_some_and(|(_, unheard, asked)| asked && unheard == *key)
+            && self.acknowledges(key, segment)
     }
 
     fn make_room(&mut self, ctx: &mut Context) {
@@ -110,8 +155,8 @@ impl Handshakes {
         true
     }
 
-    /// Whether a RST of the OVM refuses a handshake.
-    pub(crate) fn is_refusal(&self, key: &Key, segment: &Segment<'_>) -> bool {
+    /// Whether a segment acknowledges the SYN of a handshake, as a refusal does.
+    pub(crate) fn acknowledges(&self, key: &Key, segment: &Segment<'_>) -> bool {
         self.by_key.get(key).is_some_and(|embryonic| {
             segment.flags.has(Flags::ACK) && segment.ack == embryonic.iss.wrapping_add(1)
         })
@@ -119,7 +164,7 @@ impl Handshakes {
 
     /// The OVM refused the handshake; true if it is one's.
     pub(crate) fn handle_refusal(&mut self, key: &Key, segment: &Segment<'_>) -> bool {
-        self.is_refusal(key, segment) && self.by_key.remove(key).is_some()
+        self.acknowledges(key, segment) && self.by_key.remove(key).is_some()
     }
 
     /// A client's segment with an ACK: its third, or data that overtook it.
@@ -145,16 +190,16 @@ impl Handshakes {
     /// A new OVM knows nothing of these: those that the old one has not answered are opened at once.
     pub(crate) fn reopen(&self, ctx: &mut Context) {
         for (key, embryonic) in &self.by_key {
-            if embryonic.answer.is_none() {
-                embryonic.forward(key, ctx);
+            if let Some((slot, _)) = ctx.ovm().filter(|_| embryonic.answer.is_none()) {
+                embryonic.forward(key, slot, ctx);
             }
         }
     }
 }
 
 impl Embryonic {
-    fn forward(&self, key: &Key, ctx: &mut Context) {
-        let Some((slot, server)) = ctx.ovm() else { return };
+    fn forward(&self, key: &Key, slot: Slot, ctx: &mut Context) {
+        let Some(server) = ctx.queue.get(slot).map(|server| server.id) else { return };
         let Some(guest) = ctx.guest(slot, key.psc) else { return };
         let syn = Segment {
             src: key.client,
@@ -245,7 +290,7 @@ impl Embryonic {
 }
 
 /// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
-fn mtu_mss(slot: crate::queue::Slot, key: &Key, ctx: &Context) -> u16 {
+fn mtu_mss(slot: Slot, key: &Key, ctx: &Context) -> u16 {
     let headers = if key.psc.is_ipv4() { 40 } else { 60 };
     ctx.queue.get(slot).map_or(u16::MAX, |server| server.mtu.saturating_sub(headers))
 }

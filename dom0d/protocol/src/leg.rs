@@ -56,6 +56,8 @@ pub(crate) struct Leg {
     pub(crate) told: (u64, u64),
     /// It must be sent an ACK.
     pub(crate) ack_due: bool,
+    /// When it last answered something new.
+    pub(crate) answered_at: Instant,
     /// Since when it owes an acknowledgment or handshake without progress.
     pub(crate) owes_since: Option<Instant>,
 }
@@ -83,6 +85,7 @@ impl Leg {
             diverged_at: None,
             told: (0, 0),
             ack_due: false,
+            answered_at: Instant::default(),
             owes_since: None,
         }
     }

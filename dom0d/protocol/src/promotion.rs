@@ -91,6 +91,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     ctx.recuperation = Recuperation { first_byte_due: true, mark, ..Recuperation::default() };
     ctx.suspicion = None;
     ctx.holding.clear();
+    ctx.disputes.clear();
     ctx.event(EventKind::CutOver { epoch: ctx.epoch, from, to, evidence, conversations: ctx.open });
 }
 

@@ -144,6 +144,11 @@ impl Service {
             return;
         }
         let key = Key { client: segment.dst, psc };
+        if self.ctx.queue.ovm() == Some(slot) {
+            self.handshakes.note_ovm_heard();
+        } else if self.handshakes.is_witness(&key, &segment) {
+            return self.hear_witness(slot, server, &segment);
+        }
         if self.ctx.queue.ovm() == Some(slot) && self.handle_ovm_handshake(&key, server, &segment) {
             return;
         }
@@ -187,6 +192,7 @@ impl Service {
             self.next_tick = now + TICK;
             self.check_limits();
         }
+        self.handshakes.ask_witnesses(&mut self.ctx);
         self.end_drain();
         self.sweep();
         for _ in 0..SWEEP {
@@ -236,7 +242,8 @@ impl Service {
         let resets = (!self.ctx.resets.is_empty()).then_some(self.next_resets);
         let drain = self.drain.as_ref().map(|drain| drain.deadline);
         let tick = self.ctx.queue.rvms().next().map(|_| self.next_tick);
-        [timer, resets, drain, tick].into_iter().flatten().min()
+        let question = tick.and(self.handshakes.question_due(self.ctx.config.timing.unacked_limit));
+        [timer, resets, drain, tick, question].into_iter().flatten().min()
     }
 
     // ---- who gets which packet ------------------------------------------------------------------
@@ -291,7 +298,7 @@ impl Service {
     /// SYN-ACKs and refusals of the OVM; true if the segment needs nothing else.
     fn handle_ovm_handshake(&mut self, key: &Key, server: ServerId, segment: &Segment<'_>) -> bool {
         if segment.flags.has(Flags::RST) {
-            if !self.ctx.holding.is_empty() && self.handshakes.is_refusal(key, segment) {
+            if !self.ctx.holding.is_empty() && self.handshakes.acknowledges(key, segment) {
                 // The service may have died inside the OVM: the client asks again, and gets whoever
                 // serves then.
                 return true;
@@ -307,6 +314,28 @@ impl Service {
             return true;
         }
         false
+    }
+
+    /// An RVM answered a SYN that the OVM, silent altogether, did not.
+    fn hear_witness(&mut self, slot: Slot, server: ServerId, segment: &Segment<'_>) {
+        let reset = Segment {
+            src: segment.dst,
+            dst: segment.src,
+            seq: segment.ack,
+            ack: 0,
+            flags: Flags::RST,
+            options: Default::default(),
+            payload: &[],
+            ..*segment
+        };
+        self.ctx.send_to_server(server, reset.emit());
+        self.handshakes.note_ovm_heard();
+        if self.ctx.queue.get(slot).is_some_and(|server| self.ctx.queue.not_promotable(server).is_none())
+            && self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running)
+        {
+            self.suspect(Evidence::UnacknowledgedSegment);
+        }
+        self.settle();
     }
 
     /// The client's handshake with the OVM is complete: every RVM gets its SYN now.

@@ -21,13 +21,13 @@ pub(crate) struct Suspicion {
     reminders: u32,
     /// (d) RVMs agree on an answer that the OVM does not begin.
     silent_since: Option<Instant>,
-    /// (e) was reported for this conversation.
-    pub(crate) close_reported: bool,
+    /// (e) RVMs disputed the OVM's close of this conversation.
+    pub(crate) close_disputed: bool,
 }
 
 /// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
 /// been lost on its vif while the client's own timer is long.
-const REMINDERS: u32 = 2;
+const REMINDERS: u32 = 5;
 
 impl Suspicion {
     pub(crate) fn note_answer(&mut self) {
@@ -57,7 +57,7 @@ impl Conversation {
         let Some((slot, server)) = ctx.ovm() else { return };
         if !ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
             self.suspicion =
-                Suspicion { close_reported: self.suspicion.close_reported, ..Default::default() };
+                Suspicion { close_disputed: self.suspicion.close_disputed, ..Default::default() };
             return;
         }
         let Some(mut ovm) = self.legs.take(slot, server) else { return };

@@ -219,6 +219,14 @@ impl Client {
             .all(|(c, plan)| c.outcome.is_some() || (plan.ending == Ending::Stay && c.idle()))
     }
 
+    /// A connection waits for the answer to its SYN.
+    pub(crate) fn opening(&self, index: usize) -> bool {
+        self.connections[index].handle.is_some_and(|handle| {
+            let socket = self.stack.sockets.get::<tcp::Socket<'_>>(handle);
+            socket.state() == tcp::State::SynSent
+        })
+    }
+
     /// Runs what is due and gives the packets that leave.
     pub(crate) fn poll(&mut self, now: u64, agreement: &mut Agreement) -> Vec<Vec<u8>> {
         let mut sent = self.stack.poll(now);
@@ -327,6 +335,10 @@ impl Client {
 }
 
 impl Connection {
+    pub(crate) fn waits_to_open(&self) -> bool {
+        self.handle.is_none()
+    }
+
     /// All answers are in and nothing more is planned.
     fn idle(&self) -> bool {
         self.steps_done && self.received == self.expected.len() && self.written == self.to_send.len()

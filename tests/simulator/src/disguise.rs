@@ -42,6 +42,7 @@ struct Layout {
 }
 
 fn layout(packet: &[u8]) -> Option<Layout> {
+    packet.first()?;
     let layout = match IpVersion::of_packet(packet).ok()? {
         IpVersion::Ipv4 => {
             let ip = Ipv4Packet::new_checked(packet).ok()?;

@@ -163,7 +163,7 @@ pub(crate) struct Conversation {
     /// Answers as they were sent to the client.
     pub(crate) sent: Stream,
     pub(crate) sent_fin: Option<i64>,
-    /// Order and end of `sent` after each growth.
+    /// Order and end of what is sent without a gap, after each growth.
     pub(crate) sent_growth: Vec<(u64, u64)>,
     pub(crate) reset_to_client: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
@@ -389,11 +389,11 @@ impl Observer {
         let Some(position) = conversation.view_position(segment.seq) else {
             return;
         };
-        let before = conversation.sent.high();
+        let before = conversation.sent.contiguous();
         conversation.sent.put(position, segment.payload);
-        if conversation.sent.high() > before {
-            let high = conversation.sent.high();
-            conversation.sent_growth.push((order, high));
+        let after = conversation.sent.contiguous();
+        if after > before {
+            conversation.sent_growth.push((order, after));
         }
         if segment.fin && conversation.sent_fin.is_none() {
             conversation.sent_fin = Some(position + segment.payload.len() as i64);

@@ -27,6 +27,10 @@ pub(crate) struct Segment<'a> {
 impl<'a> Segment<'a> {
     /// Parses and verifies lengths and checksums.
     pub(crate) fn parse(packet: &'a [u8]) -> Result<Self, &'static str> {
+        // smoltcp's view reads the first byte unasked.
+        if packet.is_empty() {
+            return Err("no bytes");
+        }
         let (src, dst, tcp_bytes): (IpAddr, IpAddr, &[u8]) =
             match IpVersion::of_packet(packet).map_err(|_| "no IP packet")? {
                 IpVersion::Ipv4 => {

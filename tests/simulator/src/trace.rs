@@ -1,7 +1,8 @@
 //! What happened, line by line: printed at once when asked to, else reduced to a digest by which two
 //! runs of a seed can be compared.
 
-use core::fmt::Write;
+use core::fmt::Write as _;
+use std::io::Write as _;
 
 use crate::prng::splitmix;
 use crate::segment::Segment;
@@ -34,7 +35,7 @@ impl Trace {
         let text = text();
         self.absorb(at, text.as_bytes());
         if self.verbose {
-            println!("{:>4}.{:06} {text}", at / 1_000_000, at % 1_000_000);
+            self.print(at, &text);
         }
     }
 
@@ -50,7 +51,13 @@ impl Trace {
                     let _ = write!(text, "{} bytes: {why}", packet.len());
                 }
             }
-            println!("{:>4}.{:06} {direction:<16} {text}", at / 1_000_000, at % 1_000_000);
+            self.print(at, &format!("{direction:<16} {text}"));
         }
+    }
+
+    fn print(&self, at: u64, text: &str) {
+        let (s, us) = (at / 1_000_000, at % 1_000_000);
+        // Whoever reads this may have read enough.
+        let _ = writeln!(std::io::stdout(), "{s:>4}.{us:06} {text}");
     }
 }

@@ -17,6 +17,11 @@ pub(crate) fn judge(world: &mut World) -> Verdict {
 /// Every answer was right, whatever happened; and nobody was cut off without a reason.
 fn connections(world: &mut World) -> Verdict {
     let promoted = world.promotions > 0;
+    let spinning = world
+        .service
+        .ovm()
+        .and_then(|id| world.guest_of(id))
+        .is_some_and(|g| world.guests[g].health == Health::Spinning);
     for (c, client) in world.clients.iter().enumerate() {
         for (n, (connection, plan)) in client.connections.iter().zip(&client.knobs.plans).enumerate() {
             let name = format!(
@@ -41,6 +46,11 @@ fn connections(world: &mut World) -> Verdict {
                 Some(Outcome::Reset) => Some("was reset"),
                 Some(Outcome::Truncated) => Some("was closed too early"),
                 None if plan.ending == Ending::Stay && client.finished() => None,
+                // A SYN that nobody answers is evidence of nothing: no replica has seen it.
+                None if spinning && (client.opening(n) || connection.waits_to_open()) => {
+                    world.coverage.hit("harm excused: spun with no conversation");
+                    None
+                }
                 None => Some("is stuck"),
             };
             let Some(harm) = harm else { continue };

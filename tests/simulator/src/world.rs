@@ -631,6 +631,8 @@ impl World {
         match effect {
             Effect::Cutover { from, to, .. } => {
                 self.see(&Seen::Cutover { to });
+                let Some(from) = from else { return };
+                self.deposed = Some(from);
                 self.promotions += 1;
                 self.coverage.hit(match self.promotions {
                     1 => "promotion.first",
@@ -638,9 +640,6 @@ impl World {
                     3 => "promotion.third",
                     _ => "promotion.further",
                 });
-                if let Some(from) = from {
-                    self.deposed = Some(from);
-                }
                 if let Some(why) = self.blemished.get(&to) {
                     self.excuse.get_or_insert(why);
                 }

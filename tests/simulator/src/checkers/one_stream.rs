@@ -57,7 +57,7 @@ impl Checker for OneStream {
         }
         let end = position + segment.payload.len() as i64;
         if let Some(fin) = conversation.sent_fin
-            && (end > fin || segment.fin && end != fin)
+            && (end > fin && !segment.payload.is_empty() || segment.fin && end != fin)
         {
             return Err(format!(
                 "{who} was sent FIN at {fin}, now {} at {end} ({segment})",

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -38,6 +38,20 @@ impl Wire {
         .context("cannot open a packet socket (root is needed)")?;
         bind(socket.as_raw_fd(), &link).with_context(|| format!("cannot bind to {interface}"))?;
         Ok(Self { socket, mac })
+    }
+
+    /// Opens the namespace's only interface besides loopback.
+    pub(crate) fn open_only() -> Result<Self> {
+        let mut names: Vec<_> = getifaddrs()?
+            .map(|entry| entry.interface_name)
+            .filter(|name| name != "lo")
+            .collect();
+        names.sort();
+        names.dedup();
+        match names.as_slice() {
+            [only] => Self::open(only),
+            _ => bail!("not exactly one interface in this namespace: {names:?}"),
+        }
     }
 
     /// Sends one frame as it is; false if the interface has no room for it now.

@@ -1,0 +1,245 @@
+//! dom0d's own life: it leaves nothing behind, its successor adopts or removes what a killed one
+//! left, it has no twin, and xenstored may come and go.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use crate::client::redis::load::Plan;
+use crate::client::redis::session::Session;
+use crate::host::{Fault, Lab, Service};
+use crate::stage::Stage;
+use crate::stage::failover::Failover;
+use crate::stage::operator::explains;
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario::new("daemon/clean-shutdown", clean_shutdown),
+        Scenario::new("daemon/killed-and-restarted", killed),
+        Scenario::new("daemon/second", second),
+        Scenario::new("daemon/xenstored-restarts", xenstored),
+        Scenario::new("daemon/announced-pause", announced_pause),
+        Scenario::new("daemon/domain-comes-later", comes_later),
+    ]
+}
+
+/// Everything in dom0 that a daemon could leave behind.
+fn traces(lab: &Lab) -> Result<String> {
+    let dom0 = lab.dom0();
+    let mut all = String::new();
+    for words in [
+        &["ip", "-br", "link"][..],
+        &["ip", "-br", "address"],
+        &["ip", "rule"],
+        &["ip", "route", "show", "table", "all"],
+        &["bridge", "-d", "link"],
+        &["nft", "list", "ruleset"],
+        &["tc", "qdisc"],
+    ] {
+        let output = dom0.run(words)?;
+        all.push_str(&String::from_utf8_lossy(&output.stdout));
+    }
+    Ok(all)
+}
+
+/// After SIGTERM there is no rule, address or interface more than before the start.
+fn clean_shutdown(lab: &str) -> Result<()> {
+    let lab = Lab::up(
+        Stage::plan(lab, 2, &[Service::Redis, Service::Http]),
+        &|line| println!("  {line}"),
+    )?;
+    let before = traces(&lab)?;
+    let config = lab.default_config();
+    let mut stage = Stage::take(lab, &config)?;
+    ensure!(
+        traces(&stage.lab)? != before,
+        "a running dom0d leaves no trace: this check sees nothing"
+    );
+    let load = Plan::new(stage.psc(Service::Redis)?, "clean").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.finish()?;
+    stage.dom0d.take().context("no dom0d")?.stop()?;
+    let after = traces(&stage.lab)?;
+    ensure!(
+        after == before,
+        "before:\n{before}\nafter the shutdown:\n{after}"
+    );
+    Ok(())
+}
+
+/// kill -9 under load, and a restart: one set of rules and interfaces, and a service that can fail
+/// over as before. What is left behind goes with the successor's clean shutdown.
+fn killed(lab: &str) -> Result<()> {
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| {
+        println!("  {line}");
+    })?;
+    let before = traces(&lab)?;
+    let config = lab.default_config();
+    let mut stage = Stage::take(lab, &config)?;
+    let running = traces(&stage.lab)?;
+    let target = stage.psc(Service::Redis)?;
+    let load = Plan::new(target, "killed").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    load.hold(Duration::from_secs(5))?;
+    stage.dom0d.take().context("no dom0d")?.kill9()?;
+    let Stage { lab, .. } = stage;
+    let mut stage = Stage::take(lab, &config)?;
+    let again = traces(&stage.lab)?;
+    ensure!(
+        again.lines().count() == running.lines().count(),
+        "before the kill:\n{running}\nafter the restart:\n{again}"
+    );
+    // Connections that the first daemon knew and the second does not are its affair to let flow or
+    // to reset; they may not answer wrong.
+    let outcome = load.finish()?;
+    ensure!(
+        outcome.wrong_answers == 0,
+        "wrong answers: {:#?}",
+        outcome.errors
+    );
+    println!(
+        "  of {} connections that outlived dom0d, {} were reset or closed, {} got no answer",
+        outcome.ledgers.len(),
+        outcome.resets + outcome.closed,
+        outcome.unanswered
+    );
+    stage
+        .client()
+        .run(move || Session::connect(target)?.ask(&["PING"]))?;
+    stage.dom0d.take().context("no dom0d")?.stop()?;
+    ensure!(
+        traces(&stage.lab)? == before,
+        "the successor left something behind: {}",
+        traces(&stage.lab)?
+    );
+    // With nothing open, everything is as at the first start.
+    let Stage { lab, .. } = stage;
+    let stage = Stage::take(lab, &config)?;
+    let load = Plan::new(target, "after").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// A second dom0d beside the first refuses to start, says why, and disturbs nothing.
+fn second(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "twin").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let before = traces(&stage.lab)?;
+    let error = stage
+        .lab
+        .start_dom0d(&stage.lab.default_config())
+        .err()
+        .context("a second dom0d started")?;
+    let said = format!("{error:#}");
+    explains("the second dom0d", &said, &["running"])?;
+    println!("  {said}");
+    ensure!(
+        traces(&stage.lab)? == before,
+        "the second dom0d changed dom0"
+    );
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// xenstored goes away for a second under load; clients notice nothing, a fault meanwhile is found
+/// (domain info does not come from there), and domains that appear later are seen.
+fn xenstored(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 2, &[Service::Redis])?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "store").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.lab.restart_xenstored(Duration::from_secs(1))?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()?;
+    stage.lab.fault(Fault::Destroy, "guest-1")?;
+    stage.lab.create("guest-1")?;
+    stage.until("guest-1 seen again", Duration::from_secs(15), |status| {
+        let service = &status.services[0];
+        service
+            .servers
+            .iter()
+            .any(|s| s.domain.as_ref().is_some_and(|d| d.name == "guest-1"))
+            || service.known.iter().any(|k| k.domain.name == "guest-1")
+    })?;
+    ensure!(
+        stage.operator.status()?.problems.is_empty(),
+        "dom0d still reports problems: {:?}",
+        stage.operator.status()?.problems
+    );
+    Ok(())
+}
+
+/// An announced pause of the OVM is no fault: connections wait, and go on after the resume.
+fn announced_pause(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "pause").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.operator.order(&["pause", "redis", "guest-1"])?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(
+        stage.events.since("cut_over", "redis", 0).is_empty(),
+        "an announced pause caused a failover"
+    );
+    stage.operator.order(&["resume", "redis", "guest-1"])?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    ensure!(
+        stage.ovm(Service::Redis)?.name == "guest-1",
+        "guest-1 was deposed"
+    );
+    stage.expect_unharmed(&outcome)
+}
+
+/// A replica that is created while dom0d runs is found, and is no candidate before it is seeded.
+fn comes_later(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    stage.lab.fault(Fault::Destroy, "guest-2")?;
+    stage.until("guest-2 gone", Duration::from_secs(10), |status| {
+        status.services[0].servers.len() == 1
+    })?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "later").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let first = load.finish()?;
+    stage.lab.create("guest-2")?;
+    stage.until("guest-2 seen", Duration::from_secs(10), |status| {
+        let service = &status.services[0];
+        service.servers.len() == 2 || !service.known.is_empty()
+    })?;
+    ensure!(
+        stage.operator.service("redis")?.promotable() == 0,
+        "an empty domain counts as a replica of a service that has data"
+    );
+    stage.lab.copy_state("guest-1", "guest-2")?;
+    stage
+        .operator
+        .order(&["attach", "redis", "guest-2", "--assume-identical"])?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "again").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()?;
+    let verdict = stage.verify(&stage.ovm(Service::Redis)?, &first)?;
+    ensure!(verdict.wrong.is_empty(), "{:#?}", verdict.wrong);
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! Hostile clients: segments that no TCP sends, handshakes that never end, more conversations than
+//! the table holds. The honest ones notice nothing.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use crate::client::frames::PSH;
+use crate::client::hostile::{malformed, syn_flood};
+use crate::client::redis::load::Plan;
+use crate::client::redis::session::Session;
+use crate::client::sniff::Wire;
+use crate::host::{Fault, Service};
+use crate::stage::Stage;
+use crate::stage::failover::Failover;
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario::new("hostile/malformed/ipv4", |lab| garbage(lab, false)),
+        Scenario::new("hostile/malformed/ipv6", |lab| garbage(lab, true)),
+        Scenario::new("hostile/syn-flood", flood),
+        Scenario::new("hostile/full-table", full_table),
+    ]
+}
+
+/// Malformed, truncated and contradictory segments in the name of an honest connection, and then a
+/// failover: the honest connection and its replica are as if nothing had been.
+fn garbage(lab: &str, ipv6: bool) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let target = stage.psc_of_family(Service::Redis, ipv6)?;
+    let (mut session, template) = stage.client().run(move || {
+        let wire = Wire::open_only()?;
+        let mut session = Session::connect(target)?;
+        for n in 0..50 {
+            session.ask(&["INCR", "honest"])?;
+            session.ask(&["SET", &format!("key{n}"), "value"])?;
+        }
+        let local = session.local()?;
+        // What was captured so far is old; the newest request is the template.
+        session.ask(&["INCR", "honest"])?;
+        let mut template = None;
+        while let Some(seen) = wire.next(Duration::from_millis(200), |seen| {
+            seen.from == local && seen.flags & PSH != 0
+        })? {
+            template = Some(seen);
+        }
+        Ok((
+            session,
+            template.context("no request was seen on the client's link")?,
+        ))
+    })?;
+    let load = Plan::new(target, "honest").start(&stage.client())?;
+    stage.client().run(move || {
+        let wire = Wire::open_only()?;
+        malformed(&wire, &template, 17_000, 11)
+    })?;
+    load.wait_answers(1_000, Duration::from_secs(20))?;
+    ensure!(
+        session.ask(&["GET", "honest"])?.text().as_deref() == Some("51"),
+        "the honest connection's counter is wrong"
+    );
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(1_000, Duration::from_secs(20))?;
+    ensure!(
+        session.ask(&["GET", "honest"])?.text().as_deref() == Some("51"),
+        "the honest connection's counter is wrong after the failover"
+    );
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// 100,000 SYNs of clients that never answer, within ten seconds, while honest ones work and new
+/// honest ones come; then a failover.
+fn flood(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let target = stage.psc(Service::Redis)?;
+    let mac = stage.psc_mac(Service::Redis)?;
+    let load = Plan::new(target, "honest").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let flooding = stage.client().spawn("flood", move || {
+        let wire = Wire::open_only()?;
+        syn_flood(&wire, mac, target, 100_000, Duration::from_secs(10))
+    })?;
+    let mut newcomers = 0;
+    while !flooding.is_finished() {
+        stage.client().run(move || {
+            let mut session = Session::connect(target)?;
+            session.ask(&["INCR", "newcomers"])
+        })?;
+        newcomers += 1;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let sent = crate::client::place::join(flooding)?;
+    let service = stage.operator.service("redis")?;
+    println!(
+        "  {sent} SYNs, {newcomers} honest clients came meanwhile; {} handshakes pending, {} bytes held",
+        service.embryonic, service.retained_bytes
+    );
+    ensure!(sent > 10_000, "only {sent} SYNs were sent");
+    ensure!(
+        service.embryonic <= 4_096,
+        "{} pending handshakes are kept, the limit is 4,096",
+        service.embryonic
+    );
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// The table holds 16 conversations and 24 come: the 8 latecomers are served all the same, visibly
+/// unprotected; the first 16 survive a promotion that an operator then forces.
+fn full_table(lab: &str) -> Result<()> {
+    let plan = Stage::plan(lab, 1, &[Service::Redis]);
+    let stage = Stage::up_with(plan, |config| {
+        format!("{config}\n[service.limits]\nconversations = 16\n")
+    })?;
+    let target = stage.psc(Service::Redis)?;
+    let open = |prefix: &str, connections: usize| {
+        let mut plan = Plan::new(target, prefix);
+        plan.connections = connections;
+        plan.busy = connections;
+        plan.start(&stage.client())
+    };
+    let first = open("first", 16)?;
+    first.wait_answers(200, Duration::from_secs(20))?;
+    let late = open("late", 8)?;
+    late.wait_answers(200, Duration::from_secs(20))?;
+    first.wait_answers(200, Duration::from_secs(20))?;
+    let service = stage.operator.service("redis")?;
+    ensure!(
+        service.conversations <= 16,
+        "{} conversations are in a table of 16",
+        service.conversations
+    );
+    let told = stage.events.since("unprotected", "redis", 0);
+    ensure!(
+        !told.is_empty()
+            || service
+                .counters
+                .iter()
+                .any(|(name, n)| name == "conversations" && *n > 0),
+        "nothing tells that conversations flow unprotected: {:?}",
+        service.counters
+    );
+    let late = late.finish()?;
+    ensure!(
+        late.troubles() == 0,
+        "latecomers were hurt: {:#?}",
+        late.errors
+    );
+    stage
+        .operator
+        .order(&["failover", "redis", "--to", "guest-2", "--force"])?;
+    first.wait_answers(200, Duration::from_secs(20))?;
+    let outcome = first.finish()?;
+    stage.expect_unharmed(&outcome)
+}

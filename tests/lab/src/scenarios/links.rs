@@ -1,0 +1,94 @@
+//! Loss, reordering and duplication, on the clients' side and on a replica's, with a failover in it.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::Scenario;
+use super::transfer::{Direction, Large};
+use crate::client::redis::load::Plan;
+use crate::host::{Fault, LabConfig, Link, Service};
+use crate::stage::Stage;
+use crate::stage::failover::Failover;
+
+const IMPAIRMENTS: [&str; 4] = ["loss", "reordering", "duplication", "all"];
+const SIDES: [&str; 2] = ["client", "guest-2"];
+
+/// Large enough for many thousand segments; the rate over a lossy link is the client kernel's affair.
+const BYTES: u64 = 60_000_000;
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    let long = Duration::from_secs(180);
+    let mut all = Vec::new();
+    for side in SIDES {
+        for kind in IMPAIRMENTS {
+            all.push(
+                Scenario::new(format!("links/{side}/{kind}/pipeline"), move |lab| {
+                    pipeline(lab, side, impairment(kind))
+                })
+                .within(long),
+            );
+            for (direction, name) in [
+                (Direction::Download, "download"),
+                (Direction::Upload, "upload"),
+            ] {
+                all.push(
+                    Scenario::new(format!("links/{side}/{kind}/{name}"), move |lab| {
+                        transfer(lab, side, impairment(kind), direction)
+                    })
+                    .within(long),
+                );
+            }
+        }
+    }
+    all
+}
+
+fn impairment(kind: &str) -> Link {
+    let part = |this: &str| {
+        if kind == this || kind == "all" {
+            0.01
+        } else {
+            0.0
+        }
+    };
+    Link {
+        loss: part("loss"),
+        reorder: part("reordering"),
+        duplicate: part("duplication"),
+        ..Link::default()
+    }
+}
+
+fn pipeline(lab: &str, side: &str, link: Link) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    stage.lab.link(side, link)?;
+    let mut plan = Plan::new(stage.psc(Service::Redis)?, "lossy");
+    plan.connections = 30;
+    plan.busy = 20;
+    plan.depth = 8;
+    plan.pace = Some(Duration::from_millis(20));
+    let load = plan.start(&stage.client())?;
+    load.wait_answers(5_000, Duration::from_secs(60))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(5_000, Duration::from_secs(60))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+fn transfer(lab: &str, side: &str, link: Link, direction: Direction) -> Result<()> {
+    let plan = LabConfig {
+        large_file_bytes: BYTES,
+        ..Stage::plan(lab, 1, &[Service::Http])
+    };
+    let stage = Stage::up_with(plan, |config| config)?;
+    stage.lab.link(side, link)?;
+    let large = Large::begin(&stage, direction, false)?;
+    large.wait_part(0.4)?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Http, Fault::Freeze, at)?;
+    large.expect_whole(&stage)?;
+    failover.expect_plausible()
+}

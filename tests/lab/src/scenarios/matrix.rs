@@ -1,0 +1,159 @@
+//! Every fault of the OVM, in every situation, with one replica and with three.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::Scenario;
+use super::transfer::{Direction, HalfClosed, Large};
+use crate::client::redis::load::Plan;
+use crate::host::{Fault, Service};
+use crate::stage::Stage;
+use crate::stage::failover::Failover;
+
+const FAULTS: [Fault; 6] = [
+    Fault::Freeze,
+    Fault::Crash,
+    Fault::Destroy,
+    Fault::Hang,
+    Fault::Kill,
+    Fault::Spin,
+];
+
+/// What the clients are doing when the fault strikes.
+#[derive(Clone, Copy, Debug)]
+enum Situation {
+    Idle,
+    Pipeline,
+    Download,
+    Upload,
+    HalfClosed,
+    Thousand,
+}
+
+const SITUATIONS: [(Situation, &str); 6] = [
+    (Situation::Idle, "idle"),
+    (Situation::Pipeline, "pipeline"),
+    (Situation::Download, "download"),
+    (Situation::Upload, "upload"),
+    (Situation::HalfClosed, "half-closed"),
+    (Situation::Thousand, "thousand"),
+];
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for (situation, name) in SITUATIONS {
+        for fault in FAULTS {
+            for replicas in [1, 3] {
+                let fault_name = format!("{fault:?}").to_lowercase();
+                all.push(
+                    Scenario::new(
+                        format!("failover/{name}/{fault_name}/{replicas}"),
+                        move |lab| play(lab, situation, fault, replicas, false),
+                    )
+                    .within(Duration::from_secs(180)),
+                );
+            }
+        }
+    }
+    for (situation, name) in [
+        (Situation::Idle, "idle"),
+        (Situation::Pipeline, "pipeline"),
+        (Situation::Download, "download"),
+        (Situation::Upload, "upload"),
+    ] {
+        all.push(
+            Scenario::new(format!("failover/{name}/freeze/1/ipv6"), move |lab| {
+                play(lab, situation, Fault::Freeze, 1, true)
+            })
+            .within(Duration::from_secs(180)),
+        );
+    }
+    all
+}
+
+fn play(lab: &str, situation: Situation, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
+    match situation {
+        Situation::Idle => idle(lab, fault, replicas, ipv6),
+        Situation::Pipeline => pipeline(lab, fault, replicas, ipv6),
+        Situation::Download => large(lab, fault, replicas, Direction::Download, ipv6),
+        Situation::Upload => large(lab, fault, replicas, Direction::Upload, ipv6),
+        Situation::HalfClosed => half_closed(lab, fault, replicas),
+        Situation::Thousand => thousand(lab, fault, replicas),
+    }
+}
+
+/// Eight connections that asked, and then are silent when the fault strikes.
+fn idle(lab: &str, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
+    let stage = Stage::up(lab, replicas, &[Service::Redis])?;
+    let target = stage.psc_of_family(Service::Redis, ipv6)?;
+    let load = Plan::new(target, "idle").start(&stage.client())?;
+    load.wait_answers(200, Duration::from_secs(20))?;
+    load.hold(Duration::from_secs(10))?;
+    let at = stage.lab.fault(fault, "guest-1")?;
+    if matches!(fault, Fault::Hang | Fault::Spin) {
+        // Nothing tells these two from an idle guest until somebody asks.
+        load.go_on();
+    }
+    let failover = Failover::observe(&stage, Service::Redis, fault, at)?;
+    load.go_on();
+    load.wait_answers(200, Duration::from_secs(20))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// Eight connections with 32 requests outstanding each.
+fn pipeline(lab: &str, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
+    let stage = Stage::up(lab, replicas, &[Service::Redis])?;
+    let mut plan = Plan::new(stage.psc_of_family(Service::Redis, ipv6)?, "pipeline");
+    plan.depth = 32;
+    plan.pace = Some(Duration::from_millis(20));
+    let load = plan.start(&stage.client())?;
+    load.wait_answers(5_000, Duration::from_secs(30))?;
+    let at = stage.lab.fault(fault, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, fault, at)?;
+    load.wait_answers(5_000, Duration::from_secs(30))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// A transfer of 300 MB, a third of which is done when the fault strikes.
+fn large(lab: &str, fault: Fault, replicas: usize, direction: Direction, ipv6: bool) -> Result<()> {
+    let stage = Stage::up(lab, replicas, &[Service::Http])?;
+    let large = Large::begin(&stage, direction, ipv6)?;
+    large.wait_part(0.33)?;
+    let at = stage.lab.fault(fault, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Http, fault, at)?;
+    large.expect_whole(&stage)?;
+    failover.expect_plausible()
+}
+
+/// A client that has sent its FIN and still reads a long answer.
+fn half_closed(lab: &str, fault: Fault, replicas: usize) -> Result<()> {
+    let stage = Stage::up(lab, replicas, &[Service::Postgresql])?;
+    let session = HalfClosed::begin(&stage)?;
+    session.wait_part(0.2)?;
+    let at = stage.lab.fault(fault, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Postgresql, fault, at)?;
+    session.expect_whole(&stage)?;
+    failover.expect_plausible()
+}
+
+/// A thousand open connections, a hundred of which ask all the time.
+fn thousand(lab: &str, fault: Fault, replicas: usize) -> Result<()> {
+    let stage = Stage::up(lab, replicas, &[Service::Redis])?;
+    let mut plan = Plan::new(stage.psc(Service::Redis)?, "thousand");
+    plan.connections = 1_000;
+    plan.busy = 100;
+    plan.pace = Some(Duration::from_millis(50));
+    let load = plan.start(&stage.client())?;
+    load.wait_answers(2_000, Duration::from_secs(30))?;
+    let at = stage.lab.fault(fault, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, fault, at)?;
+    load.wait_answers(2_000, Duration::from_secs(30))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}

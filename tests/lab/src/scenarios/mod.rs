@@ -1,0 +1,60 @@
+//! `cargo lab test`: stories that the whole of Understudy must pass, with real services.
+
+mod daemon;
+mod hostile;
+mod links;
+mod matrix;
+mod numbering;
+mod order;
+mod refusals;
+mod repeated;
+mod replica;
+mod runner;
+mod stale;
+mod transfer;
+
+pub(crate) use runner::{Options, play_one, run};
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+/// One story: gets a lab's name, builds what it needs under it, and fails by an error.
+pub(crate) struct Scenario {
+    /// Unique; slashes group.
+    pub(crate) name: String,
+    /// After this long it has failed.
+    pub(crate) limit: Duration,
+    play: Box<dyn Fn(&str) -> Result<()>>,
+}
+
+impl Scenario {
+    fn new(name: impl Into<String>, play: impl Fn(&str) -> Result<()> + 'static) -> Self {
+        Self {
+            name: name.into(),
+            limit: Duration::from_secs(60),
+            play: Box::new(play),
+        }
+    }
+
+    fn within(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+}
+
+/// Every scenario, in the order in which they are played.
+fn all() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    all.extend(matrix::scenarios());
+    all.extend(repeated::scenarios());
+    all.extend(order::scenarios());
+    all.extend(stale::scenarios());
+    all.extend(replica::scenarios());
+    all.extend(links::scenarios());
+    all.extend(numbering::scenarios());
+    all.extend(hostile::scenarios());
+    all.extend(refusals::scenarios());
+    all.extend(daemon::scenarios());
+    all
+}

@@ -1,0 +1,320 @@
+//! A replica can't hurt: whatever one of them does, at whatever stage, clients notice nothing, and
+//! a sound one is promoted when it is needed.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use crate::client::frames::{ACK, RST, Segment};
+use crate::client::hostile::malformed;
+use crate::client::redis::load::Plan;
+use crate::client::redis::session::Session;
+use crate::client::sniff::Wire;
+use crate::host::{Domain, Fault, Link, Service};
+use crate::stage::failover::Failover;
+use crate::stage::{Stage, own_address};
+
+/// What the replica does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Destroyed,
+    Crashes,
+    Frozen,
+    Spins,
+    Hangs,
+    ServiceDies,
+    AnswersWrong,
+    Floods,
+    SendsResets,
+    SendsGarbage,
+}
+
+const TROUBLES: [(Trouble, &str); 10] = [
+    (Trouble::Destroyed, "destroyed"),
+    (Trouble::Crashes, "crashes"),
+    (Trouble::Frozen, "frozen"),
+    (Trouble::Spins, "spins"),
+    (Trouble::Hangs, "hangs"),
+    (Trouble::ServiceDies, "service-dies"),
+    (Trouble::AnswersWrong, "answers-wrong"),
+    (Trouble::Floods, "floods"),
+    (Trouble::SendsResets, "sends-resets"),
+    (Trouble::SendsGarbage, "sends-garbage"),
+];
+
+/// When it does it.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    /// Before any client came.
+    Before,
+    /// While clients are connecting.
+    Opening,
+    /// Under load.
+    Busy,
+    /// While another replica takes over.
+    Recuperating,
+}
+
+const STAGES: [(When, &str); 4] = [
+    (When::Before, "before"),
+    (When::Opening, "opening"),
+    (When::Busy, "busy"),
+    (When::Recuperating, "recuperating"),
+];
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for (trouble, name) in TROUBLES {
+        for (stage, stage_name) in STAGES {
+            all.push(
+                Scenario::new(format!("replica/{name}/{stage_name}"), move |lab| {
+                    play(lab, trouble, stage)
+                })
+                .within(Duration::from_secs(90)),
+            );
+        }
+    }
+    all.push(Scenario::new("replica/slow/never-waited-for", slow));
+    all.push(Scenario::new("replica/evicted/goes-on", evicted));
+    all
+}
+
+/// guest-2 makes the trouble; guest-1 serves; guest-3 is sound and takes over at the end.
+fn play(lab: &str, trouble: Trouble, when: When) -> Result<()> {
+    let stage = Stage::up(lab, 2, &[Service::Redis])?;
+    if matches!(when, When::Before) {
+        make(&stage, trouble)?;
+    }
+    let mut plan = Plan::new(stage.psc(Service::Redis)?, "trouble");
+    plan.connections = 60;
+    plan.busy = 10;
+    plan.depth = 4;
+    plan.pace = Some(Duration::from_millis(10));
+    let load = if matches!(when, When::Opening) {
+        std::thread::scope(|scope| {
+            let trouble = scope.spawn(|| {
+                sleep(Duration::from_millis(3));
+                make(&stage, trouble)
+            });
+            let load = plan.start(&stage.client());
+            trouble
+                .join()
+                .map_err(|_| anyhow::anyhow!("the trouble could not be made"))??;
+            load
+        })?
+    } else {
+        plan.start(&stage.client())?
+    };
+    load.wait_answers(2_000, Duration::from_secs(30))?;
+    if matches!(when, When::Busy) {
+        make(&stage, trouble)?;
+        load.wait_answers(2_000, Duration::from_secs(30))?;
+    }
+    ensure!(load.broken() == 0, "clients noticed the replica's trouble");
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    if matches!(when, When::Recuperating) {
+        make(&stage, trouble)?;
+    }
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(2_000, Duration::from_secs(30))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    let harmless = matches!(trouble, Trouble::Floods | Trouble::SendsGarbage);
+    // A replica that could still be promoted at the time of the fault may have been.
+    if !harmless && !matches!(when, When::Recuperating) {
+        ensure!(
+            stage.ovm(Service::Redis)?.name == "guest-3",
+            "{} was promoted, guest-3 was the sound one",
+            failover.to
+        );
+    }
+    ensure!(
+        failover.reset == 0,
+        "{} connections were reset",
+        failover.reset
+    );
+    Ok(())
+}
+
+fn make(stage: &Stage, trouble: Trouble) -> Result<()> {
+    let fault = |fault| stage.lab.fault(fault, "guest-2").map(|_| ());
+    let guest = stage.lab.domain("guest-2");
+    match trouble {
+        Trouble::Destroyed => fault(Fault::Destroy),
+        Trouble::Crashes => fault(Fault::Crash),
+        Trouble::Frozen => fault(Fault::Freeze),
+        Trouble::Spins => fault(Fault::Spin),
+        Trouble::Hangs => fault(Fault::Hang),
+        Trouble::ServiceDies => fault(Fault::Kill),
+        Trouble::AnswersWrong => answer_wrong(&guest?),
+        Trouble::Floods => flood(&guest?),
+        Trouble::SendsResets => reset(&guest?),
+        Trouble::SendsGarbage => garbage(&guest?),
+    }
+}
+
+/// Changes the replica's data behind our back: every counter and list of it starts elsewhere.
+fn answer_wrong(guest: &Domain) -> Result<()> {
+    let (place, address) = own_address(guest, Service::Redis)?;
+    place.run(move || {
+        let mut session = Session::connect(address)?;
+        for n in 0..60 {
+            session.ask(&["INCRBY", &format!("trouble:{n}:n"), "1000000"])?;
+            session.ask(&["RPUSH", &format!("trouble:{n}:list"), "intruder"])?;
+            session.ask(&["APPEND", &format!("trouble:{n}:log"), "<intruder>"])?;
+        }
+        Ok(())
+    })
+}
+
+/// Frames as fast as the vif takes them, 30,000 at most, to clients, to neighbours and to everybody.
+fn flood(guest: &Domain) -> Result<()> {
+    let (place, own) = own_address(guest, Service::Redis)?;
+    place.run(move || {
+        let wire = Wire::open_only()?;
+        let client = "10.77.0.1:40000".parse()?;
+        let until = std::time::Instant::now() + Duration::from_secs(1);
+        let mut segment = Segment::new(own, client, ACK);
+        segment.payload = vec![b'x'; 1_000];
+        for n in 0..30_000_u32 {
+            if std::time::Instant::now() > until {
+                break;
+            }
+            segment.sequence = n.wrapping_mul(7_919);
+            let to = match n % 3 {
+                0 => [0xff; 6],
+                1 => [0x02, 0, 0, 0, 0, n as u8],
+                _ => [0x00, 0x16, 0x3e, 0, 0, 1],
+            };
+            wire.send(&segment.frame(wire.mac, to))?;
+        }
+        Ok(())
+    })
+}
+
+/// A RST at exactly the right position, on as many conversations as can be seen in half a second;
+/// if there is none yet, on ones that do not exist.
+fn reset(guest: &Domain) -> Result<()> {
+    let (place, own) = own_address(guest, Service::Redis)?;
+    place.run(move || {
+        let wire = Wire::open_only()?;
+        let until = std::time::Instant::now() + Duration::from_millis(500);
+        let mut sent = 0;
+        while sent < 50 && std::time::Instant::now() < until {
+            let seen = wire.next(Duration::from_millis(100), |seen| {
+                seen.to == own && seen.flags & ACK != 0
+            })?;
+            let Some(seen) = seen else { continue };
+            let mut segment = Segment::new(seen.to, seen.from, RST);
+            segment.sequence = seen.acknowledgment;
+            wire.send(&segment.frame(seen.destination, seen.source))?;
+            sent += 1;
+        }
+        if sent == 0 {
+            for port in 40_000..40_050 {
+                let to = std::net::SocketAddr::new([10, 77, 0, 1].into(), port);
+                let segment = Segment::new(own, to, RST);
+                wire.send(&segment.frame(wire.mac, [0xff; 6]))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Malformed and contradictory segments, as if they belonged to the replica's conversations.
+fn garbage(guest: &Domain) -> Result<()> {
+    let (place, own) = own_address(guest, Service::Redis)?;
+    place.run(move || {
+        let wire = Wire::open_only()?;
+        let seen = wire.next(Duration::from_millis(500), |seen| {
+            seen.to == own && seen.flags & ACK != 0
+        })?;
+        let template = match seen {
+            // As the replica would answer it.
+            Some(seen) => crate::client::frames::Seen {
+                source: seen.destination,
+                destination: seen.source,
+                from: seen.to,
+                to: seen.from,
+                sequence: seen.acknowledgment,
+                acknowledgment: seen.sequence,
+                flags: ACK,
+                payload: 0,
+            },
+            None => crate::client::frames::Seen {
+                source: wire.mac,
+                destination: [0xff; 6],
+                from: own,
+                to: "10.77.0.1:40000".parse()?,
+                sequence: 1,
+                acknowledgment: 1,
+                flags: ACK,
+                payload: 0,
+            },
+        };
+        malformed(&wire, &template, 5_000, 3)
+    })
+}
+
+/// Clients never wait for a replica that is a hundred times slower than the OVM: the same load is as
+/// quick with it as without it. It is lagging or evicted by then, and never hidden.
+fn slow(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let target = stage.psc(Service::Redis)?;
+    let run = |prefix: &str| -> Result<u64> {
+        let mut plan = Plan::new(target, prefix);
+        plan.pace = Some(Duration::from_millis(5));
+        let load = plan.start(&stage.client())?;
+        load.wait_answers(3_000, Duration::from_secs(30))?;
+        let outcome = load.finish()?;
+        ensure!(
+            outcome.troubles() == 0,
+            "clients noticed: {:#?}",
+            outcome.errors
+        );
+        Ok(outcome.latency.value_at_quantile(0.9))
+    };
+    let quick = run("quick")?;
+    let link = Link {
+        delay: Duration::from_millis(200),
+        ..Link::default()
+    };
+    stage.lab.link("guest-2", link)?;
+    let slow = run("slow")?;
+    println!(
+        "  p90 {} us without, {} us with the slow replica",
+        quick / 1_000,
+        slow / 1_000
+    );
+    // The replica's round trip is 400 ms: whoever waited for it even once in ten would show it.
+    ensure!(slow < 200_000_000, "clients waited for the slow replica");
+    Ok(())
+}
+
+/// Evicted under load, its memory released, while the clients and the other replica go on.
+fn evicted(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 2, &[Service::Redis])?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "evict").start(&stage.client())?;
+    load.wait_answers(1_000, Duration::from_secs(30))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-2")?;
+    let event = stage.events.wait(
+        "evicted",
+        "redis",
+        at.monotonic_ns / 1_000,
+        Duration::from_secs(5),
+    )?;
+    let who = event.domain("server").context("no server in the event")?;
+    ensure!(who == "guest-2", "{who} was evicted");
+    load.wait_answers(1_000, Duration::from_secs(30))?;
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    let service = stage.operator.service("redis")?;
+    ensure!(
+        service.promotable() == 1,
+        "guest-3 is not promotable any more: {:#?}",
+        service.servers
+    );
+    Ok(())
+}

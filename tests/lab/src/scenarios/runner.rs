@@ -1,0 +1,239 @@
+//! Plays the scenarios one by one, each in a process of its own so that none can hang or hurt
+//! another, and keeps the logs of those that failed.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Scenario, all};
+use crate::host::instance_name;
+use crate::supervise::{Ending, Interrupts, Task};
+
+/// Lines of a failed scenario's output that are shown.
+const SHOWN: usize = 30;
+
+/// How `cargo lab test` is called.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Play only scenarios whose name contains this
+    filter: Option<String>,
+    /// Print the names and play nothing
+    #[arg(long)]
+    list: bool,
+    /// Scenarios played at the same time
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
+    /// Go on after a failure
+    #[arg(long)]
+    keep_going: bool,
+}
+
+/// Plays what `options` select; the last line says how many passed and failed.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let wanted: VecDeque<Scenario> = all()
+        .into_iter()
+        .filter(|s| {
+            options
+                .filter
+                .as_ref()
+                .is_none_or(|f| s.name.contains(f.as_str()))
+        })
+        .collect();
+    if options.list {
+        for scenario in &wanted {
+            println!("{}", scenario.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(
+        !wanted.is_empty(),
+        "no scenario's name contains \"{}\"; `cargo lab test --list` shows them",
+        options.filter.as_deref().unwrap_or_default()
+    );
+    let interrupts = Interrupts::take()?;
+    let directory = log_directory()?;
+    let total = wanted.len();
+    // Names only: a story can't be sent to another thread, and it is played in another process.
+    let queue: Mutex<VecDeque<(String, Duration)>> =
+        Mutex::new(wanted.into_iter().map(|s| (s.name, s.limit)).collect());
+    let tally = Mutex::new(Tally::default());
+    std::thread::scope(|scope| {
+        for job in 0..options.jobs.max(1) {
+            let (queue, tally, interrupts, directory) = (&queue, &tally, &interrupts, &directory);
+            scope.spawn(move || {
+                loop {
+                    let next = lock(queue).pop_front();
+                    let Some((name, limit)) = next else { break };
+                    let verdict = lab_name(options.jobs, job)
+                        .and_then(|lab| play(&name, limit, &lab, directory, interrupts));
+                    let go_on = lock(tally).count(&name, verdict, options.keep_going);
+                    if !go_on {
+                        lock(queue).clear();
+                    }
+                }
+            });
+        }
+    });
+    let tally = tally.into_inner().unwrap_or_else(|e| e.into_inner());
+    let played = tally.passed + tally.failed;
+    if played < total {
+        println!(
+            "{} scenarios were not played{}",
+            total - played,
+            if tally.interrupted {
+                ": interrupted"
+            } else {
+                " after the first failure (--keep-going plays all)"
+            }
+        );
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(match (tally.interrupted, tally.failed) {
+        (true, _) => ExitCode::from(130),
+        (false, 0) => ExitCode::SUCCESS,
+        (false, _) => ExitCode::FAILURE,
+    })
+}
+
+/// Plays the scenario of exactly this name in this process.
+pub(crate) fn play_one(name: &str) -> Result<()> {
+    crate::supervise::settle()?;
+    let Some(scenario) = all().into_iter().find(|s| s.name == name) else {
+        bail!("no scenario is named {name}");
+    };
+    (scenario.play)(&instance_name()?)
+}
+
+#[derive(Debug, Default)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    interrupted: bool,
+}
+
+impl Tally {
+    /// Counts and reports one scenario; whether further ones are to be played.
+    fn count(&mut self, name: &str, played: Result<Played>, keep_going: bool) -> bool {
+        match played {
+            Ok(Played {
+                ending: Ending::Passed,
+                took,
+                ..
+            }) => {
+                self.passed += 1;
+                println!("PASS {name} ({:.1} s)", took.as_secs_f64());
+                true
+            }
+            Ok(Played {
+                ending: Ending::Interrupted,
+                ..
+            }) => {
+                self.interrupted = true;
+                false
+            }
+            Ok(Played {
+                ending,
+                took,
+                logs,
+                tail,
+            }) => {
+                self.failed += 1;
+                let how = if ending == Ending::TimedOut {
+                    ", its time was over"
+                } else {
+                    ""
+                };
+                println!("FAIL {name} ({:.1} s{how})", took.as_secs_f64());
+                println!("{tail}\n  logs: {}", logs.display());
+                keep_going
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("FAIL {name}: {error:#}");
+                keep_going
+            }
+        }
+    }
+}
+
+struct Played {
+    ending: Ending,
+    took: Duration,
+    logs: PathBuf,
+    tail: String,
+}
+
+fn play(
+    name: &str,
+    limit: Duration,
+    lab: &str,
+    directory: &std::path::Path,
+    interrupts: &Interrupts,
+) -> Result<Played> {
+    let logs = directory.join(name.replace('/', "."));
+    fs::create_dir_all(&logs)?;
+    let output = logs.join("output.log");
+    let begun = Instant::now();
+    let task = Task {
+        words: &["play", name],
+        lab,
+        limit,
+        output: Some(output.clone()),
+        logs: Some(logs.clone()),
+    };
+    let ending = task.run(interrupts)?;
+    let said = fs::read_to_string(&output).unwrap_or_default();
+    let lines: Vec<_> = said.lines().collect();
+    let tail = lines[lines.len().saturating_sub(SHOWN)..]
+        .iter()
+        .map(|line| format!("  | {line}"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    if ending == Ending::Passed {
+        fs::remove_dir_all(&logs)?;
+    }
+    Ok(Played {
+        ending,
+        took: begun.elapsed(),
+        logs,
+        tail,
+    })
+}
+
+/// Each job has a lab of its own; their names differ in the last character.
+fn lab_name(jobs: usize, job: usize) -> Result<String> {
+    let name = instance_name()?;
+    if jobs <= 1 {
+        return Ok(name);
+    }
+    ensure!(
+        name.len() <= 3 && jobs <= 9,
+        "with --jobs (at most 9), LAB_NAME may have 3 characters at most, since each job adds one"
+    );
+    Ok(format!("{name}{job}"))
+}
+
+/// `target/lab-test`, emptied.
+fn log_directory() -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let target = own
+        .ancestors()
+        .nth(2)
+        .context("this program is nowhere")?
+        .join("lab-test")
+        .join(instance_name()?);
+    if target.exists() {
+        fs::remove_dir_all(&target)?;
+    }
+    fs::create_dir_all(&target)?;
+    Ok(target)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}

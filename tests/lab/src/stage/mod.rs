@@ -1,0 +1,227 @@
+//! A lab with dom0d on duty: what demo, tests and benchmarks are played on.
+
+pub(crate) mod failover;
+pub(crate) mod logs;
+pub(crate) mod operator;
+
+use std::net::{IpAddr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::client::place::Place;
+use crate::client::redis::load::Outcome;
+use crate::client::redis::verify::{Verdict, verify};
+use crate::host::{Daemon, Domain, Lab, LabConfig, Service};
+use logs::Logs;
+use operator::{Events, Operator};
+use understudy_api::config::Config;
+
+/// How long dom0d may take to find every domain and take it up.
+const READY: Duration = Duration::from_secs(15);
+
+/// A lab, its dom0d, and the operator's view of it.
+#[derive(Debug)]
+pub(crate) struct Stage {
+    // First, so that logs are kept before what wrote them is removed.
+    _logs: Logs,
+    pub(crate) operator: Operator,
+    pub(crate) events: Events,
+    /// `None` while a scenario has taken it away.
+    pub(crate) dom0d: Option<Daemon>,
+    pub(crate) lab: Lab,
+}
+
+impl Stage {
+    /// A fresh lab with this many replicas and these services, dom0d with the default configuration,
+    /// and every replica promotable.
+    pub(crate) fn up(name: &str, replicas: usize, services: &[Service]) -> Result<Self> {
+        Self::up_with(Self::plan(name, replicas, services), |config| config)
+    }
+
+    /// What [`Stage::up`] builds, to be changed before [`Stage::up_with`].
+    pub(crate) fn plan(name: &str, replicas: usize, services: &[Service]) -> LabConfig {
+        LabConfig {
+            replicas,
+            services: services.to_vec(),
+            build: false,
+            ..LabConfig::new(name.to_owned())
+        }
+    }
+
+    /// The same with a configuration of dom0d that `edit` makes from the default one.
+    pub(crate) fn up_with(plan: LabConfig, edit: impl Fn(String) -> String) -> Result<Self> {
+        let lab = Lab::up(plan, &|line| println!("  {line}"))?;
+        let config = edit(lab.default_config());
+        Self::take(lab, &config)
+    }
+
+    /// Starts dom0d in a lab that is up, and waits until every replica of its configuration is
+    /// promotable.
+    pub(crate) fn take(lab: Lab, config: &str) -> Result<Self> {
+        let stage = Self::take_unready(lab, config)?;
+        stage.wait_ready(config)?;
+        Ok(stage)
+    }
+
+    /// Starts dom0d in a lab that is up, and waits for nothing but its control socket.
+    pub(crate) fn take_unready(lab: Lab, config: &str) -> Result<Self> {
+        let logs = Logs::of(&lab);
+        let dom0d = lab.start_dom0d(config)?;
+        let operator = Operator::new(dom0d.control_socket())?;
+        let events = operator.follow()?;
+        Ok(Self {
+            _logs: logs,
+            operator,
+            events,
+            dom0d: Some(dom0d),
+            lab,
+        })
+    }
+
+    /// Stops dom0d properly and starts it with another configuration.
+    pub(crate) fn reconfigure(mut self, config: &str) -> Result<Self> {
+        if let Some(dom0d) = self.dom0d.take() {
+            dom0d.stop()?;
+        }
+        let Self { lab, .. } = self;
+        Self::take(lab, config)
+    }
+
+    /// Waits until dom0d serves, with every replica that `config` names promotable.
+    pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
+        let wanted: Config = config.parse()?;
+        self.until("every replica promotable", READY, |status| {
+            status.ready
+                && wanted.services.iter().all(|wanted| {
+                    status.services.iter().any(|service| {
+                        service.name == wanted.engine.name
+                            && service.ovm().is_some()
+                            && service.promotable() == wanted.rvms.len()
+                    })
+                })
+        })
+    }
+
+    /// Waits until the status is as wanted.
+    pub(crate) fn until(
+        &self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&understudy_api::Status) -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let status = self.operator.status()?;
+            if wanted(&status) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "not within {limit:?}: {what}; status: {}",
+                    serde_json::to_string(&status)?
+                );
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The client's network namespace.
+    pub(crate) fn client(&self) -> Place {
+        Place::new(self.lab.client().netns)
+    }
+
+    /// Where clients find a service, over IPv4.
+    pub(crate) fn psc(&self, service: Service) -> Result<SocketAddr> {
+        self.psc_of_family(service, false)
+    }
+
+    /// Where clients find a service, over IPv4 or IPv6.
+    pub(crate) fn psc_of_family(&self, service: Service, ipv6: bool) -> Result<SocketAddr> {
+        let report = self.operator.service(service.name())?;
+        let address = report
+            .psc
+            .iter()
+            .find(|address| address.is_ipv6() == ipv6)
+            .context("the service has no PSC of this family")?;
+        Ok(SocketAddr::new(*address, service.port()))
+    }
+
+    /// The PSC's MAC, to which raw frames are sent.
+    pub(crate) fn psc_mac(&self, service: Service) -> Result<[u8; 6]> {
+        parse_mac(&self.operator.service(service.name())?.psc_mac)
+    }
+
+    /// The domain that serves now.
+    pub(crate) fn ovm(&self, service: Service) -> Result<Domain> {
+        let report = self.operator.service(service.name())?;
+        let domain = report
+            .ovm()
+            .and_then(|server| server.domain.as_ref())
+            .with_context(|| format!("{} has no OVM", service.name()))?;
+        self.lab.domain(&domain.name)
+    }
+
+    /// Compares what a domain's Redis holds with what a load was told.
+    pub(crate) fn verify(&self, domain: &Domain, outcome: &Outcome) -> Result<Verdict> {
+        let (place, address) = own_address(domain, Service::Redis)?;
+        verify(&place, address, outcome)
+    }
+
+    /// No client noticed anything, and the domain that serves now holds every acknowledged write.
+    pub(crate) fn expect_unharmed(&self, outcome: &Outcome) -> Result<()> {
+        ensure!(
+            outcome.troubles() == 0,
+            "clients noticed: {} resets, {} closed, {} wrong answers, {} unanswered, {} reconnects: {:#?}",
+            outcome.resets,
+            outcome.closed,
+            outcome.wrong_answers,
+            outcome.unanswered,
+            outcome.reconnects,
+            outcome.errors
+        );
+        let ovm = self.ovm(Service::Redis)?;
+        let verdict = self.verify(&ovm, outcome)?;
+        ensure!(
+            verdict.wrong.is_empty(),
+            "{} holds something else than was acknowledged, {} writes lost: {:#?}",
+            ovm.name,
+            verdict.lost_writes,
+            verdict.wrong
+        );
+        println!(
+            "  {} requests, {} acknowledged writes, none lost; latency p50 {} us, max {} us",
+            outcome.requests,
+            outcome.acknowledged_writes,
+            outcome.latency.value_at_quantile(0.5) / 1_000,
+            outcome.latency.max() / 1_000
+        );
+        Ok(())
+    }
+}
+
+/// A domain's inside, and its own address of a service there.
+pub(crate) fn own_address(domain: &Domain, service: Service) -> Result<(Place, SocketAddr)> {
+    let address = domain
+        .addresses
+        .iter()
+        .find(|address| address.is_ipv4())
+        .copied()
+        .unwrap_or(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
+    Ok((
+        Place::new(domain.host.netns.clone()),
+        SocketAddr::new(address, service.port()),
+    ))
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6]> {
+    let bytes = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16))
+        .collect::<Result<Vec<_>, _>>()
+        .with_context(|| format!("not a MAC: {text}"))?;
+    bytes
+        .try_into()
+        .map_err(|_| anyhow::anyhow!("not a MAC: {text}"))
+}

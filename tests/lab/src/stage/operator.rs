@@ -1,0 +1,223 @@
+//! The operator: asks and orders through the real `understudy` command.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use understudy_api::{Event, Service, Status};
+
+/// An operator at one dom0d's control socket.
+#[derive(Clone, Debug)]
+pub(crate) struct Operator {
+    program: PathBuf,
+    socket: PathBuf,
+}
+
+impl Operator {
+    pub(crate) fn new(socket: &Path) -> Result<Self> {
+        Ok(Self {
+            program: program("understudy")?,
+            socket: socket.to_owned(),
+        })
+    }
+
+    /// What `understudy status` says.
+    pub(crate) fn status(&self) -> Result<Status> {
+        let text = self.order(&["--json", "status"])?;
+        serde_json::from_str(&text).with_context(|| format!("not a status: {text}"))
+    }
+
+    /// One service of the status.
+    pub(crate) fn service(&self, name: &str) -> Result<Service> {
+        self.status()?
+            .services
+            .into_iter()
+            .find(|service| service.name == name)
+            .with_context(|| format!("dom0d has no service {name}"))
+    }
+
+    /// Gives an order, which must be carried out; returns what was printed.
+    pub(crate) fn order(&self, words: &[&str]) -> Result<String> {
+        let output = self
+            .command(words)
+            .output()
+            .context("cannot run understudy")?;
+        ensure!(
+            output.status.success(),
+            "`understudy {}` failed ({}): {}{}",
+            words.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr),
+            String::from_utf8_lossy(&output.stdout),
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Gives an order that must be refused with a message in which every one of `saying` appears
+    /// (in any case of letters); returns the message.
+    pub(crate) fn refused(&self, words: &[&str], saying: &[&str]) -> Result<String> {
+        let output = self
+            .command(words)
+            .output()
+            .context("cannot run understudy")?;
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stderr),
+            String::from_utf8_lossy(&output.stdout)
+        );
+        let order = words.join(" ");
+        ensure!(
+            !output.status.success(),
+            "`understudy {order}` was carried out: {said}"
+        );
+        explains(&format!("`understudy {order}`"), &said, saying)?;
+        Ok(said)
+    }
+
+    /// Follows the events from now on (with those still kept).
+    pub(crate) fn follow(&self) -> Result<Events> {
+        let mut child = self
+            .command(&["--json", "events", "--follow"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .context("cannot run understudy")?;
+        let stdout = child.stdout.take().context("no pipe from understudy")?;
+        let shared = Arc::new(Shared::default());
+        let writer = shared.clone();
+        std::thread::Builder::new()
+            .name("events".to_owned())
+            .spawn(move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    match serde_json::from_str::<Event>(&line) {
+                        Ok(event) => writer.lock().push(event),
+                        Err(error) => eprintln!("not an event ({error}): {line}"),
+                    }
+                    writer.changed.notify_all();
+                }
+            })?;
+        Ok(Events { child, shared })
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("--socket").arg(&self.socket).args(words);
+        command.stdin(Stdio::null());
+        command
+    }
+}
+
+/// A program that was built along with this one.
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let path = own.parent().context("this program is nowhere")?.join(name);
+    ensure!(
+        path.exists(),
+        "{} does not exist: build it with `cargo build --release -p {}`",
+        path.display(),
+        if name == "understudy" { "cli" } else { name },
+    );
+    Ok(path)
+}
+
+/// Fails unless every one of `wanted` appears in what was said.
+pub(crate) fn explains(who: &str, said: &str, wanted: &[&str]) -> Result<()> {
+    let lower = said.to_lowercase();
+    for word in wanted {
+        ensure!(
+            lower.contains(&word.to_lowercase()),
+            "{who} says nothing of \"{word}\": {}",
+            said.trim()
+        );
+    }
+    Ok(())
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    seen: Mutex<Vec<Event>>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Vec<Event>> {
+        // A poisoned list is still a list: events are only ever pushed.
+        self.seen.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// The events of one dom0d while this value lives.
+#[derive(Debug)]
+pub(crate) struct Events {
+    child: Child,
+    shared: Arc<Shared>,
+}
+
+impl Events {
+    /// All events so far.
+    pub(crate) fn all(&self) -> Vec<Event> {
+        self.shared.lock().clone()
+    }
+
+    /// Events of this kind and service at or after a moment (microseconds of CLOCK_MONOTONIC).
+    pub(crate) fn since(&self, kind: &str, service: &str, from_us: u64) -> Vec<Event> {
+        self.shared
+            .lock()
+            .iter()
+            .filter(|event| matches(event, kind, service, from_us))
+            .cloned()
+            .collect()
+    }
+
+    /// Waits for the first event of this kind and service at or after a moment.
+    pub(crate) fn wait(
+        &self,
+        kind: &str,
+        service: &str,
+        from_us: u64,
+        limit: Duration,
+    ) -> Result<Event> {
+        let deadline = Instant::now() + limit;
+        let mut seen = self.shared.lock();
+        loop {
+            if let Some(event) = seen.iter().find(|e| matches(e, kind, service, from_us)) {
+                return Ok(event.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let kinds: Vec<_> = seen
+                    .iter()
+                    .filter(|e| e.monotonic_us >= from_us)
+                    .map(|e| serde_json::Value::Object(e.what.clone()).to_string())
+                    .collect();
+                bail!(
+                    "no event \"{kind}\" of service {service} within {limit:?}; since then there were: [{}]",
+                    kinds.join(", ")
+                );
+            }
+            seen = self
+                .shared
+                .changed
+                .wait_timeout(seen, left)
+                .unwrap_or_else(|e| e.into_inner())
+                .0;
+        }
+    }
+}
+
+fn matches(event: &Event, kind: &str, service: &str, from_us: u64) -> bool {
+    event.kind() == kind
+        && event.service.as_deref() == Some(service)
+        && event.monotonic_us >= from_us
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        // It may have ended with dom0d already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

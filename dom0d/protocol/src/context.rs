@@ -152,6 +152,11 @@ impl Context {
         self.queue.ovm_server().map(|server| (server.slot, server.id))
     }
 
+    /// The OVM has not produced every answer that clients were sent before it was promoted.
+    pub(crate) fn is_catching_up(&self) -> bool {
+        self.queue.ovm().is_some_and(|ovm| self.order.cursor(ovm) < self.recuperation.mark)
+    }
+
     /// The address that `psc` has on the server in `slot`.
     pub(crate) fn guest(&self, slot: Slot, psc: SocketAddr) -> Option<SocketAddr> {
         let address: IpAddr = self.queue.get(slot)?.address(psc.ip())?;

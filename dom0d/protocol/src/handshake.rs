@@ -270,19 +270,24 @@ impl Embryonic {
             retained: 0,
         });
         ctx.open += 1;
+        let mut recuperates = true;
         for (slot, server) in ctx.roster() {
             let leg = if server == answer.server {
                 let mut leg = Conversation::through_leg(server, &told, answer.window);
                 leg.mss = leg.mss.min(mtu_mss(slot, &key, ctx));
+                // A new OVM that has not caught up yet must not see this client's bytes before the
+                // causes that the client may have seen.
+                leg.through = !ctx.is_catching_up();
+                recuperates = ctx.queue.ovm() != Some(slot) || !leg.through;
                 leg
             } else {
                 Leg::opening(server)
             };
             conversation.add_leg(slot, leg, ctx);
         }
-        if ctx.ovm().is_some_and(|(_, ovm)| ovm != answer.server) {
-            // Promoted in mid-handshake: the client speaks with a server that is gone, the daemon
-            // carries it over to the new one.
+        if recuperates {
+            // The daemon carries it over: the new OVM is behind, or the client speaks with a server
+            // that was deposed in mid-handshake.
             conversation.begin_recuperation(ctx);
         }
         Some(conversation)

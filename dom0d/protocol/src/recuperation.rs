@@ -220,13 +220,12 @@ impl Conversation {
     /// The new OVM has acknowledged whatever the client was acknowledged and has answered whatever the
     /// client was sent; every conversation's earlier causes have reached it.
     fn has_recuperated(&self, leg: &Leg, ctx: &Context) -> bool {
-        let Some(slot) = ctx.queue.ovm() else { return false };
         leg.phase == Phase::Open
             && leg.rcv_nxt >= self.told.acked
             && leg.sender.nxt >= self.up_end()
             && leg.compared >= self.down.highest()
             && (self.down_fin.is_none() || leg.fin == self.down_fin)
-            && ctx.order.cursor(slot) >= ctx.recuperation.mark
+            && !ctx.is_catching_up()
     }
 
     /// All conversations of the epoch are through: say so once.

@@ -156,6 +156,8 @@ impl Service {
             self.with(id, |conversation, ctx| conversation.handle_server(slot, server, &segment, ctx));
         } else if self.ctx.queue.ovm() == Some(slot) {
             self.pass_unprotected_to_client(key, &segment);
+        } else {
+            self.refuse(server, &segment);
         }
     }
 
@@ -316,23 +318,31 @@ impl Service {
         false
     }
 
+    /// An RVM speaks of a conversation that there is not (any more): RFC 9293 §3.10.7.1.
+    fn refuse(&mut self, server: ServerId, segment: &Segment<'_>) {
+        if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::RST) {
+            let reset = Segment {
+                src: segment.dst,
+                dst: segment.src,
+                seq: segment.ack,
+                ack: 0,
+                flags: Flags::RST,
+                window: 0,
+                options: Default::default(),
+                payload: &[],
+                ..*segment
+            };
+            self.ctx.send_to_server(server, reset.emit());
+        }
+    }
+
     /// An RVM answered a SYN that the OVM, silent altogether, did not.
     fn hear_witness(&mut self, slot: Slot, server: ServerId, segment: &Segment<'_>) {
-        let reset = Segment {
-            src: segment.dst,
-            dst: segment.src,
-            seq: segment.ack,
-            ack: 0,
-            flags: Flags::RST,
-            options: Default::default(),
-            payload: &[],
-            ..*segment
-        };
-        self.ctx.send_to_server(server, reset.emit());
+        self.refuse(server, segment);
         self.handshakes.note_ovm_heard();
-        if self.ctx.queue.get(slot).is_some_and(|server| self.ctx.queue.not_promotable(server).is_none())
-            && self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running)
-        {
+        let trusted =
+            self.ctx.queue.get(slot).is_some_and(|server| self.ctx.queue.not_promotable(server).is_none());
+        if trusted && self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
             self.suspect(Evidence::UnacknowledgedSegment);
         }
         self.settle();
@@ -443,7 +453,7 @@ impl Service {
             if moved && let Some(server) = ctx.queue.get_mut(slot) {
                 server.waiting_since = None;
             }
-            if ctx.queue.ovm() == Some(slot) && ctx.order.cursor(slot) >= ctx.recuperation.mark {
+            if ctx.queue.ovm() == Some(slot) && !ctx.is_catching_up() {
                 woken.extend(ctx.recuperation.pending.iter().copied());
             }
             for id in woken {
@@ -454,7 +464,7 @@ impl Service {
             }
         }
         ctx.progressed = [false; MAX_SERVERS];
-        let behind = ctx.queue.ovm().filter(|ovm| ctx.order.cursor(*ovm) < ctx.recuperation.mark);
+        let behind = ctx.queue.ovm().filter(|_| ctx.is_catching_up());
         let Context { order, queue, .. } = ctx;
         order.release(queue.rvms().chain(behind));
     }

@@ -76,6 +76,7 @@ impl Task<'_> {
         command
             .args(self.words)
             .env("LAB_NAME", self.lab)
+            .env(SUPERVISED, "1")
             .stdin(Stdio::null())
             // Ctrl-C reaches this process only, which then ends the other one in order.
             .process_group(0);
@@ -123,12 +124,24 @@ impl Task<'_> {
     }
 }
 
-/// Runs a verb supervised, its output to the terminal.
-pub(crate) fn verb(words: &[&str], limit: Duration) -> Result<ExitCode> {
+/// Set in the environment of supervised processes.
+const SUPERVISED: &str = "UNDERSTUDY_LAB_SUPERVISED";
+
+/// Runs `work` supervised: this process starts itself again with the same command line and looks
+/// after the other one, which does the work and prints to the same terminal.
+pub(crate) fn supervised(
+    limit: Duration,
+    work: impl FnOnce() -> Result<ExitCode>,
+) -> Result<ExitCode> {
+    if std::env::var_os(SUPERVISED).is_some() {
+        settle()?;
+        return work();
+    }
     let interrupts = Interrupts::take()?;
     let lab = instance_name()?;
+    let words: Vec<String> = std::env::args().skip(1).collect();
     let task = Task {
-        words,
+        words: &words.iter().map(String::as_str).collect::<Vec<_>>(),
         lab: &lab,
         limit,
         output: None,

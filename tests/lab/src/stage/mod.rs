@@ -3,12 +3,12 @@
 pub(crate) mod failover;
 pub(crate) mod logs;
 pub(crate) mod operator;
+pub(crate) mod pinning;
 
 use std::net::{IpAddr, SocketAddr};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::client::place::Place;
 use crate::client::redis::load::Outcome;
@@ -16,10 +16,6 @@ use crate::client::redis::verify::{Verdict, verify};
 use crate::host::{Daemon, Domain, Lab, LabConfig, Service};
 use logs::Logs;
 use operator::{Events, Operator};
-use understudy_api::config::Config;
-
-/// How long dom0d may take to find every domain and take it up.
-const READY: Duration = Duration::from_secs(15);
 
 /// A lab, its dom0d, and the operator's view of it.
 #[derive(Debug)]
@@ -89,42 +85,19 @@ impl Stage {
         Self::take(lab, config)
     }
 
-    /// Waits until dom0d serves, with every replica that `config` names promotable.
+    /// See [`Operator::wait_ready`].
     pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
-        let wanted: Config = config.parse()?;
-        self.until("every replica promotable", READY, |status| {
-            status.ready
-                && wanted.services.iter().all(|wanted| {
-                    status.services.iter().any(|service| {
-                        service.name == wanted.engine.name
-                            && service.ovm().is_some()
-                            && service.promotable() == wanted.rvms.len()
-                    })
-                })
-        })
+        self.operator.wait_ready(config)
     }
 
-    /// Waits until the status is as wanted.
+    /// See [`Operator::until`].
     pub(crate) fn until(
         &self,
         what: &str,
         limit: Duration,
         wanted: impl Fn(&understudy_api::Status) -> bool,
     ) -> Result<()> {
-        let deadline = Instant::now() + limit;
-        loop {
-            let status = self.operator.status()?;
-            if wanted(&status) {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!(
-                    "not within {limit:?}: {what}; status: {}",
-                    serde_json::to_string(&status)?
-                );
-            }
-            sleep(Duration::from_millis(20));
-        }
+        self.operator.until(what, limit, wanted)
     }
 
     /// The client's network namespace.
@@ -199,6 +172,18 @@ impl Stage {
         );
         Ok(())
     }
+}
+
+/// A configuration in which every service has the first `replicas` of its replicas only.
+pub(crate) fn with_replicas(config: &str, replicas: usize) -> String {
+    let rvms: Vec<_> = (0..replicas).map(|n| format!("guest-{}", n + 2)).collect();
+    config
+        .lines()
+        .map(|line| match line.starts_with("rvms = ") {
+            true => format!("rvms = {rvms:?}\n"),
+            false => format!("{line}\n"),
+        })
+        .collect()
 }
 
 /// A domain's inside, and its own address of a service there.

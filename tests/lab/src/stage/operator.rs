@@ -4,10 +4,15 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use understudy_api::config::Config;
 use understudy_api::{Event, Service, Status};
+
+/// How long dom0d may take to find every domain and take it up.
+const READY: Duration = Duration::from_secs(15);
 
 /// An operator at one dom0d's control socket.
 #[derive(Clone, Debug)]
@@ -37,6 +42,44 @@ impl Operator {
             .into_iter()
             .find(|service| service.name == name)
             .with_context(|| format!("dom0d has no service {name}"))
+    }
+
+    /// Waits until dom0d serves, with every replica that `config` names promotable.
+    pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
+        let wanted: Config = config.parse()?;
+        self.until("every replica promotable", READY, |status| {
+            status.ready
+                && wanted.services.iter().all(|wanted| {
+                    status.services.iter().any(|service| {
+                        service.name == wanted.engine.name
+                            && service.ovm().is_some()
+                            && service.promotable() == wanted.rvms.len()
+                    })
+                })
+        })
+    }
+
+    /// Waits until the status is as wanted.
+    pub(crate) fn until(
+        &self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&Status) -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let status = self.status()?;
+            if wanted(&status) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "not within {limit:?}: {what}; status: {}",
+                    serde_json::to_string(&status)?
+                );
+            }
+            sleep(Duration::from_millis(20));
+        }
     }
 
     /// Gives an order, which must be carried out; returns what was printed.

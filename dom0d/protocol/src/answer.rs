@@ -80,6 +80,9 @@ impl Conversation {
         leg.iss = segment.seq;
         leg.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
         leg.mss = mss;
+        // For a server that was promoted before it had answered: its time begins here.
+        leg.ts_delta = self.told.tsval.wrapping_sub(leg.tsval);
+        leg.ts_floor = leg.tsval;
         leg.rcv_nxt = 1;
         leg.edge = 1 + u64::from(segment.window);
         leg.sender.disarm();

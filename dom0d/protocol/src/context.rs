@@ -157,6 +157,12 @@ impl Context {
         self.queue.ovm().is_some_and(|ovm| self.order.cursor(ovm) < self.recuperation.mark)
     }
 
+    /// Forgets what nobody follows any more of the service-wide order.
+    pub(crate) fn release_order(&mut self) {
+        let behind = self.queue.ovm().filter(|_| self.is_catching_up());
+        self.order.release(self.queue.rvms().chain(behind));
+    }
+
     /// The address that `psc` has on the server in `slot`.
     pub(crate) fn guest(&self, slot: Slot, psc: SocketAddr) -> Option<SocketAddr> {
         let address: IpAddr = self.queue.get(slot)?.address(psc.ip())?;

@@ -214,6 +214,9 @@ impl Conversation {
     /// What the server is to be told: never an ACK of what it has not sent, nor of what the client has
     /// not acknowledged; the client's window.
     fn told_to(&self, leg: &Leg) -> (u64, u64) {
+        if leg.through {
+            return (self.client.acked, self.client.edge);
+        }
         (leg.produced().min(self.client.acked).max(leg.told.0), self.client.edge)
     }
 

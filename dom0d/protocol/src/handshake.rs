@@ -12,6 +12,7 @@ use crate::queue::Slot;
 use crate::seq::position_of;
 use crate::stream::Stream;
 use crate::table::{ConversationId, Key};
+use crate::verdict::REMINDERS;
 use crate::wire::{Flags, Options, Segment};
 use crate::{Instant, LinkAddress, ServerId};
 
@@ -51,8 +52,8 @@ pub(crate) struct Handshakes {
     by_key: HashMap<Key, Embryonic>,
     ages: VecDeque<(u64, Key)>,
     begun: u64,
-    /// The first handshake since the OVM was last heard, when it began, and whether RVMs were asked.
-    unheard: Option<(Instant, Key, bool)>,
+    /// The first handshake since the OVM was last heard.
+    unheard: Option<Unheard>,
 }
 
 impl Handshakes {
@@ -81,9 +82,13 @@ impl Handshakes {
             self.ages.push_back((self.begun, key));
             self.make_room(ctx);
         }
-        if let (Some(embryonic), Some((slot, _))) = (self.by_key.get(&key), ctx.ovm()) {
+        if let (Some(embryonic), Some((slot, ovm))) = (self.by_key.get(&key), ctx.ovm()) {
+            if let Some(answer) = embryonic.answer.filter(|answer| answer.server != ovm) {
+                // The client may have accepted the deposed OVM's answer: that one stands.
+                return embryonic.repeat(&key, &answer, ctx);
+            }
             embryonic.forward(&key, slot, ctx);
-            self.unheard.get_or_insert((ctx.now, key, false));
+            self.unheard.get_or_insert(Unheard { key, since: ctx.now, reminders: 0 });
         }
     }
 
@@ -92,38 +97,42 @@ impl Handshakes {
         self.unheard = None;
     }
 
-    /// When RVMs must be asked about a SYN that the OVM does not answer.
+    /// When the silent OVM must be reminded of a SYN, or RVMs be asked about it.
     pub(crate) fn question_due(&self, limit: Duration) -> Option<Instant> {
-        self.unheard.filter(|(_, _, asked)| !asked).map(|(since, _, _)| since + limit)
+        self.unheard.as_ref().filter(|unheard| !unheard.is_asked()).map(|unheard| unheard.due(limit))
     }
 
     /// A SYN is a segment too: if the OVM is silent altogether, would an RVM have answered it?
     pub(crate) fn ask_witnesses(&mut self, ctx: &mut Context) {
         let limit = ctx.config.timing.unacked_limit;
-        let Some((since, key, asked)) = &mut self.unheard else { return };
-        if *asked || ctx.now.since(ctx.measured_from(*since)) < limit {
-            return;
-        }
-        *asked = true;
-        let Some(embryonic) = self.by_key.get(key) else {
+        let Some(unheard) = &mut self.unheard else { return };
+        let Some(embryonic) = self.by_key.get(&unheard.key) else {
             self.unheard = None;
             return;
         };
-        let witnesses: Vec<_> = ctx
-            .queue
-            .iter()
-            .filter(|server| ctx.queue.not_promotable(server).is_none())
-            .map(|server| server.slot)
-            .collect();
-        for slot in witnesses {
-            embryonic.forward(key, slot, ctx);
+        unheard.since = ctx.measured_from(unheard.since);
+        while !unheard.is_asked() && ctx.now >= unheard.due(limit) {
+            unheard.reminders += 1;
+            if !unheard.is_asked() {
+                if let Some((slot, _)) = ctx.ovm() {
+                    embryonic.forward(&unheard.key, slot, ctx);
+                }
+                continue;
+            }
+            for (slot, _) in ctx.roster() {
+                let promotable =
+                    ctx.queue.get(slot).is_some_and(|server| ctx.queue.not_promotable(server).is_none());
+                if promotable {
+                    embryonic.forward(&unheard.key, slot, ctx);
+                }
+            }
         }
     }
 
     /// An RVM answers such a question; true if that speaks against the OVM.
     pub(crate) fn is_witness(&self, key: &Key, segment: &Segment<'_>) -> bool {
         segment.flags.has(Flags::SYN)
-            && self.unheard.is_some_and(|(_, unheard, asked)| asked && unheard == *key)
+            && self.unheard.as_ref().is_some_and(|unheard| unheard.is_asked() && unheard.key == *key)
             && self.acknowledges(key, segment)
     }
 
@@ -188,12 +197,32 @@ impl Handshakes {
     }
 
     /// A new OVM knows nothing of these: those that the old one has not answered are opened at once.
-    pub(crate) fn reopen(&self, ctx: &mut Context) {
+    pub(crate) fn reopen(&mut self, ctx: &mut Context) {
+        self.unheard = None;
         for (key, embryonic) in &self.by_key {
             if let Some((slot, _)) = ctx.ovm().filter(|_| embryonic.answer.is_none()) {
                 embryonic.forward(key, slot, ctx);
             }
         }
+    }
+}
+
+/// A SYN that the OVM, silent since, has not answered.
+#[derive(Clone, Copy, Debug)]
+struct Unheard {
+    key: Key,
+    since: Instant,
+    reminders: u32,
+}
+
+impl Unheard {
+    /// RVMs were asked, the OVM having been reminded often enough.
+    fn is_asked(&self) -> bool {
+        self.reminders > REMINDERS
+    }
+
+    fn due(&self, limit: Duration) -> Instant {
+        self.since + limit * (self.reminders + 1) / (REMINDERS + 1)
     }
 }
 
@@ -214,6 +243,23 @@ impl Embryonic {
             payload: &[],
         };
         ctx.send_to_server(server, syn.emit());
+    }
+
+    /// Sends the client a SYN-ACK again.
+    fn repeat(&self, key: &Key, answer: &SynAck, ctx: &mut Context) {
+        let syn_ack = Segment {
+            src: key.psc,
+            dst: key.client,
+            seq: answer.iss,
+            ack: self.iss.wrapping_add(1),
+            flags: Flags::SYN.with(Flags::ACK),
+            window: answer.window,
+            urgent: 0,
+            options: answer.options,
+            ecn: 0,
+            payload: &[],
+        };
+        ctx.send_to_client(self.link, syn_ack.emit());
     }
 
     /// The conversation that the handshake leads to, with legs being opened on every other server.

@@ -464,9 +464,7 @@ impl Service {
             }
         }
         ctx.progressed = [false; MAX_SERVERS];
-        let behind = ctx.queue.ovm().filter(|_| ctx.is_catching_up());
-        let Context { order, queue, .. } = ctx;
-        order.release(queue.rvms().chain(behind));
+        ctx.release_order();
     }
 
     /// Something speaks against the OVM: promote, or say why not.
@@ -553,9 +551,7 @@ impl Service {
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             }
         }
-        if self.ctx.queue.rvms().next().is_none() {
-            self.ctx.order.release(core::iter::empty());
-        }
+        self.ctx.release_order();
     }
 
     // ---- a drain --------------------------------------------------------------------------------

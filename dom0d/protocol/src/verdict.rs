@@ -27,7 +27,7 @@ pub(crate) struct Suspicion {
 
 /// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
 /// been lost on its vif while the client's own timer is long.
-const REMINDERS: u32 = 5;
+pub(crate) const REMINDERS: u32 = 5;
 
 impl Suspicion {
     pub(crate) fn note_answer(&mut self) {

@@ -157,6 +157,14 @@ impl Context {
         self.queue.ovm().is_some_and(|ovm| self.order.cursor(ovm) < self.recuperation.mark)
     }
 
+    /// Whether client bytes of `mark` may be handed to the server in `slot` now. A new OVM waits only
+    /// for answers of its predecessors: the later ones are its own.
+    pub(crate) fn permits(&mut self, slot: Slot, mark: u64, conversation: ConversationId) -> bool {
+        let own = self.queue.ovm() == Some(slot);
+        let mark = if own { mark.min(self.recuperation.mark) } else { mark };
+        self.order.permits(slot, mark, conversation)
+    }
+
     /// Forgets what nobody follows any more of the service-wide order.
     pub(crate) fn release_order(&mut self) {
         let behind = self.queue.ovm().filter(|_| self.is_catching_up());

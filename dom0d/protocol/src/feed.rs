@@ -137,7 +137,7 @@ impl Conversation {
         let mut to = from;
         while to < limit.min(from + room) {
             let Some((mark, run_end)) = self.up.mark_at(to) else { break };
-            if to >= leg.sender.highest && !ctx.order.permits(slot, mark, self.id) {
+            if to >= leg.sender.highest && !ctx.permits(slot, mark, self.id) {
                 break;
             }
             to = run_end.min(limit).min(from + room);
@@ -174,7 +174,7 @@ impl Conversation {
 
     fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
         let Some((position, mark)) = self.up_fin else { return };
-        if leg.sender.nxt != position || position != self.up.end() || !ctx.order.permits(slot, mark, self.id)
+        if leg.sender.nxt != position || position != self.up.end() || !ctx.permits(slot, mark, self.id)
         {
             return;
         }

@@ -1,13 +1,23 @@
 //! `cargo lab`: Understudy's labs. This file only reads the command line and hands over.
 
+mod bench;
+mod by_hand;
+mod client;
+mod demo;
 mod host;
+mod hypervisor;
+mod report;
+mod scenarios;
+mod stage;
+mod supervise;
 mod xenstored;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "lab", about = "Understudy's labs")]
+#[command(name = "cargo lab", about = "Understudy's labs")]
 struct CommandLine {
     #[command(subcommand)]
     verb: Verb,
@@ -15,12 +25,26 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Take a lab down, also what a killed run left behind.
-    Down,
+    /// Show a Redis losing its machine in mid-conversation while its clients notice nothing
+    Demo(demo::Options),
+    /// Play the scenarios that must pass
+    Test(scenarios::Options),
+    /// One scenario, in this process
+    #[command(hide = true)]
+    Play { name: String },
+    #[command(flatten)]
+    ByHand(by_hand::Verb),
 }
 
-fn main() -> Result<()> {
-    match CommandLine::parse().verb {
-        Verb::Down => host::Lab::remove(&host::instance_name()?),
-    }
+fn main() -> ExitCode {
+    let outcome = match CommandLine::parse().verb {
+        Verb::Demo(options) => supervise::supervised(demo::LIMIT, || demo::run(&options)),
+        Verb::Test(options) => scenarios::run(&options),
+        Verb::Play { name } => scenarios::play_one(&name).map(|()| ExitCode::SUCCESS),
+        Verb::ByHand(verb) => verb.run(),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("cargo lab: {error:#}");
+        ExitCode::FAILURE
+    })
 }

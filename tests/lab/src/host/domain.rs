@@ -2,10 +2,8 @@
 
 use std::net::IpAddr;
 use std::ops::Deref;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
-use anyhow::{Result, bail};
 use uuid::Uuid;
 
 use super::Host;
@@ -29,6 +27,8 @@ pub(crate) struct Domain {
     pub(crate) vif: String,
     /// As `domains.json` says.
     pub(crate) paused: bool,
+    /// What else of its state the lab knows, for an operator: `running`, `paused`, `spinning`, ...
+    pub(crate) state: String,
     /// Where its services keep their data: `redis/`, `http/upload/`, `postgresql/`.
     pub(crate) data: PathBuf,
     /// Its namespace.
@@ -47,32 +47,4 @@ impl Domain {
     pub(crate) fn uploaded(&self, name: &str) -> PathBuf {
         self.data.join("http/upload").join(name)
     }
-}
-
-pub(crate) fn list(_directory: &Path) -> Result<Vec<Domain>> {
-    Ok(Vec::new())
-}
-
-pub(crate) fn find(directory: &Path, which: &str) -> Result<Domain> {
-    for domain in list(directory)? {
-        if domain.name == which
-            || domain.domid.to_string() == which
-            || domain.uuid.to_string() == which
-        {
-            return Ok(domain);
-        }
-    }
-    bail!("the lab has no domain \"{which}\"")
-}
-
-pub(crate) fn create(directory: &Path, name: &str) -> Result<Domain> {
-    find(directory, name)
-}
-
-pub(crate) fn rename(_directory: &Path, _domain: &str, _new_name: &str) -> Result<()> {
-    Ok(())
-}
-
-pub(crate) fn restart_xenstored(_directory: &Path, _down_for: Duration) -> Result<()> {
-    Ok(())
 }

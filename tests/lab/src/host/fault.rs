@@ -1,8 +1,5 @@
 //! The faults that the lab can make happen to a domain.
 
-use std::path::Path;
-
-use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -10,21 +7,21 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Fault {
-    /// Everything of the domain stops and domain info says paused, as after `xl pause`. [`thaw`]able.
+    /// Everything of the domain stops and domain info says paused, as after `xl pause`. Can be thawed.
     Freeze,
-    /// The same, but domain info says running: a guest that spins with interrupts off. [`thaw`]able.
+    /// The same, but domain info says running: a guest that spins with interrupts off. Can be thawed.
     Spin,
     /// The guest's kernel panics: all stops, shutdown code crash; soon gone (on_crash = destroy).
     Crash,
     /// `xl destroy`: the domain and its vif disappear.
     Destroy,
-    /// The services' processes stop, the kernel still acknowledges. [`thaw`]able.
+    /// The services' processes stop, the kernel still acknowledges. Can be thawed.
     Hang,
     /// The services' processes are killed; the kernel sends FIN or RST.
     Kill,
-    /// The guest shuts itself down.
+    /// The guest ends its services and shuts down, unplanned.
     Poweroff,
-    /// The guest reboots: same UUID, new domid, empty services.
+    /// The guest reboots: same UUID, new domid, services in their initial state.
     Reboot,
 }
 
@@ -33,12 +30,4 @@ pub(crate) enum Fault {
 pub(crate) struct FaultInstant {
     /// CLOCK_MONOTONIC, nanoseconds, read right before.
     pub(crate) monotonic_ns: u64,
-}
-
-pub(crate) fn strike(_directory: &Path, _fault: Fault, _domain: &str) -> Result<FaultInstant> {
-    Ok(FaultInstant { monotonic_ns: 0 })
-}
-
-pub(crate) fn thaw(_directory: &Path, _domain: &str) -> Result<()> {
-    Ok(())
 }

@@ -1,10 +1,12 @@
 //! How a link is impaired.
 
-use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
+
+/// Longest delay that can be asked for; bounds what a relay holds.
+const DELAY_MAX: Duration = Duration::from_secs(10);
 
 /// Impairment of one host's link, each direction alike. The default impairs nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -21,6 +23,14 @@ pub(crate) struct Link {
     pub(crate) rate_bits: Option<u64>,
 }
 
-pub(crate) fn set(_directory: &Path, _host: &str, _link: Link) -> Result<()> {
-    Ok(())
+impl Link {
+    /// Refuses what makes no sense.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (name, part) in [("loss", self.loss), ("duplicate", self.duplicate), ("reorder", self.reorder)] {
+            ensure!((0.0..=1.0).contains(&part), "{name} must lie between 0 and 100 %");
+        }
+        ensure!(self.delay <= DELAY_MAX, "delay must be at most {DELAY_MAX:?}");
+        ensure!(self.rate_bits != Some(0), "a rate of 0 lets nothing pass: use --loss 100");
+        Ok(())
+    }
 }

@@ -1,12 +1,16 @@
-//! Who is in a lab and which addresses they have; no side effects.
+//! Who is in a lab, and which names and addresses they have.
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::Service;
+
+/// The file that [`LabConfig::save`] writes.
+const SAVED: &str = "lab.json";
 
 /// What a lab is made from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,10 +42,30 @@ impl LabConfig {
         }
     }
 
+    /// What the running lab of this name was made from.
+    pub(crate) fn saved(name: &str) -> Result<Self> {
+        let path = directory(name).join(SAVED);
+        let text = fs::read_to_string(&path)
+            .with_context(|| format!("no lab \"{name}\" is up ({} can't be read)", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("reading {}", path.display()))
+    }
+
+    /// Keeps it for [`LabConfig::saved`].
+    pub(crate) fn save(&self) -> Result<()> {
+        let path = self.directory().join(SAVED);
+        fs::write(&path, serde_json::to_string_pretty(self)?)
+            .with_context(|| format!("writing {}", path.display()))
+    }
+
     /// The lab's run-time directory.
     pub(crate) fn directory(&self) -> PathBuf {
-        PathBuf::from("/run/understudy-lab").join(&self.name)
+        directory(&self.name)
     }
+}
+
+/// The run-time directory of the lab of this name.
+pub(crate) fn directory(name: &str) -> PathBuf {
+    PathBuf::from("/run/understudy-lab").join(name)
 }
 
 /// The instance that the environment variable `LAB_NAME` names, or `us`.
@@ -54,8 +78,12 @@ pub(crate) fn instance_name() -> Result<String> {
     Ok(name)
 }
 
-/// IPv4 address of the client.
-pub(crate) const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// Last part of the client's addresses.
+pub(crate) const CLIENT_LAST: u8 = 1;
+/// Last part of the addresses of dom0's own kernel on the bridge.
+pub(crate) const DOM0_LAST: u8 = 2;
+/// Most replicas of a lab.
+pub(crate) const REPLICAS_MAX: usize = 3;
 
 /// Addresses of the domU at a place, counted from 1.
 pub(crate) fn guest_addresses(place: usize, ipv6: bool) -> Vec<IpAddr> {
@@ -68,16 +96,7 @@ pub(crate) fn psc_addresses(service: Service, ipv6: bool) -> Vec<IpAddr> {
     let offset = service.psc_offset();
     let mut all = vec![IpAddr::V4(Ipv4Addr::new(10, 77, 0, 100 + offset))];
     if ipv6 {
-        all.push(IpAddr::V6(Ipv6Addr::new(
-            0xfd77,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0x100 + u16::from(offset),
-        )));
+        all.push(IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0x100 + u16::from(offset))));
     }
     all
 }
@@ -89,6 +108,11 @@ pub(crate) fn lab_addresses(last: u8, ipv6: bool) -> Vec<IpAddr> {
         all.push(IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, digits)));
     }
     all
+}
+
+/// The frontend's MAC of the domain at a place, in Xen's range.
+pub(crate) fn guest_mac(place: usize) -> String {
+    format!("00:16:3e:77:01:{:02x}", place & 0xff)
 }
 
 /// Name of the domain at a place, counted from 1.
@@ -103,10 +127,7 @@ pub(crate) fn default_config(config: &LabConfig) -> String {
     let mut toml = String::new();
     let rvms: Vec<String> = (2..=config.replicas + 1).map(domain_name).collect();
     for &service in &config.services {
-        let psc: Vec<String> = psc_addresses(service, config.ipv6)
-            .iter()
-            .map(IpAddr::to_string)
-            .collect();
+        let psc: Vec<String> = psc_addresses(service, config.ipv6).iter().map(IpAddr::to_string).collect();
         // Writing to a String does not fail.
         let _ = writeln!(
             toml,

@@ -56,11 +56,7 @@ struct Waiting {
 
 impl Outbox {
     fn new(stream: UnixStream) -> Outbox {
-        Outbox {
-            stream,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        }
+        Outbox { stream, state: Mutex::default(), changed: Condvar::new() }
     }
 
     pub(super) fn push(&self, message: Vec<u8>) {
@@ -92,10 +88,7 @@ impl Outbox {
                 waiting.bytes -= message.len();
                 return Some(message);
             }
-            waiting = self
-                .changed
-                .wait(waiting)
-                .unwrap_or_else(PoisonError::into_inner);
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -107,11 +100,7 @@ impl Xenstored {
             sessions: Mutex::new(Sessions::new()),
             streams: Mutex::new(Streams::default()),
         });
-        let mut xenstored = Xenstored {
-            socket: socket.to_owned(),
-            shared,
-            acceptor: None,
-        };
+        let mut xenstored = Xenstored { socket: socket.to_owned(), shared, acceptor: None };
         xenstored.start()?;
         Ok(xenstored)
     }
@@ -158,16 +147,12 @@ impl Xenstored {
 
     /// Writes as the toolstack does.
     pub(crate) fn write(&self, path: &str, value: &str) -> Result<()> {
-        lock(&self.shared.sessions)
-            .write(path, value)
-            .map_err(|error| named(error, "writing", path))
+        lock(&self.shared.sessions).write(path, value).map_err(|error| named(error, "writing", path))
     }
 
     /// Removes a node and what is below it, if it is there.
     pub(crate) fn remove(&self, path: &str) -> Result<()> {
-        lock(&self.shared.sessions)
-            .remove(path)
-            .map_err(|error| named(error, "removing", path))
+        lock(&self.shared.sessions).remove(path).map_err(|error| named(error, "removing", path))
     }
 
     /// Fires `@introduceDomain`.
@@ -269,9 +254,7 @@ fn spawn<F>(name: &str, work: F) -> std::io::Result<JoinHandle<()>>
 where
     F: FnOnce() + Send + 'static,
 {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(work)
+    std::thread::Builder::new().name(name.to_owned()).spawn(work)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

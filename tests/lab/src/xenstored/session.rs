@@ -44,10 +44,7 @@ impl Watch {
             return self.path == change.path;
         }
         self.path == "/" && change.path.starts_with('/')
-            || change
-                .path
-                .strip_prefix(&self.path)
-                .is_some_and(|below| below.starts_with('/'))
+            || change.path.strip_prefix(&self.path).is_some_and(|below| below.starts_with('/'))
     }
 
     fn event(&self, path: &str) -> Vec<u8> {
@@ -62,20 +59,12 @@ impl Watch {
 
 impl Sessions {
     pub(super) fn new() -> Sessions {
-        Sessions {
-            store: Store::new(),
-            introduced: BTreeSet::new(),
-            open: BTreeMap::new(),
-        }
+        Sessions { store: Store::new(), introduced: BTreeSet::new(), open: BTreeMap::new() }
     }
 
     pub(super) fn connect(&mut self, id: u64, outbox: Arc<Outbox>) {
-        let session = Session {
-            outbox,
-            watches: Vec::new(),
-            transactions: BTreeMap::new(),
-            next_transaction: 1,
-        };
+        let session =
+            Session { outbox, watches: Vec::new(), transactions: BTreeMap::new(), next_transaction: 1 };
         self.open.insert(id, session);
     }
 
@@ -91,9 +80,7 @@ impl Sessions {
     /// dom0's own write, as the toolstack does it.
     pub(super) fn write(&mut self, path: &str, value: &str) -> Result<(), Errno> {
         let path = absolute(path)?;
-        let ((), changes) = self
-            .store
-            .view(None, |view| view.write(&path, value.as_bytes()))?;
+        let ((), changes) = self.store.view(None, |view| view.write(&path, value.as_bytes()))?;
         self.fire(&changes);
         Ok(())
     }
@@ -140,28 +127,17 @@ impl Sessions {
     /// Handles one request of connection `id`: its answer, and events, go to the outboxes.
     pub(super) fn handle(&mut self, id: u64, header: Header, payload: &[u8]) {
         // Only requests of connections that still exist are handled.
-        let Some(outbox) = self
-            .open
-            .get(&id)
-            .map(|session| Arc::clone(&session.outbox))
-        else {
+        let Some(outbox) = self.open.get(&id).map(|session| Arc::clone(&session.outbox)) else {
             return;
         };
         let outcome = match Kind::from_number(header.kind) {
             None | Some(Kind::WatchEvent | Kind::Error) => Err(Errno::NoSys),
-            Some(kind) => self
-                .answer(id, kind, header.transaction, payload)
-                .map(|answer| (kind, answer)),
+            Some(kind) => self.answer(id, kind, header.transaction, payload).map(|answer| (kind, answer)),
         };
         match outcome {
             Ok((kind, answer)) => {
                 // The answer goes out before any event that it causes: clients rely on it.
-                outbox.push(message(
-                    kind,
-                    header.request,
-                    header.transaction,
-                    &answer.payload,
-                ));
+                outbox.push(message(kind, header.request, header.transaction, &answer.payload));
                 if let Some(event) = answer.first_event {
                     outbox.push(event);
                 }
@@ -169,36 +145,20 @@ impl Sessions {
             }
             Err(error) => {
                 let name = format!("{}\0", error.name());
-                let error = message(
-                    Kind::Error,
-                    header.request,
-                    header.transaction,
-                    name.as_bytes(),
-                );
+                let error = message(Kind::Error, header.request, header.transaction, name.as_bytes());
                 outbox.push(error);
             }
         }
     }
 
-    fn answer(
-        &mut self,
-        id: u64,
-        kind: Kind,
-        transaction_id: u32,
-        payload: &[u8],
-    ) -> Result<Answer, Errno> {
+    fn answer(&mut self, id: u64, kind: Kind, transaction_id: u32, payload: &[u8]) -> Result<Answer, Errno> {
         let session = self.open.get_mut(&id).ok_or(Errno::NoEnt)?;
         let store = &mut self.store;
         // A node request that names a transaction must name one of its own connection.
         let transaction = match kind {
             Kind::TransactionEnd => None,
             _ if transaction_id == 0 => None,
-            _ => Some(
-                session
-                    .transactions
-                    .get_mut(&transaction_id)
-                    .ok_or(Errno::NoEnt)?,
-            ),
+            _ => Some(session.transactions.get_mut(&transaction_id).ok_or(Errno::NoEnt)?),
         };
         match kind {
             Kind::Read => {
@@ -217,8 +177,7 @@ impl Sessions {
             Kind::DirectoryPart => {
                 let [path, offset] = strings(payload)?;
                 let (path, offset) = (absolute(path)?, number(offset)?);
-                let ((names, generation), _) =
-                    store.view(transaction, |view| view.directory(&path))?;
+                let ((names, generation), _) = store.view(transaction, |view| view.directory(&path))?;
                 Ok(Answer::payload(directory_part(&names, generation, offset)))
             }
             Kind::GetPerms => {
@@ -243,10 +202,7 @@ impl Sessions {
                 Ok(Answer::done(changes))
             }
             Kind::Write => {
-                let end = payload
-                    .iter()
-                    .position(|&byte| byte == 0)
-                    .ok_or(Errno::Inval)?;
+                let end = payload.iter().position(|&byte| byte == 0).ok_or(Errno::Inval)?;
                 let path = std::str::from_utf8(&payload[..end]).map_err(|_| Errno::Inval)?;
                 let (path, value) = (absolute(path)?, &payload[end + 1..]);
                 let ((), changes) = store.view(transaction, |view| view.write(&path, value))?;
@@ -279,32 +235,19 @@ impl Sessions {
             Kind::TransactionEnd => {
                 let [verdict] = strings(payload)?;
                 let commit = truth(verdict)?;
-                let transaction = session
-                    .transactions
-                    .remove(&transaction_id)
-                    .ok_or(Errno::NoEnt)?;
-                Ok(Answer::done(if commit {
-                    store.commit(transaction)?
-                } else {
-                    Vec::new()
-                }))
+                let transaction = session.transactions.remove(&transaction_id).ok_or(Errno::NoEnt)?;
+                Ok(Answer::done(if commit { store.commit(transaction)? } else { Vec::new() }))
             }
             Kind::GetDomainPath => {
                 let [domid] = strings(payload)?;
                 let domid = number(domid)?;
-                Ok(Answer::payload(
-                    format!("/local/domain/{domid}\0").into_bytes(),
-                ))
+                Ok(Answer::payload(format!("/local/domain/{domid}\0").into_bytes()))
             }
             Kind::IsDomainIntroduced => {
                 let [domid] = strings(payload)?;
                 let domid = number(domid)?;
                 let known = domid == 0 || self.introduced.contains(&domid);
-                Ok(Answer::payload(if known {
-                    b"T\0".to_vec()
-                } else {
-                    b"F\0".to_vec()
-                }))
+                Ok(Answer::payload(if known { b"T\0".to_vec() } else { b"F\0".to_vec() }))
             }
             Kind::Introduce => {
                 let [domid, _frame, _port] = strings(payload)?;
@@ -349,11 +292,7 @@ impl Session {
         if token.len() > TOKEN_MAX {
             return Err(Errno::Inval);
         }
-        if self
-            .watches
-            .iter()
-            .any(|known| known.path == watch.path && known.token == watch.token)
-        {
+        if self.watches.iter().any(|known| known.path == watch.path && known.token == watch.token) {
             return Err(Errno::Exist);
         }
         if self.watches.len() >= WATCHES_MAX {
@@ -361,10 +300,7 @@ impl Session {
         }
         let first_event = Some(watch.event(&watch.path));
         self.watches.push(watch);
-        Ok(Answer {
-            first_event,
-            ..Answer::done(Vec::new())
-        })
+        Ok(Answer { first_event, ..Answer::done(Vec::new()) })
     }
 
     fn unwatch(&mut self, payload: &[u8]) -> Result<Answer, Errno> {
@@ -397,35 +333,22 @@ struct Answer {
 
 impl Answer {
     fn payload(payload: Vec<u8>) -> Answer {
-        Answer {
-            payload,
-            changes: Vec::new(),
-            first_event: None,
-        }
+        Answer { payload, changes: Vec::new(), first_event: None }
     }
 
     fn done(changes: Vec<Change>) -> Answer {
-        Answer {
-            payload: b"OK\0".to_vec(),
-            changes,
-            first_event: None,
-        }
+        Answer { payload: b"OK\0".to_vec(), changes, first_event: None }
     }
 }
 
 fn special(name: &str) -> Change {
-    Change {
-        path: name.to_owned(),
-        exact: true,
-    }
+    Change { path: name.to_owned(), exact: true }
 }
 
 /// The strings of a payload; each must be ended by NUL.
 fn nul_ended(payload: &[u8]) -> Result<Vec<&str>, Errno> {
     let body = payload.strip_suffix(&[0]).ok_or(Errno::Inval)?;
-    body.split(|&byte| byte == 0)
-        .map(|part| std::str::from_utf8(part).map_err(|_| Errno::Inval))
-        .collect()
+    body.split(|&byte| byte == 0).map(|part| std::str::from_utf8(part).map_err(|_| Errno::Inval)).collect()
 }
 
 /// Exactly (or, as C xenstored has it, at least) N strings.
@@ -463,8 +386,7 @@ fn truth(text: &str) -> Result<bool, Errno> {
 }
 
 fn is_permission(text: &str) -> bool {
-    text.strip_prefix(['r', 'w', 'b', 'n'])
-        .is_some_and(|domid| domid.parse::<u32>().is_ok())
+    text.strip_prefix(['r', 'w', 'b', 'n']).is_some_and(|domid| domid.parse::<u32>().is_ok())
 }
 
 /// The generation, then whole names from a byte offset on as far as a message goes, then an empty

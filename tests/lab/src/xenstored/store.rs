@@ -62,10 +62,7 @@ impl Store {
             children: BTreeSet::new(),
             generation: 0,
         };
-        Store {
-            nodes: BTreeMap::from([("/".to_owned(), root)]),
-            generation: 0,
-        }
+        Store { nodes: BTreeMap::from([("/".to_owned(), root)]), generation: 0 }
     }
 
     /// Runs one request's work, directly or in a transaction; gives the changes that took effect.
@@ -74,11 +71,7 @@ impl Store {
         transaction: Option<&mut Transaction>,
         work: impl FnOnce(&mut View<'_>) -> Result<T, Errno>,
     ) -> Result<(T, Vec<Change>), Errno> {
-        let mut view = View {
-            store: self,
-            transaction,
-            changes: Vec::new(),
-        };
+        let mut view = View { store: self, transaction, changes: Vec::new() };
         let answer = work(&mut view)?;
         let changes = view.changes;
         match view.transaction {
@@ -122,10 +115,7 @@ impl View<'_> {
             Some(transaction) => {
                 if !transaction.changed.contains_key(path) {
                     let generation = self.store.nodes.get(path).map(|node| node.generation);
-                    transaction
-                        .seen
-                        .entry(path.to_owned())
-                        .or_insert(generation);
+                    transaction.seen.entry(path.to_owned()).or_insert(generation);
                     return self.store.nodes.get(path);
                 }
                 transaction.changed.get(path).and_then(Option::as_ref)
@@ -135,10 +125,7 @@ impl View<'_> {
     }
 
     fn put(&mut self, path: &str, node: Node) -> Result<(), Errno> {
-        let staged = self
-            .transaction
-            .as_ref()
-            .map_or(0, |transaction| transaction.changed.len());
+        let staged = self.transaction.as_ref().map_or(0, |transaction| transaction.changed.len());
         if self.store.nodes.len() + staged >= NODES_MAX && !self.store.nodes.contains_key(path) {
             return Err(Errno::NoSpc);
         }
@@ -157,16 +144,11 @@ impl View<'_> {
     }
 
     fn changed(&mut self, path: &str, exact: bool) {
-        self.changes.push(Change {
-            path: path.to_owned(),
-            exact,
-        });
+        self.changes.push(Change { path: path.to_owned(), exact });
     }
 
     pub(super) fn read(&mut self, path: &str) -> Result<Vec<u8>, Errno> {
-        self.node(path)
-            .map(|node| node.value.clone())
-            .ok_or(Errno::NoEnt)
+        self.node(path).map(|node| node.value.clone()).ok_or(Errno::NoEnt)
     }
 
     /// The names of a node's children, each ended by NUL, and the node's generation.
@@ -181,16 +163,10 @@ impl View<'_> {
     }
 
     pub(super) fn permissions(&mut self, path: &str) -> Result<Vec<String>, Errno> {
-        self.node(path)
-            .map(|node| node.permissions.clone())
-            .ok_or(Errno::NoEnt)
+        self.node(path).map(|node| node.permissions.clone()).ok_or(Errno::NoEnt)
     }
 
-    pub(super) fn set_permissions(
-        &mut self,
-        path: &str,
-        permissions: Vec<String>,
-    ) -> Result<(), Errno> {
+    pub(super) fn set_permissions(&mut self, path: &str, permissions: Vec<String>) -> Result<(), Errno> {
         let mut node = self.node(path).cloned().ok_or(Errno::NoEnt)?;
         node.permissions = permissions;
         self.put(path, node)?;
@@ -247,11 +223,8 @@ impl View<'_> {
         let mut doomed = vec![path.to_owned()];
         while let Some(path) = doomed.pop() {
             if let Some(node) = self.node(&path) {
-                let children: Vec<String> = node
-                    .children
-                    .iter()
-                    .map(|child| format!("{path}/{child}"))
-                    .collect();
+                let children: Vec<String> =
+                    node.children.iter().map(|child| format!("{path}/{child}")).collect();
                 for child in &children {
                     self.changed(child, true);
                 }
@@ -274,11 +247,7 @@ fn split(path: &str) -> Option<(&str, &str)> {
 
 /// The absolute form of a path that a client sent, or EINVAL.
 pub(super) fn absolute(path: &str) -> Result<String, Errno> {
-    let limit = if path.starts_with('/') {
-        ABSOLUTE_PATH_MAX
-    } else {
-        RELATIVE_PATH_MAX
-    };
+    let limit = if path.starts_with('/') { ABSOLUTE_PATH_MAX } else { RELATIVE_PATH_MAX };
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_@".contains(&byte);
     if path.is_empty()
         || path.starts_with('@')
@@ -289,16 +258,10 @@ pub(super) fn absolute(path: &str) -> Result<String, Errno> {
     {
         return Err(Errno::Inval);
     }
-    if path.starts_with('/') {
-        Ok(path.to_owned())
-    } else {
-        Ok(format!("{DOM0_HOME}/{path}"))
-    }
+    if path.starts_with('/') { Ok(path.to_owned()) } else { Ok(format!("{DOM0_HOME}/{path}")) }
 }
 
 /// What a client that watches by a relative path is told: the same kind of path.
 pub(super) fn relative(path: &str) -> &str {
-    path.strip_prefix(DOM0_HOME)
-        .and_then(|rest| rest.strip_prefix('/'))
-        .unwrap_or(path)
+    path.strip_prefix(DOM0_HOME).and_then(|rest| rest.strip_prefix('/')).unwrap_or(path)
 }

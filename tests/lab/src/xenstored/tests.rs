@@ -20,14 +20,8 @@ struct Fixture {
 impl Fixture {
     fn new() -> Fixture {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let socket = std::env::temp_dir().join(format!(
-            "lab-xenstored-{}-{number}.sock",
-            std::process::id()
-        ));
-        Fixture {
-            xenstored: Xenstored::new(&socket).unwrap(),
-            socket,
-        }
+        let socket = std::env::temp_dir().join(format!("lab-xenstored-{}-{number}.sock", std::process::id()));
+        Fixture { xenstored: Xenstored::new(&socket).unwrap(), socket }
     }
 
     fn command(&self, client: &str, arguments: &[&str]) -> Command {
@@ -43,11 +37,7 @@ impl Fixture {
             .output()
             .unwrap_or_else(|error| panic!("{client}: {error}; install xenstore-utils"));
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        if output.status.success() {
-            Ok(text(&output.stdout))
-        } else {
-            Err(text(&output.stderr))
-        }
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
     fn watch(&self, paths: &[&str]) -> Watcher {
@@ -62,9 +52,7 @@ impl Fixture {
 
     fn raw(&self) -> Raw {
         let stream = UnixStream::connect(&self.socket).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         Raw { stream }
     }
 }
@@ -134,50 +122,25 @@ const DIRECTORY_PART: u32 = 22;
 #[test]
 fn the_real_clients_write_read_list_and_remove() {
     let lab = Fixture::new();
-    lab.xenstored
-        .write("/local/domain/1/name", "guest-1")
-        .unwrap();
-    assert_eq!(
-        lab.client("xenstore-read", &["/local/domain/1/name"])
-            .unwrap(),
-        "guest-1\n"
-    );
+    lab.xenstored.write("/local/domain/1/name", "guest-1").unwrap();
+    assert_eq!(lab.client("xenstore-read", &["/local/domain/1/name"]).unwrap(), "guest-1\n");
 
-    lab.client(
-        "xenstore-write",
-        &["/tool/understudy/a", "one", "/tool/understudy/b", "two"],
-    )
-    .unwrap();
+    lab.client("xenstore-write", &["/tool/understudy/a", "one", "/tool/understudy/b", "two"]).unwrap();
     assert_eq!(
         lab.client("xenstore-ls", &["-f", "/tool"]).unwrap(),
         "/tool/understudy = \"\"\n/tool/understudy/a = \"one\"\n/tool/understudy/b = \"two\"\n"
     );
-    assert_eq!(
-        lab.client("xenstore-list", &["/"]).unwrap(),
-        "local\ntool\n"
-    );
-    assert!(
-        lab.client("xenstore-exists", &["/tool/understudy/a"])
-            .is_ok()
-    );
+    assert_eq!(lab.client("xenstore-list", &["/"]).unwrap(), "local\ntool\n");
+    assert!(lab.client("xenstore-exists", &["/tool/understudy/a"]).is_ok());
 
     lab.client("xenstore-rm", &["/tool/understudy"]).unwrap();
-    assert!(
-        lab.client("xenstore-exists", &["/tool/understudy/a"])
-            .is_err()
-    );
-    let complaint = lab
-        .client("xenstore-read", &["/tool/understudy/a"])
-        .unwrap_err();
+    assert!(lab.client("xenstore-exists", &["/tool/understudy/a"]).is_err());
+    let complaint = lab.client("xenstore-read", &["/tool/understudy/a"]).unwrap_err();
     assert!(complaint.contains("couldn't read"), "{complaint}");
 
     // A path that is not absolute is dom0's.
     lab.client("xenstore-write", &["device/x", "y"]).unwrap();
-    assert_eq!(
-        lab.client("xenstore-read", &["/local/domain/0/device/x"])
-            .unwrap(),
-        "y\n"
-    );
+    assert_eq!(lab.client("xenstore-read", &["/local/domain/0/device/x"]).unwrap(), "y\n");
 }
 
 #[test]
@@ -188,38 +151,26 @@ fn the_real_clients_see_and_set_permissions() {
     // Children inherit them.
     lab.client("xenstore-write", &["/a/b", "v"]).unwrap();
     let listing = lab.client("xenstore-ls", &["-p", "/"]).unwrap();
-    assert!(
-        listing.contains("b = \"v\"") && listing.contains("(n0,r3)"),
-        "{listing}"
-    );
+    assert!(listing.contains("b = \"v\"") && listing.contains("(n0,r3)"), "{listing}");
     assert!(lab.client("xenstore-chmod", &["/none", "n0"]).is_err());
 }
 
 #[test]
 fn a_watch_fires_at_once_then_for_changes_below_and_for_removal_above() {
     let lab = Fixture::new();
-    lab.xenstored
-        .write("/local/domain/0/backend/vif/1/0/state", "1")
-        .unwrap();
+    lab.xenstored.write("/local/domain/0/backend/vif/1/0/state", "1").unwrap();
     let mut above = lab.watch(&["/local/domain/0/backend"]);
     let mut on = lab.watch(&["/local/domain/0/backend/vif/1/0/state"]);
     assert_eq!(above.next(), "/local/domain/0/backend");
     assert_eq!(on.next(), "/local/domain/0/backend/vif/1/0/state");
 
-    lab.client(
-        "xenstore-write",
-        &["/local/domain/0/backend/vif/1/0/state", "4"],
-    )
-    .unwrap();
+    lab.client("xenstore-write", &["/local/domain/0/backend/vif/1/0/state", "4"]).unwrap();
     assert_eq!(above.next(), "/local/domain/0/backend/vif/1/0/state");
     assert_eq!(on.next(), "/local/domain/0/backend/vif/1/0/state");
 
     // Nothing but a change at or below the watched node fires.
-    lab.client("xenstore-write", &["/local/domain/0/backendx", ""])
-        .unwrap();
-    lab.xenstored
-        .remove("/local/domain/0/backend/vif/1")
-        .unwrap();
+    lab.client("xenstore-write", &["/local/domain/0/backendx", ""]).unwrap();
+    lab.xenstored.remove("/local/domain/0/backend/vif/1").unwrap();
     assert_eq!(above.next(), "/local/domain/0/backend/vif/1");
     assert_eq!(on.next(), "/local/domain/0/backend/vif/1/0/state");
 }
@@ -248,9 +199,7 @@ fn a_relative_watch_is_told_relative_paths() {
     let lab = Fixture::new();
     let mut watcher = lab.watch(&["backend"]);
     assert_eq!(watcher.next(), "backend");
-    lab.xenstored
-        .write("/local/domain/0/backend/vif", "")
-        .unwrap();
+    lab.xenstored.write("/local/domain/0/backend/vif", "").unwrap();
     assert_eq!(watcher.next(), "backend/vif");
 }
 
@@ -258,28 +207,14 @@ fn a_relative_watch_is_told_relative_paths() {
 fn a_directory_longer_than_a_message_is_listed_in_parts() {
     let lab = Fixture::new();
     for number in 0..600 {
-        lab.xenstored
-            .write(&format!("/many/child-{number:04}"), "")
-            .unwrap();
+        lab.xenstored.write(&format!("/many/child-{number:04}"), "").unwrap();
     }
     let mut raw = lab.raw();
-    assert_eq!(
-        raw.ask(DIRECTORY, 0, b"/many\0"),
-        (ERROR, b"E2BIG\0".to_vec())
-    );
-    assert_eq!(
-        lab.client("xenstore-list", &["/many"])
-            .unwrap()
-            .lines()
-            .count(),
-        600
-    );
+    assert_eq!(raw.ask(DIRECTORY, 0, b"/many\0"), (ERROR, b"E2BIG\0".to_vec()));
+    assert_eq!(lab.client("xenstore-list", &["/many"]).unwrap().lines().count(), 600);
     let (kind, end) = raw.ask(DIRECTORY_PART, 0, b"/many\0999999\0");
     assert_eq!(kind, DIRECTORY_PART);
-    assert!(
-        end.ends_with(b"\0\0"),
-        "an empty name after the generation: {end:?}"
-    );
+    assert!(end.ends_with(b"\0\0"), "an empty name after the generation: {end:?}");
 }
 
 #[test]
@@ -291,10 +226,7 @@ fn a_transaction_is_seen_whole_or_tried_again() {
     let (mut one, mut two) = (lab.raw(), lab.raw());
 
     let (_, id) = one.ask(TRANSACTION_START, 0, b"\0");
-    let id: u32 = std::str::from_utf8(&id[..id.len() - 1])
-        .unwrap()
-        .parse()
-        .unwrap();
+    let id: u32 = std::str::from_utf8(&id[..id.len() - 1]).unwrap().parse().unwrap();
     assert_eq!(one.ask(WRITE, id, b"/a/b\0x").1, b"OK\0");
     assert_eq!(one.ask(READ, id, b"/a/b\0").1, b"x");
     assert_eq!(two.ask(READ, 0, b"/a/b\0"), (ERROR, b"ENOENT\0".to_vec()));
@@ -303,25 +235,16 @@ fn a_transaction_is_seen_whole_or_tried_again() {
     assert_eq!(watcher.next(), "/a/b");
 
     let (_, id) = one.ask(TRANSACTION_START, 0, b"\0");
-    let id: u32 = std::str::from_utf8(&id[..id.len() - 1])
-        .unwrap()
-        .parse()
-        .unwrap();
+    let id: u32 = std::str::from_utf8(&id[..id.len() - 1]).unwrap().parse().unwrap();
     assert_eq!(one.ask(READ, id, b"/a\0").1, b"1");
     assert_eq!(two.ask(WRITE, 0, b"/a\02").1, b"OK\0");
     assert_eq!(one.ask(WRITE, id, b"/c\0z").1, b"OK\0");
-    assert_eq!(
-        one.ask(TRANSACTION_END, id, b"T\0"),
-        (ERROR, b"EAGAIN\0".to_vec())
-    );
+    assert_eq!(one.ask(TRANSACTION_END, id, b"T\0"), (ERROR, b"EAGAIN\0".to_vec()));
     assert_eq!(two.ask(READ, 0, b"/c\0"), (ERROR, b"ENOENT\0".to_vec()));
 
     // Given up: nothing happened. A transaction of another connection does not exist.
     let (_, id) = one.ask(TRANSACTION_START, 0, b"\0");
-    let id: u32 = std::str::from_utf8(&id[..id.len() - 1])
-        .unwrap()
-        .parse()
-        .unwrap();
+    let id: u32 = std::str::from_utf8(&id[..id.len() - 1]).unwrap().parse().unwrap();
     assert_eq!(one.ask(RM, id, b"/a\0").1, b"OK\0");
     assert_eq!(two.ask(READ, id, b"/a\0"), (ERROR, b"ENOENT\0".to_vec()));
     assert_eq!(one.ask(TRANSACTION_END, id, b"F\0").1, b"OK\0");
@@ -355,26 +278,16 @@ fn a_hostile_client_gets_errors_and_harms_nobody() {
     assert_eq!(raw.ask(DIRECTORY_PART, 0, b"/\0-1\0"), invalid);
     assert_eq!(raw.ask(READ, 99, b"/\0"), (ERROR, b"ENOENT\0".to_vec()));
     for kind in [0, 15, 16, 20, 23, 0xffff, u32::MAX] {
-        assert_eq!(
-            raw.ask(kind, 0, b"/\0"),
-            (ERROR, b"ENOSYS\0".to_vec()),
-            "{kind}"
-        );
+        assert_eq!(raw.ask(kind, 0, b"/\0"), (ERROR, b"ENOSYS\0".to_vec()), "{kind}");
     }
     for _ in 0..16 {
         assert_eq!(raw.ask(TRANSACTION_START, 0, b"\0").0, TRANSACTION_START);
     }
-    assert_eq!(
-        raw.ask(TRANSACTION_START, 0, b"\0"),
-        (ERROR, b"ENOSPC\0".to_vec())
-    );
+    assert_eq!(raw.ask(TRANSACTION_START, 0, b"\0"), (ERROR, b"ENOSPC\0".to_vec()));
 
     // A payload longer than the protocol allows ends the connection, nothing else.
     let mut flood = lab.raw();
-    let header: Vec<u8> = [READ, 0, 0, u32::MAX]
-        .iter()
-        .flat_map(|field| field.to_ne_bytes())
-        .collect();
+    let header: Vec<u8> = [READ, 0, 0, u32::MAX].iter().flat_map(|field| field.to_ne_bytes()).collect();
     flood.stream.write_all(&header).unwrap();
     assert_eq!(flood.stream.read(&mut [0; 16]).unwrap(), 0);
     assert_eq!(raw.ask(READ, 0, b"/\0"), (READ, Vec::new()));
@@ -392,10 +305,7 @@ fn a_watcher_that_never_reads_is_dropped_and_its_memory_with_it() {
     }
     let deadline = Instant::now() + Duration::from_secs(10);
     while lab.xenstored.connected() > 0 {
-        assert!(
-            Instant::now() < deadline,
-            "the deaf watcher is still connected"
-        );
+        assert!(Instant::now() < deadline, "the deaf watcher is still connected");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -62,18 +62,12 @@ const KINDS: [(u32, Kind); 21] = [
 impl Kind {
     /// The kind with this number, if it is known.
     pub(super) fn from_number(number: u32) -> Option<Kind> {
-        KINDS
-            .iter()
-            .find(|(known, _)| *known == number)
-            .map(|&(_, kind)| kind)
+        KINDS.iter().find(|(known, _)| *known == number).map(|&(_, kind)| kind)
     }
 
     fn number(self) -> u32 {
         // Every kind is in the table; 0xffff is XS_INVALID.
-        KINDS
-            .iter()
-            .find(|&&(_, kind)| kind == self)
-            .map_or(0xffff, |&(number, _)| number)
+        KINDS.iter().find(|&&(_, kind)| kind == self).map_or(0xffff, |&(number, _)| number)
     }
 }
 
@@ -88,15 +82,8 @@ pub(super) struct Header {
 
 impl Header {
     pub(super) fn parse(bytes: [u8; HEADER_LEN]) -> Header {
-        let field = |at: usize| {
-            u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        };
-        Header {
-            kind: field(0),
-            request: field(4),
-            transaction: field(8),
-            len: field(12),
-        }
+        let field = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Header { kind: field(0), request: field(4), transaction: field(8), len: field(12) }
     }
 }
 
@@ -106,11 +93,7 @@ pub(super) fn message(kind: Kind, request: u32, transaction: u32, payload: &[u8]
     bytes.extend_from_slice(&kind.number().to_ne_bytes());
     bytes.extend_from_slice(&request.to_ne_bytes());
     bytes.extend_from_slice(&transaction.to_ne_bytes());
-    bytes.extend_from_slice(
-        &u32::try_from(payload.len())
-            .unwrap_or(u32::MAX)
-            .to_ne_bytes(),
-    );
+    bytes.extend_from_slice(&u32::try_from(payload.len()).unwrap_or(u32::MAX).to_ne_bytes());
     bytes.extend_from_slice(payload);
     bytes
 }

@@ -137,11 +137,16 @@ pub(crate) fn supervised(
         settle()?;
         return work();
     }
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    verb(&words.iter().map(String::as_str).collect::<Vec<_>>(), limit)
+}
+
+/// Runs a verb of this program supervised, its output to the terminal.
+pub(crate) fn verb(words: &[&str], limit: Duration) -> Result<ExitCode> {
     let interrupts = Interrupts::take()?;
     let lab = instance_name()?;
-    let words: Vec<String> = std::env::args().skip(1).collect();
     let task = Task {
-        words: &words.iter().map(String::as_str).collect::<Vec<_>>(),
+        words,
         lab: &lab,
         limit,
         output: None,

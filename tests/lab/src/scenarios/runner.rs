@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Scenario, all};
-use crate::host::instance_name;
+use crate::host::{Service, instance_name, setup};
 use crate::supervise::{Ending, Interrupts, Task};
 
 /// Lines of a failed scenario's output that are shown.
@@ -56,6 +56,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         options.filter.as_deref().unwrap_or_default()
     );
     let interrupts = Interrupts::take()?;
+    // Once for all: the scenarios' labs take what is there.
+    setup::install(&Service::ALL, &|line| println!("{line}"))?;
+    setup::build(&|line| println!("{line}"))?;
     let directory = log_directory()?;
     let total = wanted.len();
     // Names only: a story can't be sent to another thread, and it is played in another process.

@@ -2,7 +2,6 @@
 //! them, so measurements say and decide it.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -41,7 +40,9 @@ impl Pinning {
 
 /// Keeps every process of a host, and those that they start, on one CPU.
 pub(crate) fn pin_host(host: &Host, cpu: usize) -> Result<()> {
-    pin_group(&host.cgroup, &one(cpu)?)
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    pin_all(host, &set)
 }
 
 /// Lets every process of a host run anywhere again.
@@ -51,49 +52,38 @@ pub(crate) fn release_host(host: &Host) -> Result<()> {
     for cpu in 0..cpus {
         set.set(cpu)?;
     }
-    pin_group(&host.cgroup, &set)
+    pin_all(host, &set)
 }
 
 /// Keeps every thread of a process on one CPU.
 pub(crate) fn pin_process(pid: u32, cpu: usize) -> Result<()> {
-    let set = one(cpu)?;
-    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
-        if let Ok(thread) = entry?.file_name().to_string_lossy().parse() {
-            pin(thread, &set)?;
-        }
-    }
-    Ok(())
-}
-
-fn one(cpu: usize) -> Result<CpuSet> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
-    Ok(set)
+    pin_threads(pid, &set)
 }
 
-fn pin_group(group: &Path, set: &CpuSet) -> Result<()> {
-    let list = group.join("cgroup.threads");
-    let threads = fs::read_to_string(&list).or_else(|_| {
-        // A group that holds others' groups may not be read as threads.
-        fs::read_to_string(group.join("cgroup.procs"))
-    });
-    let threads = threads.with_context(|| format!("cannot read {}", list.display()))?;
-    for thread in threads.lines().filter_map(|line| line.parse().ok()) {
-        pin(thread, set)?;
-    }
-    for entry in fs::read_dir(group)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            pin_group(&entry.path(), set)?;
-        }
+fn pin_all(host: &Host, set: &CpuSet) -> Result<()> {
+    for pid in host.cgroup.processes() {
+        pin_threads(pid.unsigned_abs(), set)?;
     }
     Ok(())
 }
 
-fn pin(thread: i32, set: &CpuSet) -> Result<()> {
-    match sched_setaffinity(Pid::from_raw(thread), set) {
-        // It ended meanwhile.
-        Ok(()) | Err(Errno::ESRCH) => Ok(()),
-        Err(error) => Err(error).with_context(|| format!("cannot pin thread {thread}")),
+fn pin_threads(pid: u32, set: &CpuSet) -> Result<()> {
+    // A process that has ended meanwhile needs no place.
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Ok(());
+    };
+    for thread in threads.filter_map(Result::ok) {
+        let Ok(thread) = thread.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        match sched_setaffinity(Pid::from_raw(thread), set) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot pin thread {thread}"));
+            }
+        }
     }
+    Ok(())
 }

@@ -99,6 +99,7 @@ impl Service {
             ),
             Service::Http => {
                 make_directory(&data.join("upload"))?;
+                make_directory(&data.join("temporary"))?;
                 let conf = data.join("nginx.conf");
                 fs::write(&conf, nginx_conf(directory, data))
                     .with_context(|| format!("writing {}", conf.display()))?;

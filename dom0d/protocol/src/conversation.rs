@@ -98,6 +98,10 @@ pub(crate) struct Conversation {
     /// It was reset by the daemon: whatever the client still sends is answered with a RST.
     pub(crate) was_reset: bool,
     pub(crate) last_heard: Instant,
+    /// Since when the client owes an ACK of what it was sent, without progress; and whether that is too
+    /// long for servers to share the wait.
+    pub(crate) client_owes_since: Option<Instant>,
+    pub(crate) is_client_silent: bool,
     pub(crate) probes: u8,
     /// When it is registered to be looked at.
     pub(crate) deadline: Option<Instant>,
@@ -110,6 +114,9 @@ pub(crate) struct Conversation {
 /// Probes to an idle client before it counts as dead, and the time between them.
 const IDLE_PROBES: u8 = 5;
 const IDLE_PROBE_INTERVAL: core::time::Duration = core::time::Duration::from_secs(15);
+
+/// Longer than any delayed ACK of a client on a usable path.
+const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
 
 impl Conversation {
     /// Something is in flight anywhere: bytes that somebody has not acknowledged or produced.
@@ -208,6 +215,9 @@ impl Conversation {
                 && segment.sequence_length() == 0
                 && ack + window == self.client.edge;
             let newly = ack - self.client.acked;
+            if newly > 0 {
+                self.client_owes_since = None;
+            }
             self.client.acked = ack;
             self.client.edge = ack + window;
             if let Some(recuperating) = &mut self.recuperating {
@@ -507,6 +517,13 @@ impl Conversation {
         if self.epoch != ctx.epoch {
             self.enter_epoch(ctx);
         }
+        if self.client.acked < self.down.end() {
+            let since = *self.client_owes_since.get_or_insert(ctx.now);
+            self.is_client_silent = ctx.now.since(since) >= CLIENT_SILENCE;
+        } else {
+            self.client_owes_since = None;
+            self.is_client_silent = false;
+        }
         for (slot, server) in ctx.roster() {
             if let Some(mut leg) = self.legs.take(slot, server) {
                 match self.tend(slot, &mut leg, ctx) {
@@ -595,6 +612,11 @@ impl Conversation {
         }
         if self.is_open() {
             consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
+            consider(
+                self.client_owes_since
+                    .filter(|_| !self.is_client_silent && ctx.queue.rvms().next().is_some())
+                    .map(|since| since + CLIENT_SILENCE),
+            );
             consider(self.held.map(|held| if ctx.now < held.review { held.review } else { held.until }));
             consider(self.suspicion.deadline(&ctx.config.timing, ctx));
         }

@@ -174,8 +174,7 @@ impl Conversation {
 
     fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
         let Some((position, mark)) = self.up_fin else { return };
-        if leg.sender.nxt != position || position != self.up.end() || !ctx.permits(slot, mark, self.id)
-        {
+        if leg.sender.nxt != position || position != self.up.end() || !ctx.permits(slot, mark, self.id) {
             return;
         }
         leg.told = self.told_to(leg);
@@ -213,11 +212,20 @@ impl Conversation {
 
     /// What the server is to be told: never an ACK of what it has not sent, nor of what the client has
     /// not acknowledged; the client's window.
+    ///
+    /// With one exception: a client that acknowledges nothing any more would stop this server short of
+    /// where the OVM, with its larger congestion window, came; and by the service-wide order all other
+    /// clients' requests with it. What that client was sent is retained by the daemon, which can supply
+    /// it whoever serves, so the server need not.
     fn told_to(&self, leg: &Leg) -> (u64, u64) {
         if leg.through {
             return (self.client.acked, self.client.edge);
         }
-        (leg.produced().min(self.client.acked).max(leg.told.0), self.client.edge)
+        let mut acknowledged = leg.produced().min(self.client.acked);
+        if self.is_client_silent {
+            acknowledged = acknowledged.max(leg.compared.min(self.down.end()));
+        }
+        (acknowledged.max(leg.told.0), self.client.edge)
     }
 
     /// A segment in the client's name with nothing in it but acknowledgment, window and time.

@@ -310,6 +310,8 @@ impl Embryonic {
             closed: None,
             was_reset: false,
             last_heard: ctx.now,
+            client_owes_since: None,
+            is_client_silent: false,
             probes: 0,
             deadline: None,
             queued: false,
@@ -323,8 +325,9 @@ impl Embryonic {
                 leg.mss = leg.mss.min(mtu_mss(slot, &key, ctx));
                 // A new OVM that has not caught up yet must not see this client's bytes before the
                 // causes that the client may have seen.
-                leg.through = !ctx.is_catching_up();
-                recuperates = ctx.queue.ovm() != Some(slot) || !leg.through;
+                leg.through = ctx.queue.ovm() == Some(slot) && !ctx.is_catching_up();
+                leg.ack_due = !leg.through;
+                recuperates = !leg.through;
                 leg
             } else {
                 Leg::opening(server)

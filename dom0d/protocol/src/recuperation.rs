@@ -223,6 +223,8 @@ impl Conversation {
         leg.phase == Phase::Open
             && leg.rcv_nxt >= self.told.acked
             && leg.sender.nxt >= self.up_end()
+            // It keeps what it was not told to be acknowledged; the daemon supplies the rest.
+            && self.client.acked >= leg.told.0
             && leg.compared >= self.down.highest()
             && (self.down_fin.is_none() || leg.fin == self.down_fin)
             && !ctx.is_catching_up()

@@ -78,7 +78,7 @@ impl Service {
                 initdb.args(["--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"]);
                 finish(initdb.arg("-D").arg(&template))?;
                 let hba = template.join("pg_hba.conf");
-                let trust = "local all all trust\nhost all all all trust\n\
+                let trust = "local all all trust\nlocal replication all trust\nhost all all all trust\n\
                              host replication all all trust\n";
                 fs::write(&hba, trust).with_context(|| format!("writing {}", hba.display()))
             }

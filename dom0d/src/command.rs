@@ -297,6 +297,7 @@ impl CommandError {
                 OperatorError::IsOvm => "is_ovm",
                 OperatorError::NothingLeft => "nothing_left",
                 OperatorError::NotPromotable => "not_promotable",
+                OperatorError::OvmInstalled => "ovm_installed",
             },
             Self::Hypervisor { .. } => "hypervisor",
             Self::Stopping => "stopping",

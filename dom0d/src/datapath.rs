@@ -1,10 +1,468 @@
-//! The data-path thread: everything that packets pass through.
+//! The data-path thread: everything that packets pass through, and what must happen between two of them.
+//!
+//! It sleeps in one ppoll(2) over all captures and a waker, for as long as no engine, no announcement and
+//! no look at the domains is due. Nothing it calls waits: files, netlink, nft and orders to domains
+//! belong to other threads, which send it a [`Message`].
 
-use crate::command::Command;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+use understudy_protocol::Instant;
+
+use crate::clock;
+use crate::command::{Command, KnownDomain};
+use crate::event::{DaemonEvent, Happening};
+use crate::fencing::{Job, Outcome};
+use crate::hypervisor::{DomainId, Hypervisor};
+use crate::memory::Memory;
+use crate::plane::Plane;
+use crate::plane::device::Device;
+use crate::plane::rules::{Numbered, RuleSet};
+use crate::report::Reporter;
+use crate::server::Arrival;
+use crate::service::{Service, Surroundings};
+use crate::wake::Waker;
+
+/// Messages taken before packets have their turn again.
+const MESSAGES: usize = 32;
 
 /// What other threads tell the data path.
-#[derive(Debug)]
 pub(crate) enum Message {
     /// An operator's command.
     Command(Command),
+    /// A service's PSC has its place on a bridge.
+    Anchored {
+        /// Index of the service.
+        service: usize,
+        /// The bridge.
+        bridge: String,
+        /// The far end of the anchor.
+        device: Device,
+    },
+    /// A domain can be used by a service, or its lost interface is open again.
+    Arrived {
+        /// Index of the service.
+        service: usize,
+        /// The domain.
+        arrival: Arrival,
+        /// Its vif.
+        device: Device,
+    },
+    /// A domain can't be used by a service any more.
+    Departed {
+        /// Index of the service.
+        service: usize,
+        /// Which life of which domain.
+        domain: DomainId,
+    },
+    /// A domain has another name.
+    Renamed {
+        /// Index of the service.
+        service: usize,
+        /// Which life of which domain.
+        domain: DomainId,
+        /// The name.
+        name: String,
+    },
+    /// A domain matches a service, and can't be used.
+    Unusable {
+        /// Index of the service.
+        service: usize,
+        /// Which, and why.
+        known: KnownDomain,
+    },
+    /// The toolstack asks a domain to shut down.
+    ShutdownRequested {
+        /// Index of the service.
+        service: usize,
+        /// Which life of which domain.
+        domain: DomainId,
+        /// What it asks for.
+        request: String,
+    },
+    /// What hinders a service, or the daemon, in the eyes of one part of it; replaces what that part
+    /// said before.
+    Problems {
+        /// Which part.
+        source: Source,
+        /// What, and what to do.
+        problems: Vec<String>,
+    },
+    /// Rules were put in force, or not.
+    RulesApplied {
+        /// Their number.
+        version: u64,
+        /// What nft said.
+        result: Result<(), String>,
+    },
+    /// What became of an order to a domain.
+    Outcome(Outcome),
+    /// End the thread.
+    Stop,
+}
+
+/// Which part of the daemon is hindered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Source {
+    /// Discovery.
+    Xenstore,
+    /// Liveness.
+    Hypervisor,
+    /// The kernel's rules.
+    Rules,
+    /// The host's setup.
+    Host,
+    /// Placement of a service, by its index.
+    Placement(usize),
+}
+
+/// An interface that a service lost; placement opens it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LostInterface {
+    /// Index of the service.
+    pub(crate) service: usize,
+    /// Whose vif; `None` for the PSC's anchor.
+    pub(crate) domain: Option<DomainId>,
+}
+
+/// The other threads, as the data path sees them.
+pub(crate) struct Neighbourhood {
+    /// Where events go.
+    pub(crate) reporter: Reporter,
+    /// Orders to domains.
+    pub(crate) jobs: mpsc::Sender<Job>,
+    /// Rules for the kernel.
+    pub(crate) rules: mpsc::Sender<Numbered>,
+    /// What to write down.
+    pub(crate) memory: mpsc::Sender<Memory>,
+    /// Interfaces to open again.
+    pub(crate) lost: tokio::sync::mpsc::UnboundedSender<LostInterface>,
+    /// When the loop last came round, in microseconds of the clock: for the watchdog.
+    pub(crate) heartbeat: Arc<AtomicU64>,
+}
+
+/// The state of the thread.
+pub(crate) struct DataPath {
+    pub(super) services: Vec<Service>,
+    pub(super) around: Neighbourhood,
+    pub(super) hypervisor_name: &'static str,
+    pub(super) problems: BTreeMap<Source, Vec<String>>,
+    pub(super) started: Instant,
+    hypervisor: Box<dyn Hypervisor>,
+    messages: mpsc::Receiver<Message>,
+    waker: Waker,
+    liveness_poll: Duration,
+    starvation: Duration,
+    looked: Instant,
+    pub(super) next_server: u32,
+    rules_version: u64,
+    memory: Memory,
+    pub(super) counters: Counters,
+}
+
+/// Monotonic counters of the daemon as a whole.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    /// Looks at the domains.
+    pub(crate) liveness_polls: u64,
+    /// Looks that failed.
+    pub(crate) liveness_errors: u64,
+    /// Times that the thread was not run for so long that waits are measured anew.
+    pub(crate) starved: u64,
+    /// Times that the rules were written.
+    pub(crate) rules_written: u64,
+    /// Interfaces lost.
+    pub(crate) interfaces_lost: u64,
+    /// Fences verified.
+    pub(crate) fenced: u64,
+}
+
+impl DataPath {
+    /// A data path for these services, which have neither places nor servers yet.
+    pub(crate) fn new(
+        services: Vec<Service>,
+        (hypervisor_name, hypervisor): (&'static str, Box<dyn Hypervisor>),
+        (messages, waker): (mpsc::Receiver<Message>, Waker),
+        liveness_poll: Duration,
+        memory: Memory,
+        around: Neighbourhood,
+    ) -> Self {
+        let now = clock::now();
+        let starvation = services
+            .iter()
+            .map(|service| service.config.engine.timing.starvation)
+            .min()
+            .unwrap_or(Duration::from_millis(50));
+        Self {
+            services,
+            around,
+            hypervisor_name,
+            problems: BTreeMap::new(),
+            started: now,
+            hypervisor,
+            messages,
+            waker,
+            liveness_poll,
+            starvation,
+            looked: now,
+            next_server: 1,
+            rules_version: 0,
+            memory,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Runs until told to stop.
+    pub(crate) fn run(mut self) {
+        loop {
+            let now = clock::now();
+            self.around.heartbeat.store(now.as_micros(), Ordering::Relaxed);
+            if now.since(self.looked) >= self.liveness_poll {
+                self.look(now);
+            }
+            let mut busy = match self.take_messages(now) {
+                Some(busy) => busy,
+                None => return,
+            };
+            for index in 0..self.services.len() {
+                let (service, mut around) = self.split(index);
+                busy |= service.forward(now, &mut around);
+                busy |= service.timeout(now, &mut around);
+            }
+            self.pass_on();
+            let wait = if busy { Duration::ZERO } else { self.wait(now) };
+            self.sleep(wait);
+        }
+    }
+
+    /// A service, and what it needs of everything else.
+    pub(super) fn split(&mut self, index: usize) -> (&mut Service, Surroundings<'_>) {
+        let around = Surroundings {
+            reporter: &self.around.reporter,
+            jobs: &self.around.jobs,
+            next_server: &mut self.next_server,
+        };
+        (&mut self.services[index], around)
+    }
+
+    fn look(&mut self, now: Instant) {
+        let starved = now.since(self.looked) >= self.starvation;
+        self.looked = now;
+        self.counters.liveness_polls += 1;
+        self.counters.starved += u64::from(starved);
+        let problem = match self.hypervisor.domains() {
+            Ok(domains) => {
+                for service in &mut self.services {
+                    let mut around = Surroundings {
+                        reporter: &self.around.reporter,
+                        jobs: &self.around.jobs,
+                        next_server: &mut self.next_server,
+                    };
+                    service.look(now, domains, starved, &mut around);
+                }
+                None
+            }
+            Err(error) => {
+                self.counters.liveness_errors += 1;
+                Some(format!("the states of domains can't be read, so their faults are not seen: {error}"))
+            }
+        };
+        // Compared without building a list: this runs every millisecond.
+        let known = self.problems.get(&Source::Hypervisor);
+        let same = match (&problem, known) {
+            (None, None) => true,
+            (Some(problem), Some(known)) => known.first() == Some(problem),
+            _ => false,
+        };
+        if !same {
+            self.set_problems(now, Source::Hypervisor, problem.into_iter().collect());
+        }
+    }
+
+    /// Takes some messages; whether there may be more, or `None` when told to stop.
+    fn take_messages(&mut self, now: Instant) -> Option<bool> {
+        for _ in 0..MESSAGES {
+            match self.messages.try_recv() {
+                Ok(Message::Stop) | Err(mpsc::TryRecvError::Disconnected) => return None,
+                Ok(message) => self.take(now, message),
+                Err(mpsc::TryRecvError::Empty) => return Some(false),
+            }
+        }
+        Some(true)
+    }
+
+    fn take(&mut self, now: Instant, message: Message) {
+        match message {
+            Message::Command(command) => self.carry_out(now, command),
+            Message::Anchored { service, bridge, device } => {
+                let (service, mut around) = self.split(service);
+                service.anchored(now, bridge, device, &mut around);
+            }
+            Message::Arrived { service, arrival, device } => {
+                // The version that pass_on gives to the rules which this changes.
+                let version = self.rules_version + 1;
+                let (service, mut around) = self.split(service);
+                service.arrived(now, &arrival, device, version, &mut around);
+            }
+            Message::Departed { service, domain } => {
+                let (service, mut around) = self.split(service);
+                service.departed(now, domain, &mut around);
+            }
+            Message::Renamed { service, domain, name } => self.services[service].renamed(domain, &name),
+            Message::Unusable { service, known } => {
+                let (service, mut around) = self.split(service);
+                service.unusable(now, known, &mut around);
+            }
+            Message::ShutdownRequested { service, domain, request } => {
+                let (service, mut around) = self.split(service);
+                service.shutdown_requested(now, domain, request, &mut around);
+            }
+            Message::Problems { source, problems } => self.set_problems(now, source, problems),
+            Message::RulesApplied { version, result } => self.rules_applied(now, version, result),
+            Message::Outcome(outcome) => self.outcome(now, outcome),
+            Message::Stop => {}
+        }
+    }
+
+    fn rules_applied(&mut self, now: Instant, version: u64, result: Result<(), String>) {
+        self.counters.rules_written += 1;
+        match result {
+            Ok(()) => {
+                self.set_problems(now, Source::Rules, Vec::new());
+                for index in 0..self.services.len() {
+                    let (service, mut around) = self.split(index);
+                    service.rules_applied(now, version, &mut around);
+                }
+            }
+            Err(error) => {
+                let problem =
+                    format!("the kernel's rules can't be written, so no domain joins a queue: {error}");
+                self.set_problems(now, Source::Rules, vec![problem]);
+            }
+        }
+    }
+
+    fn outcome(&mut self, now: Instant, outcome: Outcome) {
+        let (index, event) = match outcome {
+            Outcome::Fenced { service, server, by } => {
+                self.counters.fenced += 1;
+                let by = by.name();
+                (service, DaemonEvent::Fenced { server, by })
+            }
+            Outcome::FenceFailed { service, server, error } => {
+                (service, DaemonEvent::FenceFailed { server, error })
+            }
+            Outcome::Ordered { service, server, pause, done } => {
+                let (service, mut around) = self.split(service);
+                // A pause that did not happen excuses nothing; a resume ends what there was.
+                if pause != done {
+                    service.maintenance_ended(now, server, &mut around);
+                }
+                if !pause && done {
+                    service.server_mut(server, |server| server.fenced = false);
+                }
+                return;
+            }
+        };
+        let (service, around) = self.split(index);
+        service.daemon_event(now, event, &around);
+    }
+
+    /// Replaces what one part of the daemon complains of, and tells what is new and what is over.
+    fn set_problems(&mut self, now: Instant, source: Source, problems: Vec<String>) {
+        let before = self.problems.remove(&source).unwrap_or_default();
+        let service = match source {
+            Source::Placement(index) => Some(self.services[index].name()),
+            _ => None,
+        };
+        let report = |event| {
+            let happening = Happening::Daemon(event);
+            self.around.reporter.report(now, service, happening, |_| None);
+        };
+        for message in before.iter().filter(|message| !problems.contains(message)) {
+            report(DaemonEvent::Solved { message: message.clone() });
+        }
+        for message in problems.iter().filter(|message| !before.contains(message)) {
+            report(DaemonEvent::Problem { message: message.clone() });
+        }
+        if !problems.is_empty() {
+            self.problems.insert(source, problems);
+        }
+    }
+
+    /// Tells the other threads what changed.
+    fn pass_on(&mut self) {
+        let mut rules_changed = false;
+        let mut memory_changed = false;
+        for (index, service) in self.services.iter_mut().enumerate() {
+            rules_changed |= std::mem::take(&mut service.rules_changed);
+            memory_changed |= std::mem::take(&mut service.memory_changed);
+            for loss in service.plane.take_losses() {
+                self.counters.interfaces_lost += 1;
+                let server = loss.server.and_then(|id| service.servers.get(&id));
+                tracing::warn!(service = service.name(), error = loss.error, "an interface was lost");
+                let lost = LostInterface { service: index, domain: server.map(crate::server::Server::life) };
+                // Without placement the daemon is stopping.
+                let _ = self.around.lost.send(lost);
+            }
+        }
+        if rules_changed {
+            self.send_rules();
+        }
+        if memory_changed {
+            for service in &self.services {
+                let name = service.name().to_owned();
+                self.memory.services.insert(name, service.memory.clone());
+            }
+            let _ = self.around.memory.send(self.memory.clone());
+        }
+    }
+
+    fn send_rules(&mut self) {
+        let mut rules = RuleSet::default();
+        for service in &self.services {
+            service.add_rules(&mut rules);
+        }
+        self.rules_version += 1;
+        for service in &mut self.services {
+            service.rules_sent(self.rules_version);
+        }
+        let numbered = Numbered { version: self.rules_version, rules };
+        let _ = self.around.rules.send(numbered);
+    }
+
+    fn wait(&mut self, now: Instant) -> Duration {
+        let look = self.looked + self.liveness_poll;
+        let services = self.services.iter_mut();
+        let due = services.filter_map(|service| service.next_timeout(now)).fold(look, Instant::min);
+        due.since(clock::now())
+    }
+
+    /// Sleeps until something is to be read, somebody wakes the thread, or the time is over.
+    fn sleep(&mut self, wait: Duration) {
+        let captures: Vec<_> = self.services.iter().map(|service| service.plane.fds()).collect();
+        let mut polled: Vec<PollFd<'_>> =
+            captures.iter().flatten().map(|&fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        polled.push(PollFd::new(self.waker.fd(), PollFlags::POLLIN));
+        // Interrupted or out of memory: the flags are stale at worst, and the next round looks again.
+        let woken = ppoll(&mut polled, Some(TimeSpec::from_duration(wait)), None).is_ok();
+        let ready: Vec<bool> = polled.iter().map(|fd| woken && fd.any().unwrap_or(true)).collect();
+        let counts: Vec<usize> = captures.iter().map(Vec::len).collect();
+        drop(polled);
+        drop(captures);
+        let mut rest = ready.as_slice();
+        for (service, count) in self.services.iter_mut().zip(counts) {
+            let (own, others) = rest.split_at(count);
+            service.plane.set_ready(own);
+            rest = others;
+        }
+        if rest.first() == Some(&true) {
+            self.waker.clear();
+        }
+    }
 }

@@ -4,9 +4,17 @@ mod clock;
 mod command;
 mod control;
 mod datapath;
+mod discovery;
 mod event;
+mod fencing;
 mod hypervisor;
 mod liveness;
+mod memory;
+mod orders;
+mod plane;
+mod report;
+mod server;
+mod service;
 mod wake;
 
 fn main() {}

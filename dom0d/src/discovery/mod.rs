@@ -1,0 +1,167 @@
+//! Which domains are there, by what names and addresses, behind which vifs?
+//!
+//! [`xenstore`] keeps a connection and publishes a [`Snapshot`] after each change; what changed is found
+//! by comparing snapshots, since watches only say that something did.
+
+mod listing;
+mod xenstore;
+
+use std::net::IpAddr;
+
+use uuid::Uuid;
+
+use crate::command::DomainRef;
+use crate::hypervisor::DomainId;
+
+pub(crate) use xenstore::{Found, watch_domains};
+
+/// All domains but dom0 at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    /// By ascending domid.
+    pub(crate) domains: Vec<Domain>,
+    /// Nodes that made no sense and were skipped.
+    pub(crate) garbage: u64,
+}
+
+/// One domain, as dom0-owned nodes describe it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Domain {
+    /// The number of this life of it.
+    pub(crate) domid: u16,
+    /// Its identity, from `vm`.
+    pub(crate) uuid: Uuid,
+    /// The toolstack's handle.
+    pub(crate) name: String,
+    /// Its network interfaces, by ascending devid.
+    pub(crate) vifs: Vec<Vif>,
+    /// What the toolstack asks of it in `control/shutdown`: `poweroff`, `reboot`, ...
+    pub(crate) shutdown_request: Option<String>,
+}
+
+impl Domain {
+    /// This life of it.
+    pub(crate) fn id(&self) -> DomainId {
+        DomainId {
+            uuid: self.uuid,
+            domid: self.domid,
+        }
+    }
+
+    /// As operators know it.
+    pub(crate) fn reference(&self) -> DomainRef {
+        DomainRef {
+            name: self.name.clone(),
+            uuid: self.uuid,
+            domid: self.domid,
+        }
+    }
+}
+
+/// One network interface of a domain, as its backend in dom0 describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Vif {
+    /// Its number within the domain.
+    pub(crate) devid: u32,
+    /// The backend's interface in dom0.
+    pub(crate) name: String,
+    /// The guest's MAC.
+    pub(crate) mac: [u8; 6],
+    /// The bridge that the toolstack meant it for; netlink tells where it is.
+    pub(crate) bridge: Option<String>,
+    /// The backend's xenbus state.
+    pub(crate) state: u32,
+    /// The guest's addresses, as the toolstack's `ip=` gives them.
+    pub(crate) ips: Vec<IpAddr>,
+}
+
+/// Xenbus state of a backend whose frontend is connected (`XenbusStateConnected`).
+pub(crate) const XENBUS_CONNECTED: u32 = 4;
+
+/// What came and went between two snapshots.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changes<'a> {
+    /// Lives that were not there before.
+    pub(crate) appeared: Vec<&'a Domain>,
+    /// Lives that are not there any more.
+    pub(crate) gone: Vec<&'a Domain>,
+    /// Lives that were there and are described differently now.
+    pub(crate) changed: Vec<&'a Domain>,
+}
+
+/// Compares two snapshots. A rebooted domain has a new domid, so it is gone and appeared.
+pub(crate) fn changes<'a>(before: &'a Snapshot, after: &'a Snapshot) -> Changes<'a> {
+    let find = |snapshot: &'a Snapshot, domain: &Domain| {
+        let id = domain.id();
+        snapshot.domains.iter().find(|other| other.id() == id)
+    };
+    let mut changes = Changes::default();
+    for domain in &after.domains {
+        match find(before, domain) {
+            None => changes.appeared.push(domain),
+            Some(old) if old != domain => changes.changed.push(domain),
+            Some(_) => {}
+        }
+    }
+    changes.gone = before
+        .domains
+        .iter()
+        .filter(|domain| find(after, domain).is_none())
+        .collect();
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain(domid: u16, identity: u128, name: &str) -> Domain {
+        Domain {
+            domid,
+            uuid: Uuid::from_u128(identity),
+            name: name.to_owned(),
+            vifs: Vec::new(),
+            shutdown_request: None,
+        }
+    }
+
+    fn snapshot(domains: Vec<Domain>) -> Snapshot {
+        Snapshot {
+            domains,
+            garbage: 0,
+        }
+    }
+
+    #[test]
+    fn equal_snapshots_have_no_changes() {
+        let one = snapshot(vec![domain(1, 1, "a"), domain(2, 2, "b")]);
+        assert_eq!(changes(&one, &one.clone()), Changes::default());
+    }
+
+    #[test]
+    fn a_reboot_is_the_end_of_one_life_and_the_start_of_another() {
+        let before = snapshot(vec![domain(1, 7, "a")]);
+        let after = snapshot(vec![domain(2, 7, "a")]);
+        let changes = changes(&before, &after);
+        assert_eq!(changes.gone, [&before.domains[0]]);
+        assert_eq!(changes.appeared, [&after.domains[0]]);
+        assert!(changes.changed.is_empty());
+    }
+
+    #[test]
+    fn a_reused_domid_is_another_domain() {
+        let before = snapshot(vec![domain(1, 7, "a")]);
+        let after = snapshot(vec![domain(1, 8, "a")]);
+        let changes = changes(&before, &after);
+        assert_eq!((changes.gone.len(), changes.appeared.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_renamed_domain_is_a_changed_one() {
+        let before = snapshot(vec![domain(1, 7, "a--incoming")]);
+        let after = snapshot(vec![domain(1, 7, "a")]);
+        let changes = changes(&before, &after);
+        assert_eq!(changes.changed, [&after.domains[0]]);
+        assert!(changes.gone.is_empty() && changes.appeared.is_empty());
+    }
+}

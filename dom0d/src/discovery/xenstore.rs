@@ -1,0 +1,222 @@
+//! When must the domains be listed anew? Keeps a connection to xenstored, watches what matters, and
+//! survives a xenstored that restarts.
+//!
+//! A task that both drained a watch and asked xenstore would deadlock inside xenstore-rs once nine
+//! events wait (its dispatcher blocks on the watch's channel and answers nobody). So each watch has a
+//! task of its own that only sets a flag, and the lister, which asks, waits for that flag. The crate
+//! does not tell that its connection died either: every request has a deadline, and an idle connection
+//! is asked something now and then.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use xenstore_rs::AsyncWatch;
+use xenstore_rs::tokio::XsTokio;
+
+use super::listing::{alive, list};
+use super::{Snapshot, changes};
+
+/// What discovery knows at the moment.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Found {
+    /// The last list, also while xenstored can't be reached: a lost connection ends no domain.
+    pub(crate) snapshot: Option<Arc<Snapshot>>,
+    /// Why the list may be out of date, and what to do.
+    pub(crate) problem: Option<String>,
+}
+
+/// Watched for the daemon's whole life.
+const WATCHED: [&str; 3] = [
+    "@introduceDomain",
+    "@releaseDomain",
+    "/local/domain/0/backend/vif",
+];
+
+/// Events come in bursts (a vif being connected is a dozen); wait this long for the rest of one.
+const SETTLE: Duration = Duration::from_millis(10);
+
+/// How often an idle connection is tried.
+const KEEPALIVE: Duration = Duration::from_secs(2);
+
+/// After how many quiet [`KEEPALIVE`]s the list is made anew all the same: xenstore-rs drops an event
+/// whose path is not UTF-8.
+const RELIST: u32 = 15;
+
+/// Longest wait for a watch to be set.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Waits before xenstored is tried again: the first, and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// Publishes the domains of this host, until the receivers are gone.
+pub(crate) async fn watch_domains(found: watch::Sender<Found>) {
+    let mut wait = BACKOFF.0;
+    while !found.is_closed() {
+        let error = match connect().await {
+            Ok(mut connection) => {
+                wait = BACKOFF.0;
+                tokio::select! {
+                    error = connection.follow(&found) => error,
+                    () = found.closed() => return,
+                }
+            }
+            Err(error) => error,
+        };
+        tracing::warn!(%error, "xenstore can't be used; trying again");
+        let problem = format!(
+            "xenstored can't be used ({error}); new and changed domains are not seen until it runs again (systemctl status xenstored)"
+        );
+        found.send_modify(|found| found.problem = Some(problem));
+        tokio::select! {
+            () = sleep(wait) => wait = (wait * 2).min(BACKOFF.1),
+            () = found.closed() => return,
+        }
+    }
+}
+
+async fn connect() -> io::Result<Connection> {
+    let xenstore = XsTokio::new().await?;
+    let mut connection = Connection {
+        xenstore,
+        changed: Arc::new(Notify::new()),
+        watches: JoinSet::new(),
+        domain_watches: BTreeMap::new(),
+    };
+    for path in WATCHED {
+        connection.watch(path.to_owned()).await?;
+    }
+    Ok(connection)
+}
+
+/// One connection with its watches; dropping it ends both.
+struct Connection {
+    xenstore: XsTokio,
+    /// The coalescing set: since everything is listed anew, which path changed does not matter.
+    changed: Arc<Notify>,
+    watches: JoinSet<()>,
+    domain_watches: BTreeMap<u16, Vec<tokio::task::AbortHandle>>,
+}
+
+impl Connection {
+    async fn watch(&mut self, path: String) -> io::Result<tokio::task::AbortHandle> {
+        let xenstore = self.xenstore.clone();
+        let changed = Arc::clone(&self.changed);
+        let (ready, is_ready) = tokio::sync::oneshot::channel();
+        // The stream borrows its path, so it lives where it is drained.
+        let handle = self.watches.spawn(async move {
+            match xenstore.watch(&path).await {
+                Ok(mut events) => {
+                    let _ = ready.send(Ok(()));
+                    while events.next().await.is_some() {
+                        changed.notify_one();
+                    }
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        });
+        match timeout(WATCH_TIMEOUT, is_ready).await {
+            Ok(Ok(result)) => result.map(|()| handle),
+            Ok(Err(_)) => Err(io::Error::other("the watch ended before it was set")),
+            Err(_) => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "setting a watch was not answered",
+            )),
+        }
+    }
+
+    /// Lists after each change; returns why the connection is of no use any more.
+    async fn follow(&mut self, found: &watch::Sender<Found>) -> io::Error {
+        loop {
+            let snapshot = match list(&self.xenstore).await {
+                Ok(snapshot) => snapshot,
+                Err(error) => return error,
+            };
+            if let Err(error) = self.watch_each(&snapshot).await {
+                return error;
+            }
+            publish(found, snapshot);
+            if let Err(error) = self.wait_for_change().await {
+                return error;
+            }
+        }
+    }
+
+    /// Returns when the list must be made anew: after an event, and at the latest after [`RELIST`].
+    async fn wait_for_change(&self) -> io::Result<()> {
+        for _ in 0..RELIST {
+            if timeout(KEEPALIVE, self.changed.notified()).await.is_ok() {
+                sleep(SETTLE).await;
+                return Ok(());
+            }
+            alive(&self.xenstore).await?;
+        }
+        Ok(())
+    }
+
+    /// Names change (migration), and the toolstack asks for shutdowns; neither shows in [`WATCHED`].
+    async fn watch_each(&mut self, snapshot: &Snapshot) -> io::Result<()> {
+        let alive: Vec<u16> = snapshot.domains.iter().map(|d| d.domid).collect();
+        self.domain_watches.retain(|domid, watches| {
+            let keep = alive.contains(domid);
+            if !keep {
+                watches.iter().for_each(tokio::task::AbortHandle::abort);
+            }
+            keep
+        });
+        for domid in alive {
+            if !self.domain_watches.contains_key(&domid) {
+                let mut watches = Vec::with_capacity(2);
+                for node in ["name", "control/shutdown"] {
+                    let path = format!("/local/domain/{domid}/{node}");
+                    watches.push(self.watch(path).await?);
+                }
+                self.domain_watches.insert(domid, watches);
+            }
+        }
+        // Watches that were aborted are taken out of the set.
+        while self.watches.try_join_next().is_some() {}
+        Ok(())
+    }
+}
+
+fn publish(found: &watch::Sender<Found>, snapshot: Snapshot) {
+    found.send_if_modified(|found| {
+        let same = found.snapshot.as_deref() == Some(&snapshot);
+        if same && found.problem.is_none() {
+            return false;
+        }
+        log_changes(found.snapshot.as_deref(), &snapshot);
+        found.snapshot = Some(Arc::new(snapshot));
+        found.problem = None;
+        true
+    });
+}
+
+fn log_changes(before: Option<&Snapshot>, after: &Snapshot) {
+    let nothing = Snapshot::default();
+    let before = before.unwrap_or(&nothing);
+    let changes = changes(before, after);
+    for domain in changes.appeared {
+        tracing::info!(domid = domain.domid, name = domain.name, uuid = %domain.uuid, "domain appeared");
+    }
+    for domain in changes.gone {
+        tracing::info!(domid = domain.domid, name = domain.name, uuid = %domain.uuid, "domain gone");
+    }
+    for domain in changes.changed {
+        tracing::debug!(?domain, "domain changed");
+    }
+    if after.garbage > before.garbage {
+        tracing::warn!(
+            nodes = after.garbage,
+            "xenstore has nodes that make no sense; they are skipped"
+        );
+    }
+}

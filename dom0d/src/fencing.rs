@@ -1,0 +1,212 @@
+//! How is a deposed server silenced for good, and how is a domain paused or resumed for an operator?
+//!
+//! The data path's own fence holds from the cutover on; this thread pauses or destroys the domain beside
+//! it, verifies that it is done, and tries again until it is. It waits for the hypervisor so that the
+//! data path need not.
+
+use std::io;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use understudy_api::config::Fence;
+use understudy_protocol::ServerId;
+
+use crate::command::{CommandError, DomainRef, Reply};
+use crate::hypervisor::{DomainId, Hypervisor, HypervisorError, Shutdown};
+
+/// Waits before an attempt is repeated: the first, and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// Something to do to a domain.
+pub(crate) enum Job {
+    /// Silence a deposed server, until it is verified.
+    Fence {
+        /// Index of the service.
+        service: usize,
+        /// Its id there.
+        server: ServerId,
+        /// The domain.
+        domain: DomainId,
+        /// How.
+        by: Fence,
+    },
+    /// Pause or resume for an operator, once.
+    Order {
+        /// Index of the service.
+        service: usize,
+        /// The service's name.
+        name: String,
+        /// Its id there.
+        server: ServerId,
+        /// The domain.
+        domain: DomainRef,
+        /// Pause; otherwise resume.
+        pause: bool,
+        /// Who waits for it.
+        reply: Reply<DomainRef>,
+    },
+}
+
+/// What became of a [`Job`].
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The server is silent, verified.
+    Fenced {
+        /// Index of the service.
+        service: usize,
+        /// Its id there.
+        server: ServerId,
+        /// How.
+        by: Fence,
+    },
+    /// It is not silent yet; the attempt is repeated.
+    FenceFailed {
+        /// Index of the service.
+        service: usize,
+        /// Its id there.
+        server: ServerId,
+        /// Why.
+        error: String,
+    },
+    /// An operator's order was carried out, or not.
+    Ordered {
+        /// Index of the service.
+        service: usize,
+        /// Its id there.
+        server: ServerId,
+        /// Pause; otherwise resume.
+        pause: bool,
+        /// It was carried out.
+        done: bool,
+    },
+}
+
+struct Pending {
+    service: usize,
+    server: ServerId,
+    domain: DomainId,
+    by: Fence,
+    next: Instant,
+    wait: Duration,
+    told: Option<String>,
+}
+
+/// Starts the thread; it ends when the sender of jobs is dropped.
+pub(crate) fn spawn(
+    hypervisor: Box<dyn Hypervisor>,
+    tell: impl Fn(Outcome) + Send + 'static,
+) -> io::Result<(mpsc::Sender<Job>, JoinHandle<()>)> {
+    let (sender, jobs) = mpsc::channel();
+    let thread = std::thread::Builder::new()
+        .name("fencing".to_owned())
+        .spawn(move || work(hypervisor, &jobs, tell))?;
+    Ok((sender, thread))
+}
+
+fn work(mut hypervisor: Box<dyn Hypervisor>, jobs: &mpsc::Receiver<Job>, tell: impl Fn(Outcome)) {
+    let mut pending: Vec<Pending> = Vec::new();
+    loop {
+        let wait = pending
+            .iter()
+            .map(|fence| fence.next.saturating_duration_since(Instant::now()))
+            .min()
+            .unwrap_or(Duration::from_secs(3600));
+        match jobs.recv_timeout(wait) {
+            Ok(Job::Fence { service, server, domain, by }) => pending.push(Pending {
+                service,
+                server,
+                domain,
+                by,
+                next: Instant::now(),
+                wait: BACKOFF.0,
+                told: None,
+            }),
+            Ok(Job::Order { service, name, server, domain, pause, reply }) => {
+                if !pause {
+                    // The operator wants it to run; a fence under way would pause it again.
+                    pending.retain(|fence| fence.domain != id(&domain));
+                }
+                let result = order(hypervisor.as_mut(), &domain, pause);
+                let done = result.is_ok();
+                tell(Outcome::Ordered { service, server, pause, done });
+                let result = result.map(|()| domain.clone());
+                let answer = result.map_err(|error| CommandError::Hypervisor {
+                    service: name,
+                    domain: domain.name,
+                    error: error.to_string(),
+                });
+                // Whoever asked may have gone.
+                let _ = reply.send(answer);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        let now = Instant::now();
+        pending.retain_mut(|fence| fence.next > now || !attempt(hypervisor.as_mut(), fence, now, &tell));
+    }
+}
+
+/// Tries once; `true` if the server is silent.
+fn attempt(
+    hypervisor: &mut dyn Hypervisor,
+    fence: &mut Pending,
+    now: Instant,
+    tell: &impl Fn(Outcome),
+) -> bool {
+    let (service, server, by) = (fence.service, fence.server, fence.by);
+    let error = match silence(hypervisor, fence.domain, by) {
+        Ok(true) => {
+            tell(Outcome::Fenced { service, server, by });
+            return true;
+        }
+        Ok(false) => format!("the hypervisor took the order to {} it, but the domain still runs", by.name()),
+        Err(error) => error.to_string(),
+    };
+    // Told once per reason; a domain that can't be paused for an hour is one event.
+    if fence.told.as_ref() != Some(&error) {
+        fence.told = Some(error.clone());
+        tell(Outcome::FenceFailed { service, server, error });
+    }
+    fence.next = now + fence.wait;
+    fence.wait = (fence.wait * 2).min(BACKOFF.1);
+    false
+}
+
+/// Pauses or destroys, and looks whether it is done.
+fn silence(hypervisor: &mut dyn Hypervisor, domain: DomainId, by: Fence) -> Result<bool, HypervisorError> {
+    match by {
+        // The rules at its vif do it; the data path watches over those.
+        Fence::Isolate => return Ok(true),
+        Fence::Destroy => hypervisor.destroy(domain)?,
+        Fence::Pause => match hypervisor.pause(domain) {
+            Ok(()) => {}
+            Err(error) if is_gone(&error) => return Ok(true),
+            Err(error) => return Err(error),
+        },
+    }
+    let state =
+        hypervisor.domains()?.iter().find(|state| state.domid == domain.domid && state.uuid == domain.uuid);
+    Ok(match (by, state) {
+        (_, None) => true,
+        (_, Some(state)) if state.dying || state.shutdown == Some(Shutdown::Final) => true,
+        (Fence::Pause, Some(state)) => state.paused,
+        (_, Some(_)) => false,
+    })
+}
+
+fn order(hypervisor: &mut dyn Hypervisor, domain: &DomainRef, pause: bool) -> Result<(), HypervisorError> {
+    if pause { hypervisor.pause(id(domain)) } else { hypervisor.unpause(id(domain)) }
+}
+
+fn id(domain: &DomainRef) -> DomainId {
+    DomainId { uuid: domain.uuid, domid: domain.domid }
+}
+
+fn is_gone(error: &HypervisorError) -> bool {
+    matches!(
+        error,
+        HypervisorError::Gone { .. }
+            | HypervisorError::Xen(xen_sys::Error::NoSuchDomain { .. } | xen_sys::Error::DomidReused { .. })
+    )
+}

@@ -1,0 +1,284 @@
+//! How are operators' commands carried out? Between packets, on the data-path thread.
+
+use std::collections::BTreeMap;
+
+use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
+
+use crate::clock;
+use crate::command::{
+    Attached, CONVERSATIONS_LIMIT, Command, CommandError, Conversations, DaemonStatus, DomainRef, Promoted,
+    Reply, ServiceReport, Statement,
+};
+use crate::datapath::{DataPath, Source};
+use crate::fencing::Job;
+use crate::server::Place;
+use crate::service::Service;
+
+type Outcome<T> = Result<T, CommandError>;
+
+impl DataPath {
+    /// Carries out a command and answers it.
+    pub(crate) fn carry_out(&mut self, now: Instant, command: Command) {
+        // Whoever asked may have gone; then the answer is lost, the deed is not.
+        match command {
+            Command::Status { reply } => drop(reply.send(Ok(self.status()))),
+            Command::Conversations { service, skip, limit, reply } => {
+                drop(reply.send(self.conversations(&service, skip, limit)))
+            }
+            Command::Attach { service, domain, statement, reply } => {
+                drop(reply.send(self.attach(now, &service, &domain, statement)))
+            }
+            Command::Detach { service, domain, reply } => {
+                drop(reply.send(self.detach(now, &service, &domain)))
+            }
+            Command::Switchover { service, to, reply } => {
+                drop(reply.send(self.switchover(now, &service, to.as_deref())));
+            }
+            Command::Failover { service, to, force, reply } => {
+                drop(reply.send(self.failover(now, &service, to.as_deref(), force)))
+            }
+            Command::Pause { service, domain, reply } => self.order(now, &service, &domain, true, reply),
+            Command::Resume { service, domain, reply } => self.order(now, &service, &domain, false, reply),
+        }
+    }
+
+    fn index(&self, service: &str) -> Outcome<usize> {
+        let mut services = self.services.iter();
+        services.position(|known| known.name() == service).ok_or_else(|| CommandError::UnknownService {
+            service: service.to_owned(),
+            known: self.services.iter().map(|s| s.name().to_owned()).collect(),
+        })
+    }
+
+    fn status(&mut self) -> DaemonStatus {
+        let placement = |problems: &BTreeMap<Source, Vec<String>>, index| {
+            let found = problems.get(&Source::Placement(index));
+            found.cloned().unwrap_or_default()
+        };
+        let services: Vec<ServiceReport> = (0..self.services.len())
+            .map(|index| {
+                let problems = placement(&self.problems, index);
+                self.services[index].status(problems)
+            })
+            .collect();
+        let problems = self
+            .problems
+            .iter()
+            .filter(|(source, _)| !matches!(source, Source::Placement(_)))
+            .flat_map(|(_, problems)| problems.iter().cloned())
+            .collect();
+        let counters = self.counters;
+        let uptime = clock::now().since(self.started).as_millis();
+        DaemonStatus {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            uptime_ms: u64::try_from(uptime).unwrap_or(u64::MAX),
+            hypervisor: self.hypervisor_name,
+            problems,
+            counters: BTreeMap::from([
+                ("liveness_polls", counters.liveness_polls),
+                ("liveness_errors", counters.liveness_errors),
+                ("starved", counters.starved),
+                ("rules_written", counters.rules_written),
+                ("interfaces_lost", counters.interfaces_lost),
+                ("fenced", counters.fenced),
+            ]),
+            services,
+        }
+    }
+
+    fn conversations(&self, service: &str, skip: usize, limit: usize) -> Outcome<Conversations> {
+        let service = &self.services[self.index(service)?];
+        let conversations = service.engine.conversations(skip, limit.min(CONVERSATIONS_LIMIT));
+        let ids =
+            conversations.iter().flat_map(|conversation| conversation.legs.iter().map(|leg| leg.server));
+        let servers = ids.filter_map(|id| Some((id.0, service.domain(id)?.clone()))).collect();
+        Ok(Conversations { total: service.engine.status().conversations, conversations, servers })
+    }
+
+    fn attach(
+        &mut self,
+        now: Instant,
+        service: &str,
+        domain: &str,
+        statement: Option<Statement>,
+    ) -> Outcome<Attached> {
+        let index = self.index(service)?;
+        let (service, mut around) = self.split(index);
+        let id = find(service, domain)?;
+        let name = service.name().to_owned();
+        let refused = |error| refused(&name, domain, error);
+        if service.engine.ovm() == Some(id) {
+            return Err(refused(OperatorError::IsOvm));
+        }
+        let Some(statement) = statement else {
+            return Err(CommandError::NoStatement {
+                service: name,
+                domain: domain.to_owned(),
+            });
+        };
+        let server = &service.servers[&id];
+        let hindrance = if !service.plane.has_server(id) {
+            Some("its vif can't be used at the moment; see understudy status")
+        } else if !server.running {
+            Some(
+                "its domain does not run (paused, suspended or shut down); resume it (understudy resume, xl unpause) or start it",
+            )
+        } else if matches!(server.place, Place::Preparing(_)) {
+            Some("its vif is being prepared; try again in a moment")
+        } else if service.engine.ovm().is_none() {
+            Some("the service has no OVM that its state could equal")
+        } else {
+            None
+        };
+        if let Some(reason) = hindrance {
+            return Err(CommandError::Unusable {
+                service: name,
+                domain: domain.to_owned(),
+                reason: reason.to_owned(),
+            });
+        }
+        let (seeding, draining) = match statement {
+            Statement::Identical => (Seeding::AssumeIdentical, false),
+            Statement::IdenticalAfterDrain { timeout } => (Seeding::Drain { deadline: now + timeout }, true),
+        };
+        let id = if server.place == Place::Queued {
+            if is_seeded(service, id) {
+                return Err(refused(OperatorError::AlreadyAttached));
+            }
+            service.engine.seed(now, id, seeding).map_err(refused)?;
+            service.drain(now, &mut around);
+            id
+        } else {
+            service
+                .attach(now, id, seeding, &mut around)
+                .map_err(refused)?
+        };
+        Ok(Attached {
+            domain: service.servers[&id].domain.clone(),
+            server: id,
+            draining: draining && !is_seeded(service, id),
+        })
+    }
+
+    fn detach(&mut self, now: Instant, service: &str, domain: &str) -> Outcome<DomainRef> {
+        let index = self.index(service)?;
+        let (service, mut around) = self.split(index);
+        let id = find(service, domain)?;
+        let queued = service.is_queued(id);
+        if queued {
+            let detached = service.engine.detach(now, id);
+            detached.map_err(|error| refused(service.name(), domain, error))?;
+        } else if service.servers[&id].place == Place::Detached {
+            let error = OperatorError::UnknownServer;
+            return Err(refused(service.name(), domain, error));
+        }
+        // What is not in the queue is kept from joining it, too.
+        let domain = service.servers[&id].domain.clone();
+        service.server_mut(id, |server| server.place = Place::Detached);
+        service.memory.set_detached(domain.uuid, true);
+        service.memory_changed = true;
+        service.rules_changed = true;
+        service.drain(now, &mut around);
+        Ok(domain)
+    }
+
+    fn switchover(&mut self, now: Instant, service: &str, to: Option<&str>) -> Outcome<Promoted> {
+        let index = self.index(service)?;
+        let (service, mut around) = self.split(index);
+        let id = to.map(|to| find(service, to)).transpose()?;
+        let promoted = service.engine.switchover(now, id);
+        let id = promoted.map_err(|error| refused(service.name(), to.unwrap_or(""), error))?;
+        service.drain(now, &mut around);
+        Ok(promoted_reply(service, id))
+    }
+
+    fn failover(&mut self, now: Instant, service: &str, to: Option<&str>, force: bool) -> Outcome<Promoted> {
+        let index = self.index(service)?;
+        let (service, mut around) = self.split(index);
+        let id = to.map(|to| find(service, to)).transpose()?;
+        let refused = |service: &Service, error| refused(service.name(), to.unwrap_or(""), error);
+        let promoted = match id {
+            // After a restart, when the domain promoted last is gone: nobody can say whose state is
+            // right but the operator.
+            Some(id) if force && service.engine.ovm().is_none() => {
+                let installed = service.install(now, id, &mut around);
+                installed.map_err(|error| refused(service, error))?;
+                id
+            }
+            _ => {
+                let promoted = service.engine.failover(now, id, force);
+                promoted.map_err(|error| refused(service, error))?
+            }
+        };
+        service.drain(now, &mut around);
+        Ok(promoted_reply(service, promoted))
+    }
+
+    fn order(&mut self, now: Instant, service: &str, domain: &str, pause: bool, reply: Reply<DomainRef>) {
+        let found = self.index(service).and_then(|index| {
+            let id = find(&self.services[index], domain)?;
+            Ok((index, id))
+        });
+        let (index, id) = match found {
+            Ok(found) => found,
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        let (service, mut around) = self.split(index);
+        if pause {
+            // Announced first: the next look at the domain may be the one that sees it paused.
+            service.maintenance_began(now, id, &mut around);
+        }
+        let job = Job::Order {
+            service: index,
+            name: service.name().to_owned(),
+            server: id,
+            domain: service.servers[&id].domain.clone(),
+            pause,
+            reply,
+        };
+        // If the thread has ended, so has the reply, and whoever asked is told that dom0d stops.
+        let _ = around.jobs.send(job);
+    }
+}
+
+fn find(service: &Service, domain: &str) -> Outcome<ServerId> {
+    if let Some(id) = service.find(domain) {
+        return Ok(id);
+    }
+    Err(match service.find_unusable(domain) {
+        Some(known) => CommandError::Unusable {
+            service: service.name().to_owned(),
+            domain: domain.to_owned(),
+            reason: known.reason.clone(),
+        },
+        None => CommandError::UnknownDomain {
+            service: service.name().to_owned(),
+            domain: domain.to_owned(),
+            known: service.domain_names(),
+        },
+    })
+}
+
+fn refused(service: &str, domain: &str, error: OperatorError) -> CommandError {
+    CommandError::Refused {
+        service: service.to_owned(),
+        domain: (!domain.is_empty()).then(|| domain.to_owned()),
+        error,
+    }
+}
+
+fn is_seeded(service: &Service, id: ServerId) -> bool {
+    let status = service.engine.status();
+    let mut servers = status.servers.iter();
+    servers.any(|server| server.server == id && server.stale.is_none())
+}
+
+fn promoted_reply(service: &Service, id: ServerId) -> Promoted {
+    let unknown = || DomainRef { name: String::new(), uuid: uuid::Uuid::nil(), domid: 0 };
+    Promoted {
+        domain: service.domain(id).cloned().unwrap_or_else(unknown),
+        server: id,
+        epoch: service.engine.epoch(),
+    }
+}

@@ -1,0 +1,182 @@
+//! One interface, captured from and injected to through libpcap.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use pcap::{Active, Capture, Linktype};
+
+use super::frame::Mac;
+
+/// Longest frame taken whole: a GSO super-packet of 64 KiB with its Ethernet header and a VLAN tag.
+const SNAPLEN: i32 = 65_535 + 14 + 4;
+
+/// An open interface. Injected frames are not captured.
+pub(crate) struct Device {
+    name: String,
+    capture: Capture<Active>,
+    /// Frames that were cut off, which the capture can't do with what libpcap was told.
+    truncated: u64,
+}
+
+/// Why an interface can't be used (any more).
+#[derive(Debug, thiserror::Error)]
+#[error("{interface}: {error}")]
+pub(crate) struct DeviceError {
+    interface: String,
+    error: String,
+}
+
+/// Why a frame was not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SendError {
+    /// The interface's queue is full (ENOBUFS, EAGAIN).
+    QueueFull,
+    /// Longer than the interface takes (EMSGSIZE).
+    TooLong,
+    /// The interface is down or gone (ENETDOWN, ENXIO, ENODEV).
+    Down,
+    /// Something else.
+    Other,
+}
+
+impl Device {
+    /// Opens an interface for what passes `filter` (in pcap's language) and comes from outside.
+    pub(crate) fn open(name: &str, filter: &str, buffer: u32) -> Result<Self, DeviceError> {
+        let failed = |error: String| DeviceError {
+            interface: name.to_owned(),
+            error,
+        };
+        let capture = Capture::from_device(name)
+            .map_err(|error| failed(error.to_string()))?
+            // A frame is handed over as it comes; without this libpcap collects them in blocks.
+            .immediate_mode(true)
+            .snaplen(SNAPLEN)
+            .buffer_size(i32::try_from(buffer).unwrap_or(i32::MAX))
+            .open()
+            .and_then(Capture::setnonblock)
+            .map_err(|error| failed(error.to_string()))?;
+        if capture.get_datalink() != Linktype::ETHERNET {
+            return Err(failed("is no Ethernet interface".to_owned()));
+        }
+        let mut device = Self {
+            name: name.to_owned(),
+            capture,
+            truncated: 0,
+        };
+        device
+            .capture
+            .filter(filter, true)
+            .map_err(|error| failed(format!("the filter {filter:?} is refused: {error}")))?;
+        // libpcap's non-blocking mode is about reading. A send that blocked on the full queue of a
+        // frozen guest would stop everybody.
+        let flags = fcntl(device.capture.as_fd(), FcntlArg::F_GETFL)
+            .map(OFlag::from_bits_retain)
+            .map_err(|error| failed(error.to_string()))?;
+        fcntl(
+            device.capture.as_fd(),
+            FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK),
+        )
+        .map_err(|error| failed(error.to_string()))?;
+        Ok(device)
+    }
+
+    /// The interface's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What to poll for reading.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.capture.as_fd()
+    }
+
+    /// Puts the next frame into `frame`; `false` if there is none at the moment.
+    pub(crate) fn receive(&mut self, frame: &mut Vec<u8>) -> Result<bool, DeviceError> {
+        loop {
+            match self.capture.next_packet() {
+                Ok(packet) if packet.header.caplen < packet.header.len => self.truncated += 1,
+                Ok(packet) => {
+                    frame.clear();
+                    frame.extend_from_slice(packet.data);
+                    return Ok(true);
+                }
+                Err(pcap::Error::TimeoutExpired | pcap::Error::NoMorePackets) => return Ok(false),
+                Err(error) => {
+                    return Err(DeviceError {
+                        interface: self.name.clone(),
+                        error: error.to_string(),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Sends a frame out of the interface.
+    pub(crate) fn send(&mut self, frame: &[u8]) -> Result<(), SendError> {
+        self.capture.sendpacket(frame).map_err(|_| {
+            // libpcap gives only a text; the cause is still in errno.
+            match io::Error::last_os_error().raw_os_error().map(nix::errno::Errno::from_raw) {
+                Some(nix::Error::ENOBUFS | nix::Error::EAGAIN) => SendError::QueueFull,
+                Some(nix::Error::EMSGSIZE) => SendError::TooLong,
+                Some(nix::Error::ENETDOWN | nix::Error::ENXIO | nix::Error::ENODEV) => {
+                    SendError::Down
+                }
+                _ => SendError::Other,
+            }
+        })
+    }
+
+    /// Frames lost since it was opened: for want of room in the capture buffer, and cut off.
+    pub(crate) fn lost(&mut self) -> Lost {
+        let dropped = self.capture.stats().map_or(0, |stats| stats.dropped);
+        Lost {
+            dropped: u64::from(dropped),
+            truncated: self.truncated,
+        }
+    }
+}
+
+/// Frames that never reached the daemon whole.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lost {
+    /// For want of room in the capture buffer.
+    pub(crate) dropped: u64,
+    /// Cut off.
+    pub(crate) truncated: u64,
+}
+
+/// What the anchor's far end must give: frames for the PSC, and neighbours' questions and answers.
+pub(crate) fn anchor_filter(psc_mac: Mac) -> String {
+    // `vlan` moves the offsets of all that follows it, so it must come last.
+    format!(
+        "inbound and (arp or icmp6 or ether dst {} or vlan)",
+        mac_text(psc_mac)
+    )
+}
+
+/// What a server's vif must give: the service's segments, and neighbours' questions.
+pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
+    let hosts: Vec<String> = addresses
+        .iter()
+        .map(|address| format!("src host {address}"))
+        .collect();
+    let ports: Vec<String> = ports
+        .iter()
+        .map(|port| format!("tcp src port {port}"))
+        .collect();
+    // Beside plain segments: IPv4 fragments behind the first, and IPv6 with extension headers
+    // (hop-by-hop, routing, fragment, destination), of which `tcp` sees nothing.
+    format!(
+        "inbound and (arp or icmp6 or (({}) and ({} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60)) or vlan)",
+        hosts.join(" or "),
+        ports.join(" or ")
+    )
+}
+
+/// A MAC as people write it.
+pub(crate) fn mac_text(mac: Mac) -> String {
+    let [a, b, c, d, e, f] = mac;
+    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+}

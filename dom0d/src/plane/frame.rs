@@ -1,0 +1,551 @@
+//! What does an Ethernet frame hold, and how is one built? Ethernet II, ARP (RFC 826, 5227) and IPv6
+//! neighbour discovery (RFC 4861).
+//!
+//! Everything here comes from guests and from the network: no input may panic.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
+
+use pnet_packet::Packet;
+use pnet_packet::arp::{
+    ArpHardwareTypes, ArpOperation, ArpOperations, ArpPacket, MutableArpPacket,
+};
+use pnet_packet::ethernet::{EtherType, EtherTypes, EthernetPacket, MutableEthernetPacket};
+use pnet_packet::icmpv6::ndp::{
+    MutableNeighborAdvertPacket, MutableNeighborSolicitPacket, NdpOptionTypes, NeighborAdvertFlags,
+    NeighborAdvertPacket, NeighborSolicitPacket,
+};
+use pnet_packet::icmpv6::{Icmpv6Packet, Icmpv6Types, MutableIcmpv6Packet, checksum};
+use pnet_packet::ip::IpNextHeaderProtocols;
+use pnet_packet::ipv4::Ipv4Packet;
+use pnet_packet::ipv6::{Ipv6Packet, MutableIpv6Packet};
+
+/// An Ethernet address.
+pub(crate) type Mac = [u8; 6];
+
+/// The address of every station.
+pub(crate) const BROADCAST: Mac = [0xff; 6];
+
+/// Length of an Ethernet II header.
+pub(crate) const ETHERNET_HEADER: usize = 14;
+
+const IPV6_HEADER: usize = 40;
+const ARP_LENGTH: usize = 28;
+/// Neighbour solicitation and advertisement without options.
+const ND_LENGTH: usize = 24;
+/// A link-layer address option for Ethernet: type, length in units of 8 bytes, address.
+const ND_LINK_OPTION: usize = 8;
+
+/// A frame's addresses and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Frame {
+    /// The receiver.
+    pub(crate) destination: Mac,
+    /// The sender.
+    pub(crate) source: Mac,
+    /// What is inside.
+    pub(crate) content: Content,
+}
+
+/// What a frame holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// An IP packet, in this part of the frame (padding excluded).
+    Ip(Range<usize>),
+    /// An ARP request or reply for IPv4 over Ethernet.
+    Arp(Arp),
+    /// A neighbour solicitation.
+    Solicitation(Solicitation),
+    /// A neighbour advertisement.
+    Advertisement(Advertisement),
+    /// A VLAN tag, whatever is behind it.
+    Tagged,
+    /// Some other protocol.
+    Other,
+    /// Cut off, or contradictory.
+    Malformed,
+}
+
+/// An ARP message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Arp {
+    /// A request; otherwise a reply.
+    pub(crate) request: bool,
+    /// Who sent it.
+    pub(crate) sender_mac: Mac,
+    /// Who sent it; unspecified in a probe for a free address.
+    pub(crate) sender: Ipv4Addr,
+    /// Whose address is asked for.
+    pub(crate) target: Ipv4Addr,
+}
+
+/// A neighbour solicitation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Solicitation {
+    /// Who asks; unspecified in a probe for a free address.
+    pub(crate) source: Ipv6Addr,
+    /// Whose address is asked for.
+    pub(crate) target: Ipv6Addr,
+    /// The asker's link-layer address, if it said so.
+    pub(crate) link: Option<Mac>,
+}
+
+/// A neighbour advertisement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Advertisement {
+    /// Whose address it is about.
+    pub(crate) target: Ipv6Addr,
+    /// The target's link-layer address, if it said so.
+    pub(crate) link: Option<Mac>,
+    /// The target is a router.
+    pub(crate) router: bool,
+}
+
+/// Takes a frame apart.
+pub(crate) fn parse(bytes: &[u8]) -> Option<Frame> {
+    let ethernet = EthernetPacket::new(bytes)?;
+    let inside = bytes.get(ETHERNET_HEADER..)?;
+    let content = match ethernet.get_ethertype() {
+        EtherTypes::Ipv4 => ipv4(inside),
+        EtherTypes::Ipv6 => ipv6(inside),
+        EtherTypes::Arp => arp(inside),
+        EtherTypes::Vlan | EtherTypes::QinQ | EtherTypes::PBridge => Content::Tagged,
+        _ => Content::Other,
+    };
+    Some(Frame {
+        destination: ethernet.get_destination().octets(),
+        source: ethernet.get_source().octets(),
+        content,
+    })
+}
+
+/// Whether an address names one station.
+pub(crate) fn is_unicast(mac: Mac) -> bool {
+    mac[0] & 1 == 0 && mac != [0; 6]
+}
+
+fn ipv4(inside: &[u8]) -> Content {
+    let length = Ipv4Packet::new(inside).map(|ip| usize::from(ip.get_total_length()));
+    match length {
+        // A super-packet of 64 KiB and more says 0 (BIG TCP); then all of the frame is packet.
+        Some(0) => Content::Ip(ETHERNET_HEADER..ETHERNET_HEADER + inside.len()),
+        Some(length) if (Ipv4Packet::minimum_packet_size()..=inside.len()).contains(&length) => {
+            Content::Ip(ETHERNET_HEADER..ETHERNET_HEADER + length)
+        }
+        _ => Content::Malformed,
+    }
+}
+
+fn ipv6(inside: &[u8]) -> Content {
+    let Some(ip) = Ipv6Packet::new(inside) else {
+        return Content::Malformed;
+    };
+    let length = match usize::from(ip.get_payload_length()) {
+        0 => inside.len(),
+        payload => IPV6_HEADER + payload,
+    };
+    let Some(packet) = inside.get(..length) else {
+        return Content::Malformed;
+    };
+    if ip.get_next_header() == IpNextHeaderProtocols::Icmpv6
+        && let Some(content) = neighbour_discovery(&ip, &packet[IPV6_HEADER..])
+    {
+        return content;
+    }
+    Content::Ip(ETHERNET_HEADER..ETHERNET_HEADER + length)
+}
+
+/// `None` if the message is no solicitation or advertisement.
+fn neighbour_discovery(ip: &Ipv6Packet<'_>, message: &[u8]) -> Option<Content> {
+    let icmp = Icmpv6Packet::new(message)?;
+    let kind = icmp.get_icmpv6_type();
+    if kind != Icmpv6Types::NeighborSolicit && kind != Icmpv6Types::NeighborAdvert {
+        return None;
+    }
+    // RFC 4861 §7.1: what crossed a router, or is corrupt, must not be believed.
+    let sound = ip.get_hop_limit() == 255
+        && icmp.get_icmpv6_code().0 == 0
+        && icmp.get_checksum() == checksum(&icmp, &ip.get_source(), &ip.get_destination());
+    if !sound {
+        return Some(Content::Malformed);
+    }
+    let options = message.get(ND_LENGTH..)?;
+    if kind == Icmpv6Types::NeighborSolicit {
+        let solicit = NeighborSolicitPacket::new(message)?;
+        return Some(Content::Solicitation(Solicitation {
+            source: ip.get_source(),
+            target: solicit.get_target_addr(),
+            link: link_option(options, NdpOptionTypes::SourceLLAddr.0),
+        }));
+    }
+    let advert = NeighborAdvertPacket::new(message)?;
+    Some(Content::Advertisement(Advertisement {
+        target: advert.get_target_addr(),
+        link: link_option(options, NdpOptionTypes::TargetLLAddr.0),
+        router: advert.get_flags() & NeighborAdvertFlags::Router != 0,
+    }))
+}
+
+/// pnet's own view of options overflows on lengths that only a hostile sender uses.
+fn link_option(mut options: &[u8], wanted: u8) -> Option<Mac> {
+    while let [kind, units, ..] = *options {
+        let length = usize::from(units) * 8;
+        let option = options.get(..length)?;
+        if length == 0 {
+            return None;
+        }
+        if kind == wanted && length == ND_LINK_OPTION {
+            return option.get(2..8)?.try_into().ok();
+        }
+        options = options.get(length..)?;
+    }
+    None
+}
+
+fn arp(inside: &[u8]) -> Content {
+    let Some(arp) = ArpPacket::new(inside) else {
+        return Content::Malformed;
+    };
+    let ours = arp.get_hardware_type() == ArpHardwareTypes::Ethernet
+        && arp.get_protocol_type() == EtherTypes::Ipv4
+        && arp.get_hw_addr_len() == 6
+        && arp.get_proto_addr_len() == 4;
+    let request = match arp.get_operation() {
+        ArpOperations::Request => true,
+        ArpOperations::Reply => false,
+        _ => return Content::Other,
+    };
+    let sender_mac = arp.get_sender_hw_addr().octets();
+    if !ours || !is_unicast(sender_mac) {
+        return Content::Malformed;
+    }
+    Content::Arp(Arp {
+        request,
+        sender_mac,
+        sender: arp.get_sender_proto_addr(),
+        target: arp.get_target_proto_addr(),
+    })
+}
+
+/// Writes an IP packet's frame into `frame`.
+pub(crate) fn wrap_ip(frame: &mut Vec<u8>, destination: Mac, source: Mac, packet: &[u8]) {
+    let kind: u16 = match packet.first().map(|first| first >> 4) {
+        Some(6) => EtherTypes::Ipv6.0,
+        _ => EtherTypes::Ipv4.0,
+    };
+    frame.clear();
+    frame.extend_from_slice(&destination);
+    frame.extend_from_slice(&source);
+    frame.extend_from_slice(&kind.to_be_bytes());
+    frame.extend_from_slice(packet);
+}
+
+/// An ARP message: `mac` has `address`, told to `to_mac` and `to`.
+pub(crate) fn arp_reply(mac: Mac, address: Ipv4Addr, to_mac: Mac, to: Ipv4Addr) -> Vec<u8> {
+    arp_frame(ArpOperations::Reply, (mac, address), (to_mac, to), to_mac)
+}
+
+/// An ARP question to everybody: who has `target`? With `sender` unspecified it is a probe (RFC 5227).
+pub(crate) fn arp_request(mac: Mac, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
+    arp_frame(
+        ArpOperations::Request,
+        (mac, sender),
+        ([0; 6], target),
+        BROADCAST,
+    )
+}
+
+/// The news that `mac` has `address` (gratuitous ARP, RFC 5227 §3: as a request).
+pub(crate) fn arp_announcement(mac: Mac, address: Ipv4Addr) -> Vec<u8> {
+    arp_request(mac, address, address)
+}
+
+fn arp_frame(
+    operation: ArpOperation,
+    sender: (Mac, Ipv4Addr),
+    target: (Mac, Ipv4Addr),
+    destination: Mac,
+) -> Vec<u8> {
+    let mut frame = vec![0; ETHERNET_HEADER + ARP_LENGTH];
+    ethernet_header(&mut frame, destination, sender.0, EtherTypes::Arp);
+    if let Some(mut arp) = MutableArpPacket::new(&mut frame[ETHERNET_HEADER..]) {
+        arp.set_hardware_type(ArpHardwareTypes::Ethernet);
+        arp.set_protocol_type(EtherTypes::Ipv4);
+        arp.set_hw_addr_len(6);
+        arp.set_proto_addr_len(4);
+        arp.set_operation(operation);
+        arp.set_sender_hw_addr(sender.0.into());
+        arp.set_sender_proto_addr(sender.1);
+        arp.set_target_hw_addr(target.0.into());
+        arp.set_target_proto_addr(target.1);
+    }
+    frame
+}
+
+/// A neighbour advertisement: `mac` has `address`. With `to` it answers that asker, else it tells all nodes.
+pub(crate) fn advertisement(
+    mac: Mac,
+    address: Ipv6Addr,
+    router: bool,
+    to: Option<(Mac, Ipv6Addr)>,
+) -> Vec<u8> {
+    let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let (to_mac, to) = to.unwrap_or((multicast_mac(all_nodes), all_nodes));
+    let mut flags = NeighborAdvertFlags::Override;
+    if !to.is_multicast() {
+        flags |= NeighborAdvertFlags::Solicited;
+    }
+    if router {
+        flags |= NeighborAdvertFlags::Router;
+    }
+    let mut frame = vec![0; ETHERNET_HEADER + IPV6_HEADER + ND_LENGTH + ND_LINK_OPTION];
+    let message = &mut frame[ETHERNET_HEADER + IPV6_HEADER..];
+    if let Some(mut advert) = MutableNeighborAdvertPacket::new(message) {
+        advert.set_icmpv6_type(Icmpv6Types::NeighborAdvert);
+        advert.set_flags(flags);
+        advert.set_target_addr(address);
+    }
+    write_link_option(message, NdpOptionTypes::TargetLLAddr.0, mac);
+    neighbour_headers(&mut frame, (mac, address), (to_mac, to));
+    frame
+}
+
+/// A neighbour solicitation for `target`. With `source` unspecified it is a probe (RFC 4862 §5.4).
+pub(crate) fn solicitation(mac: Mac, source: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
+    let to = solicited_node(target);
+    // RFC 4861 §4.3: no source link-layer option without a source.
+    let option = if source.is_unspecified() {
+        0
+    } else {
+        ND_LINK_OPTION
+    };
+    let mut frame = vec![0; ETHERNET_HEADER + IPV6_HEADER + ND_LENGTH + option];
+    let message = &mut frame[ETHERNET_HEADER + IPV6_HEADER..];
+    if let Some(mut solicit) = MutableNeighborSolicitPacket::new(message) {
+        solicit.set_icmpv6_type(Icmpv6Types::NeighborSolicit);
+        solicit.set_target_addr(target);
+    }
+    write_link_option(message, NdpOptionTypes::SourceLLAddr.0, mac);
+    neighbour_headers(&mut frame, (mac, source), (multicast_mac(to), to));
+    frame
+}
+
+/// Does nothing if the message has no room for an option.
+fn write_link_option(message: &mut [u8], kind: u8, mac: Mac) {
+    if let Some(option) = message.get_mut(ND_LENGTH..ND_LENGTH + ND_LINK_OPTION) {
+        option[0] = kind;
+        option[1] = 1;
+        option[2..].copy_from_slice(&mac);
+    }
+}
+
+fn neighbour_headers(frame: &mut [u8], source: (Mac, Ipv6Addr), destination: (Mac, Ipv6Addr)) {
+    let payload = frame.len() - ETHERNET_HEADER - IPV6_HEADER;
+    ethernet_header(frame, destination.0, source.0, EtherTypes::Ipv6);
+    if let Some(mut ip) = MutableIpv6Packet::new(&mut frame[ETHERNET_HEADER..]) {
+        ip.set_version(6);
+        ip.set_payload_length(u16::try_from(payload).unwrap_or(u16::MAX));
+        ip.set_next_header(IpNextHeaderProtocols::Icmpv6);
+        ip.set_hop_limit(255);
+        ip.set_source(source.1);
+        ip.set_destination(destination.1);
+    }
+    let message = &mut frame[ETHERNET_HEADER + IPV6_HEADER..];
+    let sum = Icmpv6Packet::new(message).map(|icmp| checksum(&icmp, &source.1, &destination.1));
+    if let (Some(mut icmp), Some(sum)) = (MutableIcmpv6Packet::new(message), sum) {
+        icmp.set_checksum(sum);
+    }
+}
+
+fn ethernet_header(frame: &mut [u8], destination: Mac, source: Mac, kind: EtherType) {
+    if let Some(mut ethernet) = MutableEthernetPacket::new(frame) {
+        ethernet.set_destination(destination.into());
+        ethernet.set_source(source.into());
+        ethernet.set_ethertype(kind);
+    }
+}
+
+/// RFC 4291 §2.7.1.
+fn solicited_node(address: Ipv6Addr) -> Ipv6Addr {
+    let [.., a, b, c] = address.octets();
+    Ipv6Addr::new(
+        0xff02,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0xff00 | u16::from(a),
+        u16::from_be_bytes([b, c]),
+    )
+}
+
+/// RFC 2464 §7.
+fn multicast_mac(address: Ipv6Addr) -> Mac {
+    let [.., a, b, c, d] = address.octets();
+    [0x33, 0x33, a, b, c, d]
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const A: Mac = [2, 0, 0, 0, 0, 0xa];
+    const B: Mac = [2, 0, 0, 0, 0, 0xb];
+
+    fn v4(last: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, 0, last)
+    }
+
+    fn v6(last: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, last)
+    }
+
+    #[test]
+    fn an_arp_request_reads_back() {
+        let frame = parse(&arp_request(A, v4(1), v4(2))).unwrap();
+        assert_eq!((frame.source, frame.destination), (A, BROADCAST));
+        assert_eq!(
+            frame.content,
+            Content::Arp(Arp {
+                request: true,
+                sender_mac: A,
+                sender: v4(1),
+                target: v4(2)
+            })
+        );
+    }
+
+    #[test]
+    fn an_arp_reply_goes_to_the_asker_alone() {
+        let frame = parse(&arp_reply(A, v4(1), B, v4(2))).unwrap();
+        assert_eq!((frame.source, frame.destination), (A, B));
+        let Content::Arp(arp) = frame.content else {
+            unreachable!("{frame:?}");
+        };
+        assert!(!arp.request);
+        assert_eq!((arp.sender_mac, arp.sender), (A, v4(1)));
+    }
+
+    #[test]
+    fn a_solicitation_and_its_answer_read_back() {
+        let frame = parse(&solicitation(A, v6(1), v6(0x1234))).unwrap();
+        assert_eq!(frame.destination, [0x33, 0x33, 0xff, 0, 0x12, 0x34]);
+        assert_eq!(
+            frame.content,
+            Content::Solicitation(Solicitation {
+                source: v6(1),
+                target: v6(0x1234),
+                link: Some(A)
+            })
+        );
+        let frame = parse(&advertisement(B, v6(0x1234), true, Some((A, v6(1))))).unwrap();
+        assert_eq!((frame.source, frame.destination), (B, A));
+        assert_eq!(
+            frame.content,
+            Content::Advertisement(Advertisement {
+                target: v6(0x1234),
+                link: Some(B),
+                router: true
+            })
+        );
+    }
+
+    #[test]
+    fn a_probe_for_a_free_address_names_no_link_address() {
+        let frame = parse(&solicitation(A, Ipv6Addr::UNSPECIFIED, v6(9))).unwrap();
+        let Content::Solicitation(solicitation) = frame.content else {
+            unreachable!("{frame:?}");
+        };
+        assert_eq!(solicitation.link, None);
+        assert!(solicitation.source.is_unspecified());
+    }
+
+    #[test]
+    fn neighbour_discovery_that_crossed_a_router_or_is_corrupt_is_malformed() {
+        let good = advertisement(A, v6(1), false, None);
+        let mut routed = good.clone();
+        routed[ETHERNET_HEADER + 7] = 254;
+        assert_eq!(parse(&routed).unwrap().content, Content::Malformed);
+        for byte in ETHERNET_HEADER + IPV6_HEADER + 1..good.len() {
+            let mut corrupt = good.clone();
+            corrupt[byte] ^= 1;
+            assert_eq!(
+                parse(&corrupt).unwrap().content,
+                Content::Malformed,
+                "byte {byte}"
+            );
+        }
+    }
+
+    #[test]
+    fn ethernet_padding_is_no_part_of_the_packet() {
+        let mut packet = vec![0x45, 0, 0, 20];
+        packet.resize(20, 0);
+        let mut frame = Vec::new();
+        wrap_ip(&mut frame, A, B, &packet);
+        frame.resize(60, 0);
+        assert_eq!(parse(&frame).unwrap().content, Content::Ip(14..34));
+    }
+
+    #[test]
+    fn a_packet_longer_than_its_frame_is_malformed() {
+        let mut packet = vec![0x45, 0, 0, 21];
+        packet.resize(20, 0);
+        let mut frame = Vec::new();
+        wrap_ip(&mut frame, A, B, &packet);
+        assert_eq!(parse(&frame).unwrap().content, Content::Malformed);
+        let mut packet = vec![0x60, 0, 0, 0, 0, 9];
+        packet.resize(48, 0);
+        wrap_ip(&mut frame, A, B, &packet);
+        assert_eq!(parse(&frame).unwrap().content, Content::Malformed);
+    }
+
+    #[test]
+    fn a_tag_is_seen_whatever_it_hides() {
+        for kind in [0x8100_u16, 0x88a8, 0x9100] {
+            let mut frame = arp_request(A, v4(1), v4(2));
+            frame[12..14].copy_from_slice(&kind.to_be_bytes());
+            let content = parse(&frame).unwrap().content;
+            assert!(
+                matches!(content, Content::Tagged | Content::Other),
+                "{kind:x}: {content:?}"
+            );
+        }
+        let mut frame = arp_request(A, v4(1), v4(2));
+        frame[12..14].copy_from_slice(&[0x81, 0]);
+        assert_eq!(parse(&frame).unwrap().content, Content::Tagged);
+    }
+
+    #[test]
+    fn hostile_option_lengths_end_the_search() {
+        assert_eq!(link_option(&[1, 0, 1, 1], 1), None);
+        assert_eq!(link_option(&[1, 255], 1), None);
+        let mut long = vec![9, 32];
+        long.resize(256, 0);
+        long.extend([1, 1, 2, 0, 0, 0, 0, 0xa]);
+        assert_eq!(link_option(&long, 1), Some(A));
+    }
+
+    #[test]
+    fn no_prefix_of_a_frame_panics() {
+        for frame in [
+            arp_request(A, v4(1), v4(2)),
+            advertisement(A, v6(1), false, None),
+            solicitation(A, v6(1), v6(2)),
+        ] {
+            for length in 0..frame.len() {
+                let _ = parse(&frame[..length]);
+                for byte in 0..length {
+                    for value in [0, 0xff] {
+                        let mut changed = frame[..length].to_vec();
+                        changed[byte] = value;
+                        let _ = parse(&changed);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,647 @@
+//! The portable data plane, the paper's own construction: libpcap on the vif backends and on the PSC's
+//! anchor, everything rewritten by the engine and injected again.
+//!
+//! What a guest sends is taken at its vif and kept from the bridge by nft rules (see [`super::rules`]).
+//! What clients send to the PSC's MAC ends at the anchor. Frames for a guest go to its vif itself,
+//! never through the bridge.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use understudy_protocol::{Destination, Instant, LinkAddress, ServerId, Transmit};
+
+use super::device::{Device, Lost, SendError, mac_text};
+use super::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
+use super::neighbours::{Neighbour, Neighbours, Question, Response};
+use super::{Inbound, Loss, Origin, Plane};
+
+/// Frames taken from one interface before the others have their turn.
+const TURN: u32 = 32;
+
+/// When the PSC is announced after it came up, for those that missed the first time.
+const EARLY_ANNOUNCEMENTS: [Duration; 3] = [
+    Duration::from_millis(0),
+    Duration::from_millis(1_000),
+    Duration::from_millis(2_000),
+];
+
+/// How often the PSC is announced after that: before bridges forget its MAC (300 s by default).
+const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Least time between two defences of the PSC's addresses (RFC 5227 §2.4).
+const DEFEND_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A service's interfaces on the portable plane.
+pub(crate) struct PcapPlane {
+    psc: Psc,
+    anchor: Option<Port>,
+    servers: BTreeMap<ServerId, Server>,
+    ovm: Option<ServerId>,
+    neighbours: Neighbours,
+    announced: usize,
+    announce_at: Option<Instant>,
+    defended: Option<Instant>,
+    /// Whose turn it is: `None` is the anchor.
+    turn: Option<ServerId>,
+    /// The frame at hand.
+    received: Vec<u8>,
+    /// The frame being built.
+    sending: Vec<u8>,
+    losses: Vec<Loss>,
+    counters: Counters,
+}
+
+/// The PSC's addresses.
+#[derive(Clone, Debug)]
+pub(crate) struct Psc {
+    /// IPv4, if it has one.
+    pub(crate) v4: Option<Ipv4Addr>,
+    /// IPv6, if it has one.
+    pub(crate) v6: Option<Ipv6Addr>,
+    /// The MAC that answers for both.
+    pub(crate) mac: Mac,
+}
+
+impl Psc {
+    /// From a service's configured addresses: at most one per family.
+    pub(crate) fn new(addresses: &[IpAddr], mac: Mac) -> Self {
+        let v4 = addresses.iter().find_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        });
+        let v6 = addresses.iter().find_map(|address| match address {
+            IpAddr::V6(v6) => Some(*v6),
+            IpAddr::V4(_) => None,
+        });
+        Self { v4, v6, mac }
+    }
+
+    fn has(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(v4) => self.v4 == Some(v4),
+            IpAddr::V6(v6) => self.v6 == Some(v6),
+        }
+    }
+}
+
+struct Server {
+    port: Port,
+    mac: Mac,
+}
+
+/// An interface and its share of the current round; without a device once that was lost.
+struct Port {
+    device: Option<Device>,
+    left: u32,
+    lost_before: Lost,
+}
+
+impl Port {
+    fn new(device: Device) -> Self {
+        Self {
+            device: Some(device),
+            left: 0,
+            lost_before: Lost::default(),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Counters {
+    client_frames: u64,
+    server_frames: u64,
+    sent_to_clients: u64,
+    sent_to_servers: u64,
+    send_queue_full: u64,
+    send_too_long: u64,
+    send_interface_down: u64,
+    send_failed: u64,
+    no_interface: u64,
+    no_link_address: u64,
+    tagged_refused: u64,
+    malformed: u64,
+    neighbour_answers: u64,
+    neighbour_questions: u64,
+    psc_conflicts: u64,
+    capture_dropped: u64,
+    capture_truncated: u64,
+}
+
+/// What a frame means for this plane.
+enum Meaning {
+    /// A packet for the engine, in this part of the frame at hand.
+    Packet(Origin, std::ops::Range<usize>),
+    /// Dealt with, or nothing to do.
+    Done,
+}
+
+impl PcapPlane {
+    /// A plane without interfaces.
+    pub(crate) fn new(psc: Psc) -> Self {
+        Self {
+            psc,
+            anchor: None,
+            servers: BTreeMap::new(),
+            ovm: None,
+            neighbours: Neighbours::default(),
+            announced: 0,
+            announce_at: None,
+            defended: None,
+            turn: None,
+            received: Vec::with_capacity(65_536),
+            sending: Vec::with_capacity(65_536),
+            losses: Vec::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The PSC's place on its bridge. It is announced with the next [`Plane::tick`].
+    pub(crate) fn set_anchor(&mut self, now: Instant, device: Device) {
+        self.note_lost();
+        self.anchor = Some(Port::new(device));
+        self.announced = 0;
+        self.announce_at = Some(now);
+    }
+
+    /// Whether the PSC has its place on a bridge.
+    pub(crate) fn is_anchored(&self) -> bool {
+        self.anchor
+            .as_ref()
+            .is_some_and(|anchor| anchor.device.is_some())
+    }
+
+    /// A server's vif and the guest's MAC. Replaces the interface of a server that is there already.
+    pub(crate) fn add_server(&mut self, server: ServerId, device: Device, mac: Mac) {
+        self.note_lost();
+        let port = Port::new(device);
+        self.servers.insert(server, Server { port, mac });
+    }
+
+    /// Whether a server's vif is open.
+    pub(crate) fn has_server(&self, server: ServerId) -> bool {
+        self.servers
+            .get(&server)
+            .is_some_and(|server| server.port.device.is_some())
+    }
+
+    /// A server goes on under another id: it was attached anew.
+    pub(crate) fn rename_server(&mut self, from: ServerId, to: ServerId) {
+        self.neighbours.forget(from);
+        if let Some(server) = self.servers.remove(&from) {
+            self.servers.insert(to, server);
+        }
+    }
+
+    /// Closes a server's interface.
+    pub(crate) fn remove_server(&mut self, server: ServerId) {
+        self.note_lost();
+        self.neighbours.forget(server);
+        self.servers.remove(&server);
+    }
+
+    /// Takes the next frame from one interface; `None` once its share is used up or nothing is there.
+    fn take(&mut self, from: Option<ServerId>) -> Option<Frame> {
+        let port = match from {
+            None => self.anchor.as_mut(),
+            Some(id) => self.servers.get_mut(&id).map(|server| &mut server.port),
+        }?;
+        if port.left == 0 {
+            return None;
+        }
+        let device = port.device.as_mut()?;
+        match device.receive(&mut self.received) {
+            Ok(true) => {
+                port.left -= 1;
+                let frame = frame::parse(&self.received);
+                Some(frame.unwrap_or(Frame {
+                    destination: [0; 6],
+                    source: [0; 6],
+                    content: Content::Malformed,
+                }))
+            }
+            Ok(false) => {
+                port.left = 0;
+                None
+            }
+            Err(error) => {
+                port.left = 0;
+                port.device = None;
+                self.losses.push(Loss {
+                    server: from,
+                    error: error.to_string(),
+                });
+                None
+            }
+        }
+    }
+
+    fn from_network(&mut self, now: Instant, frame: Frame) -> Meaning {
+        match frame.content {
+            Content::Ip(range) => {
+                if frame.destination != self.psc.mac {
+                    return Meaning::Done;
+                }
+                if !is_unicast(frame.source) {
+                    self.counters.malformed += 1;
+                    return Meaning::Done;
+                }
+                self.counters.client_frames += 1;
+                if let Some(address) = source_address(&self.received[range.clone()]) {
+                    self.learn(address, frame.source, None);
+                }
+                return Meaning::Packet(Origin::Client(LinkAddress(frame.source)), range);
+            }
+            Content::Arp(arp) => self.arp_from_network(now, arp),
+            Content::Solicitation(solicitation) => {
+                if let Some(link) = solicitation.link {
+                    self.learn(solicitation.source.into(), link, None);
+                }
+                if self.psc.v6 == Some(solicitation.target) {
+                    self.answer_for_psc(&solicitation, frame.source);
+                }
+            }
+            Content::Advertisement(advertisement) => {
+                if self.psc.v6 == Some(advertisement.target) {
+                    self.defend(now, advertisement.link.unwrap_or(frame.source));
+                } else if let Some(link) = advertisement.link {
+                    self.learn(advertisement.target.into(), link, Some(advertisement.router));
+                }
+            }
+            Content::Tagged => self.counters.tagged_refused += 1,
+            Content::Malformed => self.counters.malformed += 1,
+            Content::Other => {}
+        }
+        Meaning::Done
+    }
+
+    fn arp_from_network(&mut self, now: Instant, arp: Arp) {
+        if !arp.sender.is_unspecified() && self.psc.v4 == Some(arp.sender) {
+            return self.defend(now, arp.sender_mac);
+        }
+        self.learn(arp.sender.into(), arp.sender_mac, None);
+        if arp.request && self.psc.v4 == Some(arp.target) {
+            self.counters.neighbour_answers += 1;
+            let reply = frame::arp_reply(self.psc.mac, arp.target, arp.sender_mac, arp.sender);
+            self.send_to_network(&reply);
+        }
+    }
+
+    fn answer_for_psc(&mut self, solicitation: &Solicitation, asker_mac: Mac) {
+        self.counters.neighbour_answers += 1;
+        // A probe for a free address is answered to all nodes (RFC 4861 §7.2.4).
+        let to = (!solicitation.source.is_unspecified()).then_some((
+            solicitation.link.unwrap_or(asker_mac),
+            solicitation.source,
+        ));
+        let answer = frame::advertisement(self.psc.mac, solicitation.target, false, to);
+        self.send_to_network(&answer);
+    }
+
+    /// Somebody else says that it has the PSC's address.
+    fn defend(&mut self, now: Instant, claimant: Mac) {
+        self.counters.psc_conflicts += 1;
+        if self
+            .defended
+            .is_some_and(|at| now.since(at) < DEFEND_INTERVAL)
+        {
+            return;
+        }
+        self.defended = Some(now);
+        tracing::warn!(
+            claimant = mac_text(claimant),
+            psc_v4 = ?self.psc.v4,
+            psc_v6 = ?self.psc.v6,
+            "another machine claims the PSC's address; take it from that machine, or give the service another PSC"
+        );
+        self.announce();
+    }
+
+    fn from_server(&mut self, now: Instant, server: ServerId, frame: Frame) -> Meaning {
+        let is_rvm = self.ovm != Some(server);
+        match frame.content {
+            Content::Ip(range) => {
+                self.counters.server_frames += 1;
+                return Meaning::Packet(Origin::Server(server), range);
+            }
+            // The OVM's questions are answered by the network; an RVM's never reach it.
+            Content::Arp(arp) if is_rvm && arp.request => {
+                let is_probe = arp.sender.is_unspecified() || arp.sender == arp.target;
+                if !is_probe {
+                    self.question(
+                        now,
+                        Question {
+                            server,
+                            asker: arp.sender.into(),
+                            asker_mac: arp.sender_mac,
+                            target: arp.target.into(),
+                        },
+                    );
+                }
+            }
+            Content::Solicitation(solicitation) if is_rvm => {
+                if !solicitation.source.is_unspecified() {
+                    self.question(
+                        now,
+                        Question {
+                            server,
+                            asker: solicitation.source.into(),
+                            asker_mac: solicitation.link.unwrap_or(frame.source),
+                            target: solicitation.target.into(),
+                        },
+                    );
+                }
+            }
+            Content::Tagged => self.counters.tagged_refused += 1,
+            Content::Malformed => self.counters.malformed += 1,
+            _ => {}
+        }
+        Meaning::Done
+    }
+
+    fn question(&mut self, now: Instant, question: Question) {
+        let psc = Neighbour {
+            mac: self.psc.mac,
+            router: false,
+        };
+        if self.psc.has(question.target) {
+            return self.answer(question, psc);
+        }
+        match self.neighbours.ask(now, question) {
+            Response::Answer(neighbour) => self.answer(question, neighbour),
+            Response::AnswerWithPsc => self.answer(question, psc),
+            Response::Wait => {}
+            Response::Ask => {
+                self.counters.neighbour_questions += 1;
+                let ask = match (question.target, self.psc.v4, self.psc.v6) {
+                    (IpAddr::V4(target), Some(psc), _) => {
+                        frame::arp_request(self.psc.mac, psc, target)
+                    }
+                    (IpAddr::V6(target), _, Some(psc)) => {
+                        frame::solicitation(self.psc.mac, psc, target)
+                    }
+                    // The PSC has no address to ask from; a family that it does not serve.
+                    _ => return,
+                };
+                self.send_to_network(&ask);
+            }
+        }
+    }
+
+    fn learn(&mut self, address: IpAddr, mac: Mac, router: Option<bool>) {
+        for question in self.neighbours.learn(address, mac, router) {
+            if let Some(neighbour) = self.neighbours.get(address) {
+                self.answer(question, neighbour);
+            }
+        }
+    }
+
+    fn answer(&mut self, question: Question, neighbour: Neighbour) {
+        let frame = match (question.target, question.asker) {
+            (IpAddr::V4(target), IpAddr::V4(asker)) => {
+                frame::arp_reply(neighbour.mac, target, question.asker_mac, asker)
+            }
+            (IpAddr::V6(target), IpAddr::V6(asker)) => frame::advertisement(
+                neighbour.mac,
+                target,
+                neighbour.router,
+                Some((question.asker_mac, asker)),
+            ),
+            _ => return,
+        };
+        self.counters.neighbour_answers += 1;
+        let sent = match self.servers.get_mut(&question.server) {
+            Some(Server {
+                port: Port {
+                    device: Some(device),
+                    ..
+                },
+                ..
+            }) => device.send(&frame),
+            _ => return,
+        };
+        self.count_send(sent);
+    }
+
+    fn announce(&mut self) {
+        if let Some(v4) = self.psc.v4 {
+            self.send_to_network(&frame::arp_announcement(self.psc.mac, v4));
+        }
+        if let Some(v6) = self.psc.v6 {
+            self.send_to_network(&frame::advertisement(self.psc.mac, v6, false, None));
+        }
+    }
+
+    fn send_to_network(&mut self, frame: &[u8]) {
+        let device = self.anchor.as_mut().and_then(|port| port.device.as_mut());
+        match device.map(|device| device.send(frame)) {
+            Some(sent) => self.count_send(sent),
+            None => self.counters.no_interface += 1,
+        }
+    }
+
+    fn count_send(&mut self, sent: Result<(), SendError>) {
+        let counter = match sent {
+            Ok(()) => return,
+            Err(SendError::QueueFull) => &mut self.counters.send_queue_full,
+            Err(SendError::TooLong) => &mut self.counters.send_too_long,
+            Err(SendError::Down) => &mut self.counters.send_interface_down,
+            Err(SendError::Other) => &mut self.counters.send_failed,
+        };
+        *counter += 1;
+    }
+
+    /// Adds up what the interfaces lost so far, before one of them is replaced or closed.
+    fn note_lost(&mut self) {
+        let servers = self.servers.values_mut().map(|server| &mut server.port);
+        for port in self.anchor.iter_mut().chain(servers) {
+            if let Some(device) = port.device.as_mut() {
+                let lost = device.lost();
+                self.counters.capture_dropped +=
+                    lost.dropped.saturating_sub(port.lost_before.dropped);
+                self.counters.capture_truncated +=
+                    lost.truncated.saturating_sub(port.lost_before.truncated);
+                port.lost_before = lost;
+            }
+        }
+    }
+
+    /// The interface after `current` in the round: the anchor, then the servers by id.
+    fn next_turn(&self, current: Option<ServerId>) -> Option<ServerId> {
+        let after = current.map_or(0, |id| id.0.saturating_add(1));
+        let mut following = self.servers.range(ServerId(after)..);
+        following.next().map(|(&id, _)| id)
+    }
+}
+
+impl Plane for PcapPlane {
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let servers = self.servers.values().map(|server| &server.port);
+        self.anchor
+            .iter()
+            .chain(servers)
+            .filter_map(|port| port.device.as_ref().map(Device::fd))
+            .collect()
+    }
+
+    fn set_ready(&mut self, ready: &[bool]) {
+        let servers = self.servers.values_mut().map(|server| &mut server.port);
+        let open = self
+            .anchor
+            .iter_mut()
+            .chain(servers)
+            .filter(|port| port.device.is_some());
+        for (port, &ready) in open.zip(ready) {
+            port.left = if ready { TURN } else { 0 };
+        }
+    }
+
+    fn receive(&mut self, now: Instant) -> Option<Inbound<'_>> {
+        // One frame from each in turn; a full round without any ends it.
+        let mut idle = 0;
+        let (origin, range) = loop {
+            let from = self.turn;
+            self.turn = self.next_turn(from);
+            let Some(frame) = self.take(from) else {
+                idle += 1;
+                if idle > self.servers.len() {
+                    return None;
+                }
+                continue;
+            };
+            idle = 0;
+            let meaning = match from {
+                None => self.from_network(now, frame),
+                Some(server) => self.from_server(now, server, frame),
+            };
+            if let Meaning::Packet(origin, range) = meaning {
+                break (origin, range);
+            }
+        };
+        Some(Inbound {
+            from: origin,
+            packet: &self.received[range],
+        })
+    }
+
+    fn transmit(&mut self, transmit: &Transmit) {
+        let sent = match transmit.to {
+            Destination::Client(link) => {
+                let mac = if is_unicast(link.0) {
+                    link.0
+                } else {
+                    let known = destination_address(&transmit.packet)
+                        .and_then(|address| self.neighbours.get(address));
+                    let Some(neighbour) = known else {
+                        self.counters.no_link_address += 1;
+                        return;
+                    };
+                    neighbour.mac
+                };
+                frame::wrap_ip(&mut self.sending, mac, self.psc.mac, &transmit.packet);
+                let device = self.anchor.as_mut().and_then(|port| port.device.as_mut());
+                self.counters.sent_to_clients += 1;
+                device.map(|device| device.send(&self.sending))
+            }
+            Destination::Server(id) => {
+                let server = self.servers.get_mut(&id);
+                let found =
+                    server.and_then(|server| Some((server.mac, server.port.device.as_mut()?)));
+                self.counters.sent_to_servers += 1;
+                found.map(|(mac, device)| {
+                    frame::wrap_ip(&mut self.sending, mac, self.psc.mac, &transmit.packet);
+                    device.send(&self.sending)
+                })
+            }
+        };
+        match sent {
+            Some(sent) => self.count_send(sent),
+            None => self.counters.no_interface += 1,
+        }
+    }
+
+    fn set_ovm(&mut self, ovm: Option<ServerId>) {
+        self.ovm = ovm;
+    }
+
+    fn tick(&mut self, now: Instant) -> Option<Instant> {
+        let due = self.announce_at?;
+        if now >= due && self.is_anchored() {
+            self.announce();
+            self.announced += 1;
+            let wait = match EARLY_ANNOUNCEMENTS.get(self.announced) {
+                Some(&at) => at.saturating_sub(EARLY_ANNOUNCEMENTS[self.announced - 1]),
+                None => ANNOUNCEMENT_INTERVAL,
+            };
+            self.announce_at = Some(now + wait);
+        }
+        if self.is_anchored() {
+            self.announce_at
+        } else {
+            None
+        }
+    }
+
+    fn take_losses(&mut self) -> Vec<Loss> {
+        std::mem::take(&mut self.losses)
+    }
+
+    fn counters(&mut self) -> BTreeMap<&'static str, u64> {
+        self.note_lost();
+        let Counters {
+            client_frames,
+            server_frames,
+            sent_to_clients,
+            sent_to_servers,
+            send_queue_full,
+            send_too_long,
+            send_interface_down,
+            send_failed,
+            no_interface,
+            no_link_address,
+            tagged_refused,
+            malformed,
+            neighbour_answers,
+            neighbour_questions,
+            psc_conflicts,
+            capture_dropped,
+            capture_truncated,
+        } = self.counters;
+        BTreeMap::from([
+            ("client_frames", client_frames),
+            ("server_frames", server_frames),
+            ("sent_to_clients", sent_to_clients),
+            ("sent_to_servers", sent_to_servers),
+            ("send_queue_full", send_queue_full),
+            ("send_too_long", send_too_long),
+            ("send_interface_down", send_interface_down),
+            ("send_failed", send_failed),
+            ("no_interface", no_interface),
+            ("no_link_address", no_link_address),
+            ("tagged_refused", tagged_refused),
+            ("malformed", malformed),
+            ("neighbour_answers", neighbour_answers),
+            ("neighbour_questions", neighbour_questions),
+            ("psc_conflicts", psc_conflicts),
+            ("capture_dropped", capture_dropped),
+            ("capture_truncated", capture_truncated),
+        ])
+    }
+}
+
+fn source_address(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(<[u8; 4]>::try_from(packet.get(12..16)?).ok()?.into()),
+        6 => Some(<[u8; 16]>::try_from(packet.get(8..24)?).ok()?.into()),
+        _ => None,
+    }
+}
+
+fn destination_address(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?.into()),
+        6 => Some(<[u8; 16]>::try_from(packet.get(24..40)?).ok()?.into()),
+        _ => None,
+    }
+}

@@ -1,0 +1,316 @@
+//! What must dom0's kernel not forward by itself? The nft table `bridge understudy`: written as a whole in
+//! one transaction, so that there is never a moment without it, and removed at a clean end.
+//!
+//! The OVM's segments of the service are dropped here because dom0d forwards them, rewritten; were the
+//! originals to reach a client too, it would answer them with a RST. Everything an RVM sends is dropped
+//! but what the operator allows. The table is not the fence (the engine is), so it is rewritten after
+//! a promotion and off the packet path.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nftables::helper::{DEFAULT_ARGS, DEFAULT_NFT, NftablesError, apply_ruleset_raw};
+use serde_json::{Value, json};
+use understudy_api::config::Allowed;
+
+use super::device::mac_text;
+use super::frame::Mac;
+
+const FAMILY: &str = "bridge";
+const TABLE: &str = "understudy";
+const CHAIN: &str = "servers";
+
+/// What may pass from the vifs that dom0d knows; vifs that are not in it are nobody's business.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RuleSet {
+    /// By the vif's name.
+    pub(crate) vifs: BTreeMap<String, VifRules>,
+}
+
+/// What may pass from one vif, over all services that its domain belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct VifRules {
+    /// The guest's part in each of its services.
+    pub(crate) parts: Vec<Part>,
+}
+
+/// A guest's part in one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// It is the OVM; else everything is dropped.
+    pub(crate) is_ovm: bool,
+    /// The guest's addresses.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// The service's ports.
+    pub(crate) ports: Vec<u16>,
+    /// The PSC's addresses, which no guest may speak for.
+    pub(crate) psc: Vec<IpAddr>,
+    /// The PSC's MAC.
+    pub(crate) psc_mac: Mac,
+    /// What it may send as an RVM.
+    pub(crate) allow: Vec<Allowed>,
+}
+
+/// Puts the rules in force.
+pub(crate) fn apply(rules: &RuleSet) -> Result<(), String> {
+    run(&transaction(rules))
+}
+
+/// A set of rules with the number that its sender knows it by.
+#[derive(Clone, Debug)]
+pub(crate) struct Numbered {
+    /// Grows with each set.
+    pub(crate) version: u64,
+    /// The rules.
+    pub(crate) rules: RuleSet,
+}
+
+/// How long a failed attempt to write the table waits for the next.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Starts a thread that puts the newest rules in force and tells, per version, what became of it. It ends
+/// when the sender is dropped.
+pub(crate) fn spawn_writer(
+    tell: impl Fn(u64, Result<(), String>) + Send + 'static,
+) -> io::Result<(mpsc::Sender<Numbered>, JoinHandle<()>)> {
+    let (sender, receiver) = mpsc::channel::<Numbered>();
+    let thread = std::thread::Builder::new()
+        .name("rules".to_owned())
+        .spawn(move || {
+            let mut failed: Option<Numbered> = None;
+            loop {
+                let received = match &failed {
+                    None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                    Some(_) => receiver.recv_timeout(RETRY),
+                };
+                let newest = match (received, failed.take()) {
+                    (Ok(first), _) => receiver.try_iter().last().unwrap_or(first),
+                    (Err(RecvTimeoutError::Timeout), Some(again)) => again,
+                    (Err(_), _) => return,
+                };
+                let result = apply(&newest.rules);
+                tell(newest.version, result.clone());
+                failed = result.is_err().then_some(newest);
+            }
+        })?;
+    Ok((sender, thread))
+}
+
+/// Removes the table; done if there is none.
+pub(crate) fn remove() -> Result<(), String> {
+    // Deleting what is not there is an error, adding what is there is none.
+    run(&json!({"nftables": [
+        {"add": {"table": {"family": FAMILY, "name": TABLE}}},
+        {"delete": {"table": {"family": FAMILY, "name": TABLE}}},
+    ]}))
+}
+
+fn run(commands: &Value) -> Result<(), String> {
+    let payload = commands.to_string();
+    let args = DEFAULT_ARGS.iter().copied();
+    match apply_ruleset_raw(&payload, DEFAULT_NFT, args) {
+        Ok(_) => Ok(()),
+        Err(NftablesError::NftFailed { stderr, .. }) => Err(format!(
+            "nft refused the table `{FAMILY} {TABLE}`: {}",
+            stderr.trim()
+        )),
+        Err(other) => Err(format!("nft can't be run (package nftables): {other}")),
+    }
+}
+
+/// One transaction that replaces whatever the table held, also what a crashed dom0d left.
+fn transaction(rules: &RuleSet) -> Value {
+    let table = json!({"family": FAMILY, "name": TABLE});
+    let mut commands = vec![
+        json!({"add": {"table": table}}),
+        json!({"delete": {"table": table}}),
+        json!({"add": {"table": table}}),
+        // Before the bridge decides where a frame goes: bound for dom0 itself it must be dropped too.
+        json!({"add": {"chain": {
+            "family": FAMILY, "table": TABLE, "name": CHAIN,
+            "type": "filter", "hook": "prerouting", "prio": -300, "policy": "accept",
+        }}}),
+    ];
+    for (vif, vif_rules) in &rules.vifs {
+        for expressions in vif_rules.expressions() {
+            let mut rule = vec![matches(json!({"meta": {"key": "iifname"}}), json!(vif))];
+            rule.extend(expressions);
+            commands.push(json!({"add": {"rule": {
+                "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": rule,
+            }}}));
+        }
+    }
+    json!({"nftables": commands})
+}
+
+impl VifRules {
+    fn expressions(&self) -> Vec<Vec<Value>> {
+        let mut rules = Vec::new();
+        for part in &self.parts {
+            rules.extend(part.never());
+        }
+        // A domain that is the OVM of one service must be able to talk, whatever it is in another.
+        if !self.parts.iter().any(|part| part.is_ovm) {
+            for part in &self.parts {
+                rules.extend(part.allowed());
+            }
+            rules.push(vec![json!({"counter": null}), json!({"drop": null})]);
+        }
+        rules
+    }
+}
+
+impl Part {
+    /// What a server of this service never sends by itself, OVM or not.
+    fn never(&self) -> Vec<Vec<Value>> {
+        let mut rules = vec![
+            vec![matches(payload("ether", "saddr"), json!(mac_text(self.psc_mac)))],
+        ];
+        for &address in &self.psc {
+            rules.push(vec![matches(source(address), json!(address.to_string()))]);
+            if address.is_ipv4() {
+                rules.push(vec![matches(payload("arp", "saddr ip"), json!(address.to_string()))]);
+            }
+        }
+        for &address in &self.addresses {
+            rules.push(vec![
+                matches(source(address), json!(address.to_string())),
+                matches(payload("tcp", "sport"), json!({"set": self.ports})),
+            ]);
+        }
+        for rule in &mut rules {
+            rule.push(json!({"counter": null}));
+            rule.push(json!({"drop": null}));
+        }
+        rules
+    }
+
+    /// What the operator lets an RVM send.
+    fn allowed(&self) -> Vec<Vec<Value>> {
+        let mut rules = Vec::new();
+        for allowed in &self.allow {
+            match allowed {
+                Allowed::Dhcp => {
+                    for (from, to) in [(68, 67), (546, 547)] {
+                        rules.push(vec![
+                            matches(payload("udp", "sport"), json!(from)),
+                            matches(payload("udp", "dport"), json!(to)),
+                        ]);
+                    }
+                }
+                Allowed::Udp(port) => {
+                    rules.push(vec![matches(payload("udp", "dport"), json!(port))]);
+                }
+                Allowed::Tcp(port) => {
+                    rules.push(vec![matches(payload("tcp", "dport"), json!(port))]);
+                }
+            }
+        }
+        if !rules.is_empty() {
+            // Answers to what is allowed need a neighbour's address on the way back.
+            for address in &self.addresses {
+                rules.push(match address {
+                    IpAddr::V4(v4) => vec![
+                        matches(payload("arp", "operation"), json!("reply")),
+                        matches(payload("arp", "saddr ip"), json!(v4.to_string())),
+                    ],
+                    IpAddr::V6(v6) => vec![
+                        matches(payload("ip6", "saddr"), json!(v6.to_string())),
+                        matches(payload("icmpv6", "type"), json!("nd-neighbor-advert")),
+                    ],
+                });
+            }
+        }
+        for rule in &mut rules {
+            rule.push(json!({"accept": null}));
+        }
+        rules
+    }
+}
+
+fn matches(left: Value, right: Value) -> Value {
+    json!({"match": {"op": "==", "left": left, "right": right}})
+}
+
+fn payload(protocol: &str, field: &str) -> Value {
+    json!({"payload": {"protocol": protocol, "field": field}})
+}
+
+fn source(address: IpAddr) -> Value {
+    payload(if address.is_ipv4() { "ip" } else { "ip6" }, "saddr")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn part(is_ovm: bool, allow: Vec<Allowed>) -> Part {
+        Part {
+            is_ovm,
+            addresses: vec!["10.77.0.11".parse().unwrap(), "fd77::11".parse().unwrap()],
+            ports: vec![6379, 80],
+            psc: vec!["10.77.0.100".parse().unwrap(), "fd77::100".parse().unwrap()],
+            psc_mac: [2, 0, 0, 0, 0, 1],
+            allow,
+        }
+    }
+
+    /// The rules of one vif, as text.
+    fn rules(parts: Vec<Part>) -> Vec<String> {
+        let vif_rules = VifRules { parts };
+        let rules = vif_rules.expressions();
+        rules.iter().map(|rule| json!(rule).to_string()).collect()
+    }
+
+    #[test]
+    fn an_ovm_may_send_all_but_the_service() {
+        let rules = rules(vec![part(true, vec![])]);
+        assert!(rules.iter().all(|rule| rule.contains("match")), "{rules:?}");
+        assert!(rules.iter().any(|rule| rule.contains("10.77.0.11") && rule.contains("6379")));
+        assert!(rules.iter().any(|rule| rule.contains("fd77::11") && rule.contains("6379")));
+        assert!(rules.iter().any(|rule| rule.contains("10.77.0.100")));
+    }
+
+    #[test]
+    fn an_rvm_may_send_nothing_but_what_is_allowed() {
+        let rules = rules(vec![part(false, vec![Allowed::Udp(123)])]);
+        let last = rules.last().unwrap();
+        assert!(last.contains("drop") && !last.contains("match"), "{last}");
+        let accepted: Vec<_> = rules.iter().filter(|rule| rule.contains("accept")).collect();
+        assert_eq!(accepted.len(), 3, "{accepted:?}");
+        assert!(accepted[0].contains("123"));
+    }
+
+    #[test]
+    fn the_ovm_of_one_service_and_rvm_of_another_may_talk_but_for_both_services() {
+        let mut other = part(false, vec![]);
+        other.ports = vec![5432];
+        let rules = rules(vec![part(true, vec![]), other]);
+        assert!(rules.iter().all(|rule| rule.contains("match")), "{rules:?}");
+        assert!(rules.iter().any(|rule| rule.contains("5432")));
+    }
+
+    #[test]
+    fn the_table_is_replaced_in_one_transaction() {
+        let mut set = RuleSet::default();
+        set.vifs.insert(
+            "vif1.0".to_owned(),
+            VifRules {
+                parts: vec![part(true, vec![])],
+            },
+        );
+        let transaction = transaction(&set);
+        let commands = transaction["nftables"].as_array().unwrap();
+        assert!(commands[0]["add"]["table"].is_object());
+        assert!(commands[1]["delete"]["table"].is_object());
+        assert!(commands[2]["add"]["table"].is_object());
+        assert_eq!(commands[3]["add"]["chain"]["hook"], "prerouting");
+        assert!(commands[4].to_string().contains("vif1.0"));
+    }
+}

@@ -1,0 +1,117 @@
+//! One domain that belongs to a service: what dom0d knows of it, and its place relative to the queue.
+
+use std::net::IpAddr;
+
+use understudy_protocol::{Instant, ServerId, ServerSpec};
+
+use crate::command::DomainRef;
+use crate::hypervisor::DomainId;
+use crate::liveness::{Excuse, Watch, is_migrating};
+use crate::plane::Mac;
+
+/// One life of one domain, in one service.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// As operators know it.
+    pub(crate) domain: DomainRef,
+    /// Its interface in dom0.
+    pub(crate) vif: String,
+    /// The guest's addresses: at most one per family.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// MTU of the vif in bytes.
+    pub(crate) mtu: u16,
+    /// Where it stands.
+    pub(crate) place: Place,
+    /// What the hypervisor said of it.
+    pub(crate) watch: Watch,
+    /// It runs, as far as the hypervisor says.
+    pub(crate) running: bool,
+    /// An operator announced maintenance at that moment.
+    pub(crate) announced: Option<Instant>,
+    /// This daemon paused it to fence it.
+    pub(crate) fenced: bool,
+}
+
+/// Where a server stands relative to its service's queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Waits for its vif's rules of this version.
+    Preparing(u64),
+    /// Ready to join, once the service has an OVM.
+    Waiting,
+    /// Could be in the queue, but for this reason.
+    Held(String),
+    /// In the queue.
+    Queued,
+    /// Was in the queue, and left it for this reason.
+    Left(String),
+    /// An operator detached it.
+    Detached,
+}
+
+/// A domain that a service can use, as placement hands it over.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    /// As operators know it.
+    pub(crate) domain: DomainRef,
+    /// Its interface in dom0.
+    pub(crate) vif: String,
+    /// The guest's MAC.
+    pub(crate) mac: Mac,
+    /// The guest's addresses: at most one per family.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// MTU of the vif in bytes.
+    pub(crate) mtu: u16,
+}
+
+impl Server {
+    /// A server that has just appeared.
+    pub(crate) fn new(arrival: &Arrival, place: Place) -> Self {
+        Self {
+            domain: arrival.domain.clone(),
+            vif: arrival.vif.clone(),
+            addresses: arrival.addresses.clone(),
+            mtu: arrival.mtu,
+            place,
+            watch: Watch::default(),
+            // Until the hypervisor is asked, a millisecond from now.
+            running: true,
+            announced: None,
+            fenced: false,
+        }
+    }
+
+    /// This life of its domain.
+    pub(crate) fn life(&self) -> DomainId {
+        DomainId { uuid: self.domain.uuid, domid: self.domain.domid }
+    }
+
+    /// As the engine is told of it.
+    pub(crate) fn spec(&self, id: ServerId) -> ServerSpec {
+        ServerSpec { id, addresses: self.addresses.clone(), mtu: self.mtu }
+    }
+
+    /// What excuses it for not running.
+    pub(crate) fn excuse(&self) -> Excuse {
+        Excuse { announced: self.announced, migrating: is_migrating(&self.domain.name), fenced: self.fenced }
+    }
+
+    /// Whether the kernel must keep what it sends from the bridge.
+    pub(crate) fn is_contained(&self) -> bool {
+        match self.place {
+            Place::Preparing(_) | Place::Waiting | Place::Queued | Place::Left(_) => true,
+            Place::Held(_) | Place::Detached => false,
+        }
+    }
+
+    /// Why it is not in the queue, and what to do; `None` if it is in it.
+    pub(crate) fn absence(&self) -> Option<String> {
+        match &self.place {
+            Place::Queued => None,
+            Place::Preparing(_) => Some("its vif is being prepared".to_owned()),
+            Place::Waiting => Some("waits for the OVM; nothing is replicated before it serves".to_owned()),
+            Place::Held(reason) | Place::Left(reason) => Some(reason.clone()),
+            Place::Detached => Some("detached by an operator; attach it to have it back".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,659 @@
+//! One service at run time: its engine, its plane and its servers, and what each tells the others.
+//!
+//! Everything here runs on the data-path thread and never waits.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::mpsc;
+
+use understudy_api::config::{self, AttachAs, Fence, OnShutdownRequest};
+use understudy_protocol::{
+    Effect, EventKind, Evidence, Instant, OperatorError, Seeding, ServerId, Service as Engine, StaleReason,
+};
+
+use crate::command::{DomainRef, KnownDomain, ServiceReport};
+use crate::event::{DaemonEvent, Happening};
+use crate::fencing::Job;
+use crate::hypervisor::{DomainId, DomainState};
+use crate::liveness::PausePolicy;
+use crate::memory::ServiceMemory;
+use crate::plane::device::Device;
+use crate::plane::pcap::{PcapPlane, Psc};
+use crate::plane::rules::{Part, RuleSet};
+use crate::plane::{Origin, Plane, mac_text};
+use crate::report::Reporter;
+use crate::server::{Arrival, Place, Server};
+
+/// Packets sent in one go before others have their turn.
+const BURST: usize = 256;
+
+/// Domains whose names are kept for the events and counts of former servers.
+const NAMES: usize = 64;
+
+/// What one service needs of the data path around it.
+pub(crate) struct Surroundings<'a> {
+    /// Where events go.
+    pub(crate) reporter: &'a Reporter,
+    /// Where orders to domains go.
+    pub(crate) jobs: &'a mpsc::Sender<Job>,
+    /// The next server id of the daemon.
+    pub(crate) next_server: &'a mut u32,
+}
+
+/// See the module.
+pub(crate) struct Service {
+    /// Its place in the configuration.
+    index: usize,
+    /// What the operator decided.
+    pub(crate) config: config::Service,
+    /// The protocol.
+    pub(crate) engine: Engine,
+    /// How packets come and go.
+    pub(crate) plane: PcapPlane,
+    /// Every domain that could serve, in the queue or not, by its current id.
+    pub(crate) servers: BTreeMap<ServerId, Server>,
+    /// What outlives this process.
+    pub(crate) memory: ServiceMemory,
+    /// Roles or rules' subjects changed since this was last cleared.
+    pub(crate) rules_changed: bool,
+    /// The memory changed since this was last cleared.
+    pub(crate) memory_changed: bool,
+    bridge: Option<String>,
+    names: BTreeMap<ServerId, DomainRef>,
+    unusable: BTreeMap<DomainId, KnownDomain>,
+    /// Servers to be reported as fenced when rules of this version are in force.
+    isolating: Vec<(ServerId, Option<u64>)>,
+}
+
+impl Service {
+    /// A service without a place and without servers.
+    pub(crate) fn new(index: usize, mut config: config::Service, seed: u64, memory: ServiceMemory) -> Self {
+        config.engine.seed = seed;
+        Self {
+            index,
+            engine: Engine::new(config.engine.clone()),
+            plane: PcapPlane::new(Psc::new(&config.engine.psc, config.psc_mac)),
+            config,
+            servers: BTreeMap::new(),
+            memory,
+            rules_changed: false,
+            memory_changed: false,
+            bridge: None,
+            names: BTreeMap::new(),
+            unusable: BTreeMap::new(),
+            isolating: Vec::new(),
+        }
+    }
+
+    /// The operator's name of it.
+    pub(crate) fn name(&self) -> &str {
+        &self.config.engine.name
+    }
+
+    /// The PSC has its place.
+    pub(crate) fn anchored(
+        &mut self,
+        now: Instant,
+        bridge: String,
+        device: Device,
+        around: &mut Surroundings<'_>,
+    ) {
+        self.plane.set_anchor(now, device);
+        let mac = mac_text(self.config.psc_mac);
+        self.daemon_event(now, DaemonEvent::PscReady { bridge: bridge.clone(), mac }, around);
+        self.bridge = Some(bridge);
+    }
+
+    /// A domain can be used from now on, or its lost interface is open again. `rules_version` is that
+    /// of the rules that will hold its vif.
+    pub(crate) fn arrived(
+        &mut self,
+        now: Instant,
+        arrival: &Arrival,
+        device: Device,
+        rules_version: u64,
+        around: &mut Surroundings<'_>,
+    ) {
+        let life = DomainId { uuid: arrival.domain.uuid, domid: arrival.domain.domid };
+        self.unusable.remove(&life);
+        if let Some(id) = self.find_life(life) {
+            self.plane.add_server(id, device, arrival.mac);
+            self.rules_changed = true;
+            return;
+        }
+        let id = ServerId(*around.next_server);
+        *around.next_server += 1;
+        let place = if self.memory.is_detached(arrival.domain.uuid) {
+            Place::Detached
+        } else {
+            Place::Preparing(rules_version)
+        };
+        self.plane.add_server(id, device, arrival.mac);
+        self.remember_name(id, &arrival.domain);
+        self.servers.insert(id, Server::new(arrival, place));
+        self.rules_changed = true;
+        self.daemon_event(now, DaemonEvent::DomainAppeared { domain: arrival.domain.clone() }, around);
+    }
+
+    /// A domain, or the vif it served through, is gone.
+    pub(crate) fn departed(&mut self, now: Instant, life: DomainId, around: &mut Surroundings<'_>) {
+        self.unusable.remove(&life);
+        let Some(id) = self.find_life(life) else {
+            return;
+        };
+        if self.is_queued(id) {
+            self.engine.handle_evidence(now, id, Evidence::DomainGone);
+            self.drain(now, around);
+        }
+        self.plane.remove_server(id);
+        self.rules_changed = true;
+        let event = DaemonEvent::DomainGone { domain: self.servers[&id].domain.clone() };
+        // An OVM that nobody could replace stays in the engine's books, and so here.
+        if self.is_queued(id) {
+            self.server_mut(id, |server| server.running = false);
+        } else {
+            self.servers.remove(&id);
+        }
+        self.daemon_event(now, event, around);
+    }
+
+    /// A domain has another name.
+    pub(crate) fn renamed(&mut self, life: DomainId, name: &str) {
+        if let Some(id) = self.find_life(life) {
+            self.server_mut(id, |server| name.clone_into(&mut server.domain.name));
+            let domain = self.servers[&id].domain.clone();
+            self.remember_name(id, &domain);
+        }
+    }
+
+    /// A domain matches, and can't be used for a reason.
+    pub(crate) fn unusable(&mut self, now: Instant, known: KnownDomain, around: &mut Surroundings<'_>) {
+        let life = DomainId { uuid: known.domain.uuid, domid: known.domain.domid };
+        self.daemon_event(
+            now,
+            DaemonEvent::NotAttached { domain: known.domain.clone(), reason: known.reason.clone() },
+            around,
+        );
+        self.unusable.insert(life, known);
+    }
+
+    /// The toolstack asks a domain to shut down.
+    pub(crate) fn shutdown_requested(
+        &mut self,
+        now: Instant,
+        life: DomainId,
+        request: String,
+        around: &mut Surroundings<'_>,
+    ) {
+        let Some(id) = self.find_life(life).filter(|&id| self.is_queued(id)) else {
+            return;
+        };
+        let is_ovm = self.engine.ovm() == Some(id);
+        // A save asks the guest to suspend, and brings it back.
+        let ends = request != "suspend";
+        self.daemon_event(now, DaemonEvent::ShutdownRequested { server: id, request }, around);
+        if is_ovm && ends && self.config.on_shutdown_request == OnShutdownRequest::Switchover {
+            if let Err(error) = self.engine.switchover(now, None) {
+                tracing::warn!(service = self.name(), %error, "the OVM is being shut down and nothing can take over");
+            }
+            self.drain(now, around);
+        }
+    }
+
+    /// Rules of a version are in force: whoever waited for them may join.
+    pub(crate) fn rules_applied(&mut self, now: Instant, version: u64, around: &mut Surroundings<'_>) {
+        for server in self.servers.values_mut() {
+            if matches!(server.place, Place::Preparing(needs) if needs <= version) {
+                server.place = Place::Waiting;
+            }
+        }
+        self.join(now, around);
+        let isolated: Vec<ServerId> = self
+            .isolating
+            .extract_if(.., |(_, needs)| needs.is_some_and(|needs| needs <= version))
+            .map(|(server, _)| server)
+            .collect();
+        for server in isolated {
+            let by = Fence::Isolate.name();
+            self.daemon_event(now, DaemonEvent::Fenced { server, by }, around);
+        }
+    }
+
+    /// Which version of the rules holds what was asked for up to now.
+    pub(crate) fn rules_sent(&mut self, version: u64) {
+        for (_, needs) in &mut self.isolating {
+            needs.get_or_insert(version);
+        }
+    }
+
+    /// Puts those that wait into the queue, as the configuration says: the OVM first.
+    fn join(&mut self, now: Instant, around: &mut Surroundings<'_>) {
+        let mut waiting: Vec<ServerId> = self
+            .servers
+            .iter()
+            .filter(|(_, server)| server.place == Place::Waiting)
+            .map(|(&id, _)| id)
+            .collect();
+        if self.engine.ovm().is_none() {
+            let Some(ovm) = waiting.iter().copied().find(|&id| self.serves_first(id)) else {
+                return;
+            };
+            match self.engine.install_ovm(now, self.servers[&ovm].spec(ovm)) {
+                Ok(()) => self.queued(now, ovm, around),
+                Err(error) => return self.held(now, ovm, error, around),
+            }
+            waiting.retain(|&id| id != ovm);
+        }
+        for id in waiting {
+            let spec = self.servers[&id].spec(id);
+            let known = self.memory.has_seen(self.servers[&id].domain.uuid);
+            let mut attached = Err(OperatorError::NothingLeft);
+            if self.config.attach == AttachAs::AssumeIdentical && !known {
+                let seeding = Seeding::AssumeIdentical;
+                attached = self.engine.attach(now, spec.clone(), seeding);
+            }
+            // Not at a moment without conversations: then it is fed, and seeded by a later word.
+            if attached.is_err() {
+                attached = self.engine.attach(now, spec, Seeding::Unseeded);
+            }
+            match attached {
+                Ok(()) => self.queued(now, id, around),
+                Err(error) => self.held(now, id, error, around),
+            }
+        }
+    }
+
+    /// Whether a server is the one to serve first.
+    fn serves_first(&self, id: ServerId) -> bool {
+        let domain = &self.servers[&id].domain;
+        self.memory.is_promoted(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
+    }
+
+    fn queued(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
+        self.server_mut(id, |server| {
+            server.place = Place::Queued;
+        });
+        let server = &self.servers[&id];
+        let uuid = server.domain.uuid;
+        if !server.running {
+            self.engine.handle_running(now, id, false);
+        }
+        self.memory_changed |= self.memory.see(uuid);
+        self.rules_changed = true;
+        self.plane.set_ovm(self.engine.ovm());
+        self.drain(now, around);
+    }
+
+    fn held(&mut self, now: Instant, id: ServerId, error: OperatorError, around: &mut Surroundings<'_>) {
+        let reason = error.to_string();
+        let event =
+            DaemonEvent::NotAttached { domain: self.servers[&id].domain.clone(), reason: reason.clone() };
+        self.server_mut(id, |server| server.place = Place::Held(reason));
+        self.rules_changed = true;
+        self.daemon_event(now, event, around);
+    }
+
+    /// Puts a server into the queue under a new id, as the engine wants it for each time.
+    pub(crate) fn attach(
+        &mut self,
+        now: Instant,
+        id: ServerId,
+        seeding: Seeding,
+        around: &mut Surroundings<'_>,
+    ) -> Result<ServerId, OperatorError> {
+        let new = ServerId(*around.next_server);
+        self.engine.attach(now, self.servers[&id].spec(new), seeding)?;
+        *around.next_server += 1;
+        if let Some(mut server) = self.servers.remove(&id) {
+            server.fenced = false;
+            self.remember_name(new, &server.domain);
+            self.servers.insert(new, server);
+        }
+        self.plane.rename_server(id, new);
+        let uuid = self.servers[&new].domain.uuid;
+        self.memory.set_detached(uuid, false);
+        self.memory_changed = true;
+        self.queued(now, new, around);
+        Ok(new)
+    }
+
+    /// Makes a server the OVM of a service that has none, by an operator's word alone.
+    pub(crate) fn install(
+        &mut self,
+        now: Instant,
+        id: ServerId,
+        around: &mut Surroundings<'_>,
+    ) -> Result<(), OperatorError> {
+        self.engine.install_ovm(now, self.servers[&id].spec(id))?;
+        let domain = self.servers[&id].domain.clone();
+        self.memory.promote(&domain);
+        self.memory_changed = true;
+        self.queued(now, id, around);
+        self.join(now, around);
+        Ok(())
+    }
+
+    /// Looks at every server's domain, and tells the engine what is to be told.
+    pub(crate) fn look(
+        &mut self,
+        now: Instant,
+        domains: &[DomainState],
+        starved: bool,
+        around: &mut Surroundings<'_>,
+    ) {
+        let policy =
+            PausePolicy { grace: self.config.pause_grace, maintenance_limit: self.config.maintenance_limit };
+        let mut told = Vec::new();
+        for (&id, server) in &mut self.servers {
+            let state = domains
+                .iter()
+                .find(|state| state.domid == server.domain.domid && state.uuid == server.domain.uuid);
+            let excuse = server.excuse();
+            let verdict = server.watch.look(now, state, excuse, policy, starved);
+            if let Some(running) = verdict.running {
+                server.running = running;
+            }
+            if verdict.running.is_some() || verdict.evidence.is_some() {
+                told.push((id, verdict));
+            }
+        }
+        for (id, verdict) in told {
+            if verdict.running == Some(true) {
+                self.maintenance_ended(now, id, around);
+            }
+            if !self.is_queued(id) {
+                continue;
+            }
+            if let Some(running) = verdict.running {
+                self.engine.handle_running(now, id, running);
+            }
+            if let Some(evidence) = verdict.evidence {
+                self.engine.handle_evidence(now, id, evidence);
+            }
+            self.drain(now, around);
+        }
+    }
+
+    /// A domain's announced maintenance begins: an operator's pause is on its way.
+    pub(crate) fn maintenance_began(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
+        self.server_mut(id, |server| server.announced = Some(now));
+        let limit = self.config.maintenance_limit.as_millis();
+        self.daemon_event(
+            now,
+            DaemonEvent::MaintenanceBegan { server: id, limit_ms: u64::try_from(limit).unwrap_or(u64::MAX) },
+            around,
+        );
+    }
+
+    /// A domain runs again, or was never paused.
+    pub(crate) fn maintenance_ended(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
+        let announced = self.servers.get_mut(&id).and_then(|server| server.announced.take());
+        if announced.is_some() {
+            self.daemon_event(now, DaemonEvent::MaintenanceEnded { server: id }, around);
+        }
+    }
+
+    /// Hands packets from the plane to the engine and back; `true` if there may be more at once.
+    pub(crate) fn forward(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
+        let mut any = false;
+        while let Some(inbound) = self.plane.receive(now) {
+            any = true;
+            match inbound.from {
+                Origin::Client(link) => self.engine.handle_client(now, link, inbound.packet),
+                Origin::Server(id) => self.engine.handle_server(now, id, inbound.packet),
+            }
+            self.drain(now, around);
+        }
+        any
+    }
+
+    /// Calls the engine if its time has come, and sends what a burst left over.
+    pub(crate) fn timeout(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
+        if self.engine.poll_timeout().is_some_and(|due| due <= now) {
+            self.engine.handle_timeout(now);
+        }
+        self.drain(now, around)
+    }
+
+    /// When [`Service::timeout`] or the plane must be called next.
+    pub(crate) fn next_timeout(&mut self, now: Instant) -> Option<Instant> {
+        let plane = self.plane.tick(now);
+        let engine = self.engine.poll_timeout();
+        plane.into_iter().chain(engine).min()
+    }
+
+    /// Carries out what the engine wants; `true` if packets are left to send.
+    pub(crate) fn drain(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
+        while let Some(effect) = self.engine.poll_effect() {
+            match effect {
+                Effect::Cutover { to, .. } => {
+                    self.plane.set_ovm(Some(to));
+                    self.rules_changed = true;
+                    if let Some(server) = self.servers.get(&to) {
+                        self.memory.promote(&server.domain);
+                        self.memory_changed = true;
+                    }
+                }
+                Effect::Fence(id) => self.fence(id, around),
+                Effect::Event(event) => {
+                    self.note(&event.kind);
+                    let happening = Happening::Protocol(event.kind);
+                    self.report(event.at, happening, around);
+                }
+            }
+        }
+        for _ in 0..BURST {
+            match self.engine.poll_transmit(now) {
+                Some(packet) => self.plane.transmit(&packet),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn fence(&mut self, id: ServerId, around: &mut Surroundings<'_>) {
+        let by = self.config.fence;
+        let Some(server) = self.servers.get_mut(&id) else {
+            return;
+        };
+        server.fenced = by == Fence::Pause;
+        server.place = Place::Left(format!(
+            "deposed, and fenced ({}); repair it, resume it if it is paused, bring its state up to date, then attach it",
+            by.name()
+        ));
+        let life = server.life();
+        self.rules_changed = true;
+        if by == Fence::Isolate {
+            self.isolating.push((id, None));
+            return;
+        }
+        let job = Job::Fence { service: self.index, server: id, domain: life, by };
+        if around.jobs.send(job).is_err() {
+            tracing::error!(
+                service = self.name(),
+                "the fencing thread has ended; only the data path keeps the deposed OVM silent"
+            );
+        }
+    }
+
+    /// What an event of the engine means for a server's place.
+    fn note(&mut self, kind: &EventKind) {
+        let (id, reason) = match kind {
+            EventKind::Evicted { server, reason } => (
+                *server,
+                format!("evicted ({}); bring its state up to date, then attach it", stale_text(*reason)),
+            ),
+            EventKind::Detached { server } => {
+                // An operator's doing is noted where the operator's command is carried out.
+                (*server, "left the queue; attach it to have it back".to_owned())
+            }
+            _ => return,
+        };
+        self.rules_changed = true;
+        if self.is_queued(id) {
+            self.server_mut(id, |server| server.place = Place::Left(reason));
+        }
+    }
+
+    /// Adds this service's part to the rules.
+    pub(crate) fn add_rules(&self, rules: &mut RuleSet) {
+        let ovm = self.engine.ovm();
+        for (&id, server) in &self.servers {
+            if server.is_contained() {
+                let vif = rules.vifs.entry(server.vif.clone()).or_default();
+                vif.parts.push(Part {
+                    is_ovm: ovm == Some(id),
+                    addresses: server.addresses.clone(),
+                    ports: self.config.engine.ports.clone(),
+                    psc: self.config.engine.psc.clone(),
+                    psc_mac: self.config.psc_mac,
+                    allow: self.config.allow.clone(),
+                });
+            }
+        }
+    }
+
+    /// The server with this name or UUID: the newest life of it.
+    pub(crate) fn find(&self, domain: &str) -> Option<ServerId> {
+        let matching = self
+            .servers
+            .iter()
+            .filter(|(_, server)| server.domain.name == domain || server.domain.uuid.to_string() == domain);
+        matching
+            .max_by_key(|(id, server)| (self.plane.has_server(**id), server.domain.domid))
+            .map(|(&id, _)| id)
+    }
+
+    /// The domain with this name or UUID that matches and can't be used.
+    pub(crate) fn find_unusable(&self, domain: &str) -> Option<&KnownDomain> {
+        self.unusable
+            .values()
+            .find(|known| known.domain.name == domain || known.domain.uuid.to_string() == domain)
+    }
+
+    /// Names of all domains that match.
+    pub(crate) fn domain_names(&self) -> Vec<String> {
+        let servers = self.servers.values().map(|server| &server.domain.name);
+        let unusable = self.unusable.values().map(|known| &known.domain.name);
+        let names: BTreeSet<&String> = servers.chain(unusable).collect();
+        names.into_iter().cloned().collect()
+    }
+
+    /// The server that is this life of a domain.
+    pub(crate) fn find_life(&self, life: DomainId) -> Option<ServerId> {
+        let mut servers = self.servers.iter();
+        servers.find(|(_, server)| server.life() == life).map(|(&id, _)| id)
+    }
+
+    /// Whether a server is in the queue.
+    pub(crate) fn is_queued(&self, id: ServerId) -> bool {
+        self.servers.get(&id).is_some_and(|server| server.place == Place::Queued)
+    }
+
+    /// Changes a server, if it is there.
+    pub(crate) fn server_mut(&mut self, id: ServerId, change: impl FnOnce(&mut Server)) {
+        if let Some(server) = self.servers.get_mut(&id) {
+            change(server);
+        }
+    }
+
+    /// The domain behind an id, also of a former server.
+    pub(crate) fn domain(&self, id: ServerId) -> Option<&DomainRef> {
+        let server = self.servers.get(&id).map(|server| &server.domain);
+        server.or_else(|| self.names.get(&id))
+    }
+
+    fn remember_name(&mut self, id: ServerId, domain: &DomainRef) {
+        if self.names.len() >= NAMES {
+            self.names.pop_first();
+        }
+        self.names.insert(id, domain.clone());
+    }
+
+    /// Tells whoever listens about something that happened around the engine.
+    pub(crate) fn daemon_event(&self, now: Instant, event: DaemonEvent, around: &Surroundings<'_>) {
+        self.report(now, Happening::Daemon(event), around);
+    }
+
+    fn report(&self, at: Instant, happening: Happening, around: &Surroundings<'_>) {
+        around.reporter.report(at, Some(self.name()), happening, |id| self.domain(id).cloned());
+    }
+
+    /// What hinders the service right now, as far as the data path can tell.
+    fn hindrances(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let name = self.name();
+        if !self.plane.is_anchored() {
+            found.push("the PSC has no place on a bridge yet, so clients can't find it".to_owned());
+        }
+        match self.engine.ovm().map(|id| (id, self.servers.get(&id))) {
+            None => found.push(match self.memory.promoted() {
+                Some(promoted) => format!(
+                    "waits for {promoted}, the OVM since the last promotion; to serve from another domain whatever its state: understudy failover {name} --to DOMAIN --force"
+                ),
+                None => format!(
+                    "waits for the OVM {}; start that domain (xl create)",
+                    self.config.ovm
+                ),
+            }),
+            Some((id, server)) => {
+                let who = server.map_or("the OVM", |server| &server.domain.name);
+                let runs = server.is_some_and(|server| server.running);
+                if !self.plane.has_server(id) {
+                    found.push(format!(
+                        "the OVM {who} is gone and nothing was promotable; serve from another domain: understudy failover {name} --to DOMAIN --force"
+                    ));
+                } else if !runs {
+                    found.push(format!("the OVM {who} does not run (paused, suspended or down): understudy resume {name} {who}, or understudy failover {name}"));
+                }
+            }
+        }
+        found
+    }
+
+    /// Everything an operator may want to see.
+    pub(crate) fn status(&mut self, mut problems: Vec<String>) -> ServiceReport {
+        let hindrances = self.hindrances();
+        let status = self.engine.status();
+        let in_queue = |id: &ServerId| status.servers.iter().any(|server| server.server == *id);
+        let servers = self
+            .servers
+            .iter()
+            .filter(|(id, _)| in_queue(id))
+            .map(|(id, server)| (id.0, server.domain.clone()))
+            .collect();
+        let absent = self.servers.iter().filter(|(id, _)| !in_queue(id));
+        let known = absent
+            .map(|(_, server)| KnownDomain {
+                domain: server.domain.clone(),
+                reason: server.absence().unwrap_or_default(),
+            })
+            .chain(self.unusable.values().cloned())
+            .collect();
+        let serving = hindrances.is_empty();
+        problems.splice(0..0, hindrances);
+        ServiceReport {
+            name: self.name().to_owned(),
+            psc: self.config.engine.psc.clone(),
+            psc_mac: mac_text(self.config.psc_mac),
+            ports: self.config.engine.ports.clone(),
+            plane: "pcap",
+            bridge: self.bridge.clone(),
+            serving,
+            problems,
+            status,
+            servers,
+            known,
+            plane_counters: self.plane.counters(),
+        }
+    }
+}
+
+fn stale_text(reason: StaleReason) -> &'static str {
+    match reason {
+        StaleReason::NotSeeded => "never seeded",
+        StaleReason::MissedBytes => "missed bytes",
+        StaleReason::UncoveredConversation => "a conversation could not be replicated to it",
+        StaleReason::Deposed => "deposed, or its domain stopped",
+        StaleReason::Lagged => "fell behind",
+    }
+}

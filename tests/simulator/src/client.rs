@@ -1,7 +1,7 @@
 //! A client host: connections that follow a plan and check every byte of the answers against what
 //! one server would have said.
 
-use core::net::IpAddr;
+use core::net::{IpAddr, SocketAddr};
 
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp;
@@ -225,6 +225,21 @@ impl Client {
             let socket = self.stack.sockets.get::<tcp::Socket<'_>>(handle);
             socket.state() == tcp::State::SynSent
         })
+    }
+
+    /// A connection's two ends, as the client has them.
+    pub(crate) fn ends(&self, index: usize) -> Option<(SocketAddr, SocketAddr)> {
+        let ipv6 = self.knobs.plans[index].ipv6;
+        let family = |list: &[IpAddr]| list.iter().copied().find(|a| a.is_ipv6() == ipv6);
+        Some((
+            SocketAddr::new(family(&self.addresses)?, self.connections[index].port),
+            SocketAddr::new(family(&self.psc)?, self.psc_port),
+        ))
+    }
+
+    /// This host's stack let a connection down.
+    pub(crate) fn forgot(&self, now: u64, index: usize) -> bool {
+        self.ends(index).is_some_and(|(own, psc)| self.stack.forgot(now, psc, own.port()))
     }
 
     /// Runs what is due and gives the packets that leave.

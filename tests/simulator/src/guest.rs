@@ -1,6 +1,6 @@
 //! A server domain: a stack, the service in it, and the states of ill health a domain can be in.
 
-use core::net::IpAddr;
+use core::net::{IpAddr, SocketAddr};
 use std::collections::VecDeque;
 
 use smoltcp::iface::SocketHandle;
@@ -122,6 +122,11 @@ impl Guest {
         }
     }
 
+    /// This domain's stack let its connection with a client down.
+    pub(crate) fn forgot(&self, now: u64, client: SocketAddr) -> bool {
+        self.stack.forgot(now, client, self.port)
+    }
+
     /// The domain runs again.
     pub(crate) fn thaw(&mut self) {
         if matches!(self.health, Health::Frozen | Health::Spinning) {
@@ -147,7 +152,7 @@ impl Guest {
             }
         }
         for handle in self.listening.drain(..) {
-            self.stack.sockets.remove(handle);
+            self.stack.socket(handle).abort();
         }
     }
 
@@ -283,13 +288,9 @@ impl Guest {
                 touched = true;
             }
         }
-        connections.retain(|connection| {
-            if stack.socket(connection.handle).state() == tcp::State::Closed {
-                stack.sockets.remove(connection.handle);
-                return false;
-            }
-            true
-        });
+        // Closed sockets stay in the set: the place of one must not go to a listening socket, which
+        // would then come before others' sockets.
+        connections.retain(|connection| stack.socket(connection.handle).state() != tcp::State::Closed);
         touched
     }
 }

@@ -84,7 +84,9 @@ fn main() -> ExitCode {
                     total.2 += 1;
                     if let Some(failure) = report.failure {
                         println!("seed {seed} failed: {failure}");
-                        println!("  cargo run --release -p simulator -- --seed {seed} --verbose");
+                        if total.1.len() < 10 {
+                            println!("  replay: cargo run --release -p simulator -- --seed {seed} --verbose");
+                        }
                         total.1.push(seed);
                     }
                 }

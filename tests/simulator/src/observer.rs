@@ -2,7 +2,7 @@
 //! conversation's streams as the client and every server have them. The checkers compare these.
 
 use core::net::SocketAddr;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use understudy_protocol::{EventKind, ServerId, ServiceStatus};
 
@@ -187,6 +187,11 @@ impl Conversation {
         Some(i64::from(seq.wrapping_sub(iss.wrapping_add(1)) as i32))
     }
 
+    /// Neither side has closed or reset.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.client_reset && !self.reset_to_client && self.client_fin.is_none() && self.sent_fin.is_none()
+    }
+
     /// Whether a server's answers differ from what the client was sent.
     pub(crate) fn diverged(&self, server: ServerId) -> bool {
         self.legs.get(&server).is_some_and(|leg| {
@@ -211,6 +216,8 @@ pub(crate) struct Observer {
     pub(crate) servers: BTreeMap<ServerId, Vec<SocketAddr>>,
     /// Since when each life is in the queue.
     pub(crate) attached: BTreeMap<ServerId, u64>,
+    /// Servers that sent segments which no TCP would: what they said is not known.
+    pub(crate) liars: BTreeSet<ServerId>,
     pub(crate) ovm: Option<ServerId>,
     pub(crate) epoch: u64,
 }
@@ -224,6 +231,7 @@ impl Observer {
             psc,
             servers: BTreeMap::new(),
             attached: BTreeMap::new(),
+            liars: BTreeSet::new(),
             ovm: None,
             epoch: 0,
         }
@@ -338,8 +346,10 @@ impl Observer {
         let acked = segment.ack.map(|ack| conversation.client_position(ack));
         let leg = conversation.legs.entry(server).or_default();
         if segment.syn {
-            if acks_isn && leg.iss.is_none() {
-                leg.iss = Some(segment.seq);
+            // A server that was reset before it said anything may be asked again.
+            let anew = leg.iss != Some(segment.seq) && leg.produced.high() == 0;
+            if acks_isn && anew {
+                *leg = Leg { iss: Some(segment.seq), ..Leg::default() };
                 leg.window_scale = segment.window_scale.unwrap_or(0).min(14);
                 leg.window_edge = i64::from(segment.window);
             }

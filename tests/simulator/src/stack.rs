@@ -1,8 +1,8 @@
 //! One host's network stack: a smoltcp interface on a device that is two queues of IP packets.
 
 use core::cell::Cell;
-use core::net::IpAddr;
-use std::collections::VecDeque;
+use core::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, VecDeque};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -12,6 +12,7 @@ use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr};
 
 use crate::disguise::{Disguise, DisguiseKnobs};
 use crate::prng::Prng;
+use crate::segment::Segment;
 
 /// How a host's TCP behaves.
 #[derive(Clone, Debug)]
@@ -29,6 +30,9 @@ pub(crate) struct StackKnobs {
     pub(crate) disguise: DisguiseKnobs,
 }
 
+/// smoltcp's bound on its retransmission timeout.
+const LONGEST_RTO_US: u64 = 60_000_000;
+
 thread_local! {
     // smoltcp takes a plain function as its timestamp clock, so the value of the host that is
     // polled now is left here.
@@ -45,6 +49,8 @@ pub(crate) struct Stack {
     wire: Wire,
     pub(crate) sockets: SocketSet<'static>,
     disguise: Disguise,
+    /// By peer and own port: when this stack last sent something that asks for acknowledgement.
+    spoke_at: BTreeMap<(SocketAddr, u16), u64>,
 }
 
 impl Stack {
@@ -66,6 +72,7 @@ impl Stack {
             interface,
             wire,
             sockets: SocketSet::new(Vec::new()),
+            spoke_at: BTreeMap::new(),
         }
     }
 
@@ -115,9 +122,30 @@ impl Stack {
         self.interface.poll(at(now_us), &mut self.wire, &mut self.sockets);
         let mut sent: Vec<_> = self.wire.sent.drain(..).collect();
         for packet in &mut sent {
+            if let Ok(segment) = Segment::parse(packet)
+                && (segment.syn || segment.fin || segment.payload.len() > 1)
+            {
+                self.spoke_at.insert((segment.dst, segment.src.port()), now_us);
+            }
             self.disguise.outgoing(packet);
         }
         sent
+    }
+
+    /// A connection has something unacknowledged and its stack does nothing about it. smoltcp loses
+    /// its retransmission timer when a window opens again while data is in flight.
+    pub(crate) fn forgot(&self, now_us: u64, peer: SocketAddr, port: u16) -> bool {
+        let spoke = self.spoke_at.get(&(peer, port)).copied().unwrap_or(0);
+        self.sockets.iter().any(|(_, socket)| {
+            let smoltcp::socket::Socket::Tcp(socket) = socket;
+            let (Some(local), Some(remote)) = (socket.local_endpoint(), socket.remote_endpoint()) else {
+                return false;
+            };
+            let this = local.port == port
+                && SocketAddr::new(remote.addr.into(), remote.port) == peer
+                && socket.state() != tcp::State::Closed;
+            this && socket.send_queue() > 0 && now_us > spoke + 2 * LONGEST_RTO_US
+        })
     }
 
     pub(crate) fn poll_at(&mut self, now_us: u64) -> Option<u64> {

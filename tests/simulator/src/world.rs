@@ -2,7 +2,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use understudy_protocol::{
     Destination, Effect, EventKind, Evidence, Instant, LinkAddress, OperatorError, Role, Seeding, ServerId,
@@ -103,7 +103,12 @@ pub(crate) struct World {
     /// Why a connection may come to harm, if it may.
     pub(crate) excuse: Option<&'static str>,
     pub(crate) blemished: BTreeMap<ServerId, &'static str>,
+    /// Servers whose answers are not what the service would say, and whether one of them served.
+    untrue: BTreeSet<ServerId>,
+    pub(crate) untrue_served: bool,
     last_status: u64,
+    /// Faults, actions and promotions so far.
+    story: String,
     bare: bool,
 }
 
@@ -207,7 +212,10 @@ impl World {
             rng: Prng::fork(seed, "world", 0),
             excuse: None,
             blemished: BTreeMap::new(),
+            untrue: BTreeSet::new(),
+            untrue_served: false,
             last_status: 0,
+            story: String::new(),
             bare,
             clients,
             knobs,
@@ -274,10 +282,15 @@ impl World {
         self.queue.insert((at.max(self.now), self.queued), event);
     }
 
+    /// Adds to the story that a failure is reported with.
+    fn note(&mut self, what: String) {
+        self.story.push_str(&format!("; {}.{:06} {what}", self.now / 1_000_000, self.now % 1_000_000));
+    }
+
     pub(crate) fn fail(&mut self, rule: &str, text: String) {
         if self.failure.is_none() {
             self.trace.line(self.now, || format!("FAILED {rule}: {text}"));
-            self.failure = Some(Failure { rule: rule.to_owned(), at: self.now, text });
+            self.failure = Some(Failure { rule: rule.to_owned(), at: self.now, text: text + &self.story });
         }
     }
 
@@ -434,6 +447,11 @@ impl World {
             *queued += 1;
             queue.insert((at, *queued), Event::FromServer(index, packet));
         });
+    }
+
+    /// Nobody waits for anything.
+    pub(crate) fn nothing_left(&self) -> bool {
+        self.queue.is_empty()
     }
 
     pub(crate) fn guest_of(&self, id: ServerId) -> Option<usize> {
@@ -640,6 +658,8 @@ impl World {
                     3 => "promotion.third",
                     _ => "promotion.further",
                 });
+                self.note(format!("{from:?} -> {to:?}"));
+                self.untrue_served |= self.untrue.contains(&to);
                 if let Some(why) = self.blemished.get(&to) {
                     self.excuse.get_or_insert(why);
                 }
@@ -665,6 +685,7 @@ impl World {
     fn event(&mut self, kind: &EventKind) {
         match kind {
             EventKind::Suspected { evidence, .. } => {
+                self.note(format!("{evidence:?}"));
                 self.coverage.hit(&format!("evidence.{evidence:?}"));
             }
             EventKind::NoCandidate { .. } => {
@@ -765,6 +786,7 @@ impl World {
     fn strike(&mut self, index: usize) {
         let fault = self.pending[index].fault;
         self.trace.line(self.now, || format!("fault {fault:?}"));
+        self.note(format!("{fault:?}"));
         match fault {
             Fault::CutClient { client, us } => {
                 self.client_up[client].cut(self.now + us);
@@ -868,6 +890,15 @@ impl World {
         if !matches!(fault, Fault::Thaw(_) | Fault::Unhang(_)) {
             self.blemish(id, name_of_blemish(fault));
         }
+        if matches!(fault, Fault::Mutated { .. }) {
+            self.observer.liars.insert(id);
+        }
+        if matches!(fault, Fault::Mutated { .. } | Fault::WrongAnswer(_)) {
+            self.untrue.insert(id);
+        }
+        if self.service.ovm() == Some(id) && !matches!(fault, Fault::Thaw(_) | Fault::Unhang(_)) {
+            self.excuse_of_blow(fault);
+        }
         let guest = &mut self.guests[index];
         if guest.health == Health::Gone {
             return;
@@ -907,6 +938,38 @@ impl World {
         }
         self.domain_changed();
         self.poll_guest(index);
+    }
+
+    /// Whether a fault of the OVM may harm connections by design: nobody healthy is there to take over,
+    /// or what the fault shows is no evidence.
+    fn excuse_of_blow(&mut self, fault: Fault) {
+        let status = self.service.status();
+        let healthy: Vec<usize> = status
+            .servers
+            .iter()
+            .filter(|s| s.not_promotable.is_none() && !self.blemished.contains_key(&s.server))
+            .filter_map(|s| self.guest_of(s.server))
+            .collect();
+        if healthy.is_empty() {
+            self.excuse.get_or_insert("no healthy replica");
+            return;
+        }
+        if let Fault::Kill { .. } = fault {
+            // A close is disputed by RVMs that have kept up within the hold, in several conversations.
+            let prompt = healthy.iter().any(|&g| {
+                let (guest, link) = (&self.knobs.guests[g], &self.knobs.guest_links.get(g));
+                guest.think_us.1 <= 1000 && link.is_none_or(|l| l.delay_us + l.jitter_us <= 500)
+            });
+            let open = self
+                .observer
+                .conversations
+                .iter()
+                .filter(|c| c.view.is_some() && c.client_acked >= 0 && c.is_open())
+                .count();
+            if !prompt || open < 2 {
+                self.excuse.get_or_insert("a close that nobody could dispute");
+            }
+        }
     }
 
     fn reset_all(&mut self, index: usize) {

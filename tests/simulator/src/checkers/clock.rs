@@ -76,7 +76,7 @@ impl Checker for Clock {
                 }
                 Ok(())
             }
-            Seen::ToServer(server, segment) => {
+            Seen::ToServer(server, segment) if !observer.liars.contains(server) => {
                 let Some(conversation) = observer.conversation_of(segment.src, segment.dst) else {
                     return Ok(());
                 };

@@ -18,6 +18,10 @@ impl Checker for OneStream {
         let Some(conversation) = observer.conversation_of(segment.dst, segment.src) else {
             return Ok(());
         };
+        if conversation.reset_to_client {
+            // Whatever follows finds nobody there.
+            return Ok(());
+        }
         let who = segment.dst;
         if let Some(ack) = segment.ack
             && !segment.rst
@@ -57,6 +61,7 @@ impl Checker for OneStream {
         }
         let end = position + segment.payload.len() as i64;
         if let Some(fin) = conversation.sent_fin
+            && !acknowledged
             && (end > fin && !segment.payload.is_empty() || segment.fin && end != fin)
         {
             return Err(format!(

@@ -21,7 +21,7 @@ impl Checker for OneVoice {
         let Some(ovm) = observer.ovm else {
             return Err(format!("nobody serves and a client is sent {segment}"));
         };
-        if segment.syn || segment.rst {
+        if segment.syn || segment.rst || observer.liars.contains(&ovm) {
             return Ok(());
         }
         let Some(position) = conversation.view_position(segment.seq) else {

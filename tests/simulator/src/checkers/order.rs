@@ -46,7 +46,9 @@ impl Checker for CauseBeforeEffect {
                 Ok(())
             }
             Seen::ToServer(server, segment)
-                if !segment.payload.is_empty() && !self.excused.contains(server) =>
+                if !segment.payload.is_empty()
+                    && !self.excused.contains(server)
+                    && !observer.liars.contains(server) =>
             {
                 self.handed(observer, at, *server, segment)
             }

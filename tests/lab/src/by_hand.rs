@@ -230,7 +230,7 @@ fn status(lab: &Lab, as_json: bool) -> Result<()> {
         return Ok(());
     }
     println!("lab {} in {}", lab.config().name, lab.directory().display());
-    println!("{:<10} {:>5}  {:<9} {:<24} {}", "NAME", "DOMID", "VIF", "ADDRESSES", "STATE");
+    println!("NAME       DOMID  VIF       ADDRESSES                STATE");
     for domain in domains {
         let addresses: Vec<String> = domain.addresses.iter().map(ToString::to_string).collect();
         println!(

@@ -14,6 +14,7 @@ use crate::host::{Fault, Lab, LabConfig, Service, instance_name};
 use crate::report::{Client, Eviction, Failover, Report, Rtt};
 use crate::stage::failover::Failover as Observed;
 use crate::stage::pinning::{Pinning, release_host};
+use crate::stage::repair::repair;
 use crate::stage::{Stage, with_replicas};
 
 /// How `cargo lab demo` is called.
@@ -51,21 +52,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let tell = Story::begin();
 
     tell.heading("A dom0, a client, an OVM and three replicas, each a network namespace");
-    let plan = LabConfig {
-        replicas: 3,
-        services: vec![Service::Redis],
-        ..LabConfig::new(instance_name()?)
-    };
+    let plan = LabConfig { replicas: 3, services: vec![Service::Redis], ..LabConfig::new(instance_name()?) };
     let lab = Lab::up(plan, &|line| tell.line(line))?;
 
     tell.heading("Round trips of a transaction: plain bridge, then through the PSC");
     let pinning = Pinning::choose();
     tell.line(&pinning.describe());
-    let effort = Effort {
-        replicas: 3,
-        rounds: 2,
-        samples: 500,
-    };
+    let effort = Effort { replicas: 3, rounds: 2, samples: 500 };
     let series = rtt::measure(&lab, pinning, effort, |round, series| {
         let path = match series.replicas {
             None => "plain bridge".to_owned(),
@@ -86,14 +79,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         tell.line(line);
     }
 
-    tell.heading(&format!(
-        "40 connections, 20 of them writing; then guest-1: {}",
-        name_of(options.fault)
-    ));
+    tell.heading(&format!("40 connections, 20 of them writing; then guest-1: {}", name_of(options.fault)));
     let (outcome, observed) = fail_over(&stage, options.fault, &tell)?;
-    let first_byte_us = observed
-        .first_byte_us(&outcome)
-        .context("no client read anything after the cutover")?;
+    let first_byte_us =
+        observed.first_byte_us(&outcome).context("no client read anything after the cutover")?;
     print_timeline(&observed, first_byte_us);
 
     tell.heading("Proof");
@@ -112,10 +101,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         "{} connections stayed open: {} resets, {} reconnects, {} errors",
         client.connections, client.resets, client.reconnects, client.errors
     ));
-    tell.line(&format!(
-        "{} requests, each answered byte for byte as one server would have",
-        client.requests
-    ));
+    tell.line(&format!("{} requests, each answered byte for byte as one server would have", client.requests));
     tell.line(&format!(
         "{} acknowledged writes, {} of them missing in {}",
         client.acknowledged_writes, client.lost_writes, ovm.name
@@ -141,9 +127,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             fault_to_detection_us: observed.suspected_us.saturating_sub(observed.fault_us),
             detection_to_cutover_us: observed.cut_over_us.saturating_sub(observed.suspected_us),
             fault_to_first_byte_us: first_byte_us.saturating_sub(observed.fault_us),
-            fault_to_fenced_us: observed
-                .fenced_us
-                .map(|at| at.saturating_sub(observed.fault_us)),
+            fault_to_fenced_us: observed.fenced_us.map(|at| at.saturating_sub(observed.fault_us)),
             fault_to_recuperated_us: observed.recuperated_us.saturating_sub(observed.fault_us),
             conversations: observed.conversations,
             recuperated: observed.recuperated,
@@ -186,37 +170,14 @@ fn fail_over(stage: &Stage, fault: Fault, tell: &Story) -> Result<(Outcome, Obse
 
 /// Brings the deposed domain back as a replica, and freezes it while clients write.
 fn evict(stage: &Stage, fault: Fault, ovm: &str, tell: &Story) -> Result<Eviction> {
-    match fault {
-        Fault::Freeze | Fault::Spin | Fault::Hang => stage.lab.thaw("guest-1")?,
-        Fault::Kill => {
-            // Its fence paused it.
-            stage.lab.thaw("guest-1")?;
-            stage.lab.restart_service("guest-1", Service::Redis)?;
-        }
-        Fault::Destroy | Fault::Crash | Fault::Poweroff => {
-            let gone = |lab: &Lab| lab.domain("guest-1").is_err();
-            let deadline = Instant::now() + Duration::from_secs(10);
-            while !gone(&stage.lab) && Instant::now() < deadline {
-                sleep(Duration::from_millis(20));
-            }
-            stage.lab.create("guest-1")?;
-        }
-        Fault::Reboot => {}
-    }
+    repair(&stage.lab, fault, "guest-1")?;
     stage.lab.copy_state(ovm, "guest-1")?;
     stage.until("guest-1 known", Duration::from_secs(10), |status| {
         let service = &status.services[0];
-        let attached = service
-            .servers
-            .iter()
-            .filter_map(|server| server.domain.as_ref());
-        attached
-            .chain(service.known.iter().map(|known| &known.domain))
-            .any(|domain| domain.name == "guest-1")
+        let attached = service.servers.iter().filter_map(|server| server.domain.as_ref());
+        attached.chain(service.known.iter().map(|known| &known.domain)).any(|domain| domain.name == "guest-1")
     })?;
-    stage
-        .operator
-        .order(&["attach", "redis", "guest-1", "--assume-identical"])?;
+    stage.operator.order(&["attach", "redis", "guest-1", "--assume-identical"])?;
     tell.line("guest-1 is a replica that can be promoted again");
 
     let mut plan = Plan::new(stage.psc(Service::Redis)?, "evict");
@@ -227,9 +188,7 @@ fn evict(stage: &Stage, fault: Fault, ovm: &str, tell: &Story) -> Result<Evictio
     load.wait_answers(1_000, Duration::from_secs(20))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     let from_us = at.monotonic_ns / 1_000;
-    stage
-        .events
-        .wait("evicted", "redis", from_us, Duration::from_secs(10))?;
+    stage.events.wait("evicted", "redis", from_us, Duration::from_secs(10))?;
     load.wait_answers(1_000, Duration::from_secs(20))?;
     let outcome = load.finish()?;
     let verdict = stage.verify(&stage.ovm(Service::Redis)?, &outcome)?;
@@ -237,9 +196,10 @@ fn evict(stage: &Stage, fault: Fault, ovm: &str, tell: &Story) -> Result<Evictio
         tell.line(error);
     }
     let service = stage.operator.service("redis")?;
-    let took_ns = service.plane_counters.get("eviction_last_ns").context(
-        "dom0d does not tell how long the eviction took (plane counter eviction_last_ns)",
-    )?;
+    let took_ns = service
+        .plane_counters
+        .get("eviction_last_ns")
+        .context("dom0d does not tell how long the eviction took (plane counter eviction_last_ns)")?;
     Ok(Eviction {
         packet_path_us: *took_ns as f64 / 1_000.0,
         client_errors: outcome.troubles() + verdict.lost_writes,
@@ -248,10 +208,7 @@ fn evict(stage: &Stage, fault: Fault, ovm: &str, tell: &Story) -> Result<Evictio
 
 fn table(series: &[Series]) -> Result<Vec<Rtt>> {
     let us = |ns: u64| ns as f64 / 1_000.0;
-    let plain = series
-        .iter()
-        .find(|s| s.replicas.is_none())
-        .context("the plain path was not measured")?;
+    let plain = series.iter().find(|s| s.replicas.is_none()).context("the plain path was not measured")?;
     let plain_p50 = us(plain.transactions.value_at_quantile(0.5));
     Ok(series
         .iter()
@@ -271,9 +228,7 @@ fn table(series: &[Series]) -> Result<Vec<Rtt>> {
 
 fn print_table(rtt: &[Rtt]) {
     println!();
-    println!(
-        "  replicas    p50        p99        against plain p50   against 0 replicas   paper (Table II)"
-    );
+    println!("  replicas    p50        p99        against plain p50   against 0 replicas   paper (Table II)");
     let none = rtt.first().map_or(f64::NAN, |row| row.p50_us);
     if let Some(row) = rtt.first() {
         println!("  plain    {:>7.1} us", row.plain_p50_us);
@@ -299,21 +254,12 @@ fn print_table(rtt: &[Rtt]) {
 fn print_timeline(observed: &Observed, first_byte_us: u64) {
     let mut moments = vec![
         (observed.fault_us, "fault".to_owned()),
-        (
-            observed.suspected_us,
-            format!("suspected: {}", observed.detected_by),
-        ),
-        (
-            observed.cut_over_us,
-            format!("cut over to {}, epoch {}", observed.to, observed.epoch),
-        ),
+        (observed.suspected_us, format!("suspected: {}", observed.detected_by)),
+        (observed.cut_over_us, format!("cut over to {}, epoch {}", observed.to, observed.epoch)),
         (first_byte_us, "first byte to a client".to_owned()),
         (
             observed.recuperated_us,
-            format!(
-                "recuperated: {} conversations, {} reset",
-                observed.recuperated, observed.reset
-            ),
+            format!("recuperated: {} conversations, {} reset", observed.recuperated, observed.reset),
         ),
     ];
     if let Some(fenced_us) = observed.fenced_us {
@@ -335,33 +281,17 @@ fn conclude(report: &Report, wrong: bool, tell: &Story) -> Result<ExitCode> {
         (client.reconnects > 0, "connections were opened again"),
         (client.errors > 0, "clients saw errors"),
         (client.lost_writes > 0, "acknowledged writes were lost"),
-        (
-            wrong,
-            "the promoted server holds something else than was acknowledged",
-        ),
+        (wrong, "the promoted server holds something else than was acknowledged"),
         (failover.reset > 0, "conversations were reset"),
-        (
-            failover.recuperated != failover.conversations,
-            "not every conversation recuperated",
-        ),
+        (failover.recuperated != failover.conversations, "not every conversation recuperated"),
         (
             failover.conversations < client.connections as u64,
             "not every connection was a protected conversation",
         ),
-        (
-            report.eviction.client_errors > 0,
-            "clients noticed the eviction",
-        ),
+        (report.eviction.client_errors > 0, "clients noticed the eviction"),
     ];
-    let broken: Vec<_> = broken
-        .iter()
-        .filter(|(is, _)| *is)
-        .map(|(_, what)| *what)
-        .collect();
-    tell.heading(&format!(
-        "Done in {:.0} s",
-        tell.begun.elapsed().as_secs_f64()
-    ));
+    let broken: Vec<_> = broken.iter().filter(|(is, _)| *is).map(|(_, what)| *what).collect();
+    tell.heading(&format!("Done in {:.0} s", tell.begun.elapsed().as_secs_f64()));
     if broken.is_empty() {
         tell.line("No connection broke, nothing acknowledged was lost, every answer was right.");
         return Ok(ExitCode::SUCCESS);
@@ -383,9 +313,7 @@ struct Story {
 
 impl Story {
     fn begin() -> Self {
-        Self {
-            begun: Instant::now(),
-        }
+        Self { begun: Instant::now() }
     }
 
     fn heading(&self, text: &str) {

@@ -29,6 +29,8 @@ enum Verb {
     Demo(demo::Options),
     /// Play the scenarios that must pass
     Test(scenarios::Options),
+    /// Measure cost and speed against a plain bridge
+    Bench(bench::Options),
     /// One scenario, in this process
     #[command(hide = true)]
     Play { name: String },
@@ -39,6 +41,7 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match CommandLine::parse().verb {
         Verb::Demo(options) => supervise::supervised(demo::LIMIT, || demo::run(&options)),
+        Verb::Bench(options) => supervise::supervised(bench::LIMIT, || bench::run(&options)),
         Verb::Test(options) => scenarios::run(&options),
         Verb::Play { name } => scenarios::play_one(&name).map(|()| ExitCode::SUCCESS),
         Verb::ByHand(verb) => verb.run(),

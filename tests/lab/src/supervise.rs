@@ -81,8 +81,7 @@ impl Task<'_> {
             // Ctrl-C reaches this process only, which then ends the other one in order.
             .process_group(0);
         if let Some(path) = &self.output {
-            let file =
-                File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+            let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
             command.stderr(file.try_clone()?).stdout(file);
         }
         if let Some(path) = &self.logs {
@@ -129,10 +128,7 @@ const SUPERVISED: &str = "UNDERSTUDY_LAB_SUPERVISED";
 
 /// Runs `work` supervised: this process starts itself again with the same command line and looks
 /// after the other one, which does the work and prints to the same terminal.
-pub(crate) fn supervised(
-    limit: Duration,
-    work: impl FnOnce() -> Result<ExitCode>,
-) -> Result<ExitCode> {
+pub(crate) fn supervised(limit: Duration, work: impl FnOnce() -> Result<ExitCode>) -> Result<ExitCode> {
     if std::env::var_os(SUPERVISED).is_some() {
         settle()?;
         return work();
@@ -145,13 +141,7 @@ pub(crate) fn supervised(
 pub(crate) fn verb(words: &[&str], limit: Duration) -> Result<ExitCode> {
     let interrupts = Interrupts::take()?;
     let lab = instance_name()?;
-    let task = Task {
-        words,
-        lab: &lab,
-        limit,
-        output: None,
-        logs: None,
-    };
+    let task = Task { words, lab: &lab, limit, output: None, logs: None };
     Ok(match task.run(&interrupts)? {
         Ending::Passed => ExitCode::SUCCESS,
         Ending::Failed => ExitCode::FAILURE,

@@ -1,4 +1,129 @@
 //! `cargo lab bench`: what Understudy costs and how quickly it acts, against a plain bridge in the
 //! same run.
 
+mod crowd;
+mod eviction;
+mod failover;
+mod machine;
 pub(crate) mod rtt;
+mod summary;
+mod throughput;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::host::{Lab, LabConfig, Service, instance_name};
+use crate::stage::pinning::{Pinning, release_host};
+
+/// How `cargo lab bench` is called.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Write the report to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Far fewer samples: to see that everything works, not for numbers
+    #[arg(long)]
+    quick: bool,
+    /// Measure only these parts
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+}
+
+/// What can be measured by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
+    Rtt,
+    Throughput,
+    Failover,
+    Eviction,
+    Crowd,
+}
+
+/// More than a whole run takes.
+pub(crate) const LIMIT: Duration = Duration::from_secs(3_600);
+
+/// Everything measured; a part that was not asked for is empty.
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    machine: machine::Machine,
+    pinning: String,
+    quick: bool,
+    rtt: Vec<summary::Rtt>,
+    throughput: Vec<throughput::Row>,
+    failover: Vec<failover::Row>,
+    eviction: Vec<eviction::Row>,
+    memory: Vec<crowd::Memory>,
+    conversations: Vec<crowd::Cost>,
+    took_s: f64,
+}
+
+/// Measures what was asked for, prints tables and writes the report.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let begun = Instant::now();
+    let wanted = |part| options.only.is_empty() || options.only.contains(&part);
+    let pinning = Pinning::choose();
+    let mut report = Report {
+        machine: machine::Machine::read(),
+        pinning: pinning.describe(),
+        quick: options.quick,
+        ..Report::default()
+    };
+    println!("{}", report.machine);
+    println!("pinned while something is measured: {}", report.pinning);
+
+    let plan = LabConfig {
+        replicas: 3,
+        services: vec![Service::Redis, Service::Http],
+        ..LabConfig::new(instance_name()?)
+    };
+    let lab = Lab::up(plan, &|line| println!("  {line}"))?;
+
+    if wanted(Part::Rtt) {
+        println!("\nRound trips, 64-byte PING and transaction, against the plain bridge");
+        let effort = rtt::Effort {
+            replicas: 3,
+            rounds: if options.quick { 1 } else { 6 },
+            samples: if options.quick { 200 } else { 500 },
+        };
+        let series = rtt::measure(&lab, pinning, effort, |_, _| {})?;
+        report.rtt = summary::rtt(&series)?;
+        summary::print_rtt(&report.rtt);
+    }
+    if wanted(Part::Throughput) {
+        println!("\nThroughput of one 300 MB transfer, against the plain bridge");
+        let rounds = if options.quick { 1 } else { 3 };
+        report.throughput = throughput::measure(&lab, pinning, rounds)?;
+        throughput::print(&report.throughput);
+    }
+    for domain in lab.domains()? {
+        release_host(&domain.host)?;
+    }
+    if wanted(Part::Eviction) {
+        println!("\nEviction of an RVM, time on the packet path (the paper: 3.526 us)");
+        report.eviction = eviction::measure(&lab, if options.quick { 5 } else { 30 })?;
+        eviction::print(&report.eviction);
+    }
+    if wanted(Part::Crowd) {
+        println!("\nCost against the number of conversations, 3 replicas");
+        let (memory, cost) = crowd::measure(&lab, pinning, options.quick)?;
+        (report.memory, report.conversations) = (memory, cost);
+        crowd::print(&report.memory, &report.conversations);
+    }
+    if wanted(Part::Failover) {
+        println!("\nFailover from the fault itself (the paper's Table IV: about 5 ms, detection excluded)");
+        report.failover = failover::measure(&lab, if options.quick { 3 } else { 30 })?;
+        failover::print(&report.failover);
+    }
+    lab.down()?;
+    report.took_s = begun.elapsed().as_secs_f64();
+    if let Some(path) = &options.json {
+        std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    println!("\nmeasured in {:.0} s", report.took_s);
+    Ok(ExitCode::SUCCESS)
+}

@@ -50,11 +50,7 @@ pub(crate) fn measure(
     }
     let mut all = Vec::new();
     for replicas in std::iter::once(None).chain((0..=effort.replicas).map(Some)) {
-        all.push(Series {
-            replicas,
-            pings: histogram()?,
-            transactions: histogram()?,
-        });
+        all.push(Series { replicas, pings: histogram()?, transactions: histogram()? });
     }
     for round in 0..effort.rounds {
         for series in &mut all {

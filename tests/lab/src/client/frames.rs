@@ -141,11 +141,7 @@ pub(crate) fn parse(frame: &[u8]) -> Option<Seen> {
             }
             let from: [u8; 16] = ip.get(8..24)?.try_into().ok()?;
             let to: [u8; 16] = ip.get(24..40)?.try_into().ok()?;
-            (
-                IpAddr::from(from),
-                IpAddr::from(to),
-                ip.get(40..40 + length)?,
-            )
+            (IpAddr::from(from), IpAddr::from(to), ip.get(40..40 + length)?)
         }
         _ => return None,
     };

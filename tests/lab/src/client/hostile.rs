@@ -116,9 +116,7 @@ fn broken(seen: &Seen, n: usize, random: &mut Random) -> Vec<u8> {
         7 => {
             // RST that is not at RCV.NXT (RFC 5961 section 3.2): a challenge at most.
             segment.flags = RST;
-            segment.sequence = segment
-                .sequence
-                .wrapping_add(1_000 + random.below(10_000) as u32);
+            segment.sequence = segment.sequence.wrapping_add(1_000 + random.below(10_000) as u32);
             segment.payload.clear();
             build(&segment)
         }

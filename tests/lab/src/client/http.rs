@@ -73,9 +73,7 @@ impl Running {
 /// Starts `GET path` over a connection of its own.
 pub(crate) fn download(place: &Place, target: SocketAddr, path: &str) -> Result<Running> {
     let path = path.to_owned();
-    start(place, move |progress| {
-        get(&mut connect(target)?, &path, progress)
-    })
+    start(place, move |progress| get(&mut connect(target)?, &path, progress))
 }
 
 /// Starts `GET path` on a connection that is open already.
@@ -93,9 +91,7 @@ pub(crate) fn upload(
     seed: u64,
 ) -> Result<Running> {
     let path = path.to_owned();
-    start(place, move |progress| {
-        put(&mut connect(target)?, &path, bytes, seed, progress)
-    })
+    start(place, move |progress| put(&mut connect(target)?, &path, bytes, seed, progress))
 }
 
 /// Starts `PUT path` on a connection that is open already.
@@ -107,9 +103,7 @@ pub(crate) fn upload_on(
     seed: u64,
 ) -> Result<Running> {
     let path = path.to_owned();
-    start(place, move |progress| {
-        put(&mut stream, &path, bytes, seed, progress)
-    })
+    start(place, move |progress| put(&mut stream, &path, bytes, seed, progress))
 }
 
 fn start<F>(place: &Place, work: F) -> Result<Running>
@@ -136,11 +130,7 @@ fn get(stream: &mut TcpStream, path: &str, progress: &AtomicU64) -> Result<Trans
     write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\n\r\n")?;
     let mut reader = BufReader::with_capacity(CHUNK, stream);
     let head = Head::read(&mut reader)?;
-    ensure!(
-        head.status == 200,
-        "GET {path} was answered with {}",
-        head.status
-    );
+    ensure!(head.status == 200, "GET {path} was answered with {}", head.status);
 
     let mut gaps = Gaps::begin();
     let mut sha = Sha256::new();
@@ -148,17 +138,11 @@ fn get(stream: &mut TcpStream, path: &str, progress: &AtomicU64) -> Result<Trans
     let bytes = left;
     let mut buffer = vec![0; CHUNK];
     while left > 0 {
-        let want = buffer
-            .len()
-            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        let want = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let n = reader
             .read(&mut buffer[..want])
             .with_context(|| format!("after {} of {bytes} bytes", bytes - left))?;
-        ensure!(
-            n > 0,
-            "the server closed after {} of {bytes} bytes",
-            bytes - left
-        );
+        ensure!(n > 0, "the server closed after {} of {bytes} bytes", bytes - left);
         gaps.note();
         sha.update(&buffer[..n]);
         left -= n as u64;
@@ -167,43 +151,26 @@ fn get(stream: &mut TcpStream, path: &str, progress: &AtomicU64) -> Result<Trans
     Ok(gaps.conclude(sha, bytes, local))
 }
 
-fn put(
-    stream: &mut TcpStream,
-    path: &str,
-    bytes: u64,
-    seed: u64,
-    progress: &AtomicU64,
-) -> Result<Transfer> {
+fn put(stream: &mut TcpStream, path: &str, bytes: u64, seed: u64, progress: &AtomicU64) -> Result<Transfer> {
     let local = stream.local_addr()?;
-    write!(
-        stream,
-        "PUT {path} HTTP/1.1\r\nHost: lab\r\nContent-Length: {bytes}\r\n\r\n"
-    )?;
+    write!(stream, "PUT {path} HTTP/1.1\r\nHost: lab\r\nContent-Length: {bytes}\r\n\r\n")?;
     let mut random = Random::new(seed);
     let mut gaps = Gaps::begin();
     let mut sha = Sha256::new();
     let mut buffer = vec![0; CHUNK];
     let mut sent = 0;
     while sent < bytes {
-        let n = buffer
-            .len()
-            .min(usize::try_from(bytes - sent).unwrap_or(usize::MAX));
+        let n = buffer.len().min(usize::try_from(bytes - sent).unwrap_or(usize::MAX));
         random.fill(&mut buffer[..n]);
         sha.update(&buffer[..n]);
-        stream
-            .write_all(&buffer[..n])
-            .with_context(|| format!("after {sent} of {bytes} bytes"))?;
+        stream.write_all(&buffer[..n]).with_context(|| format!("after {sent} of {bytes} bytes"))?;
         gaps.note();
         sent += n as u64;
         progress.store(sent, Ordering::Relaxed);
     }
     let head = Head::read(&mut BufReader::new(&mut *stream)).context("no answer to the upload")?;
     gaps.note();
-    ensure!(
-        matches!(head.status, 201 | 204),
-        "PUT {path} was answered with {}",
-        head.status
-    );
+    ensure!(matches!(head.status, 201 | 204), "PUT {path} was answered with {}", head.status);
     Ok(gaps.conclude(sha, bytes, local))
 }
 
@@ -214,9 +181,7 @@ pub(crate) fn upload_sha256(bytes: u64, seed: u64) -> String {
     let mut buffer = vec![0; CHUNK];
     let mut left = bytes;
     while left > 0 {
-        let n = buffer
-            .len()
-            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        let n = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         random.fill(&mut buffer[..n]);
         sha.update(&buffer[..n]);
         left -= n as u64;
@@ -226,8 +191,7 @@ pub(crate) fn upload_sha256(bytes: u64, seed: u64) -> String {
 
 /// SHA-256 of a file, in hexadecimal.
 pub(crate) fn file_sha256(path: &std::path::Path) -> Result<String> {
-    let mut file =
-        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut sha = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -246,11 +210,7 @@ pub(crate) fn hex(sha: Sha256) -> String {
 pub(crate) fn head(stream: &mut TcpStream, path: &str) -> Result<()> {
     write!(stream, "HEAD {path} HTTP/1.1\r\nHost: lab\r\n\r\n")?;
     let head = Head::read(&mut BufReader::new(stream))?;
-    ensure!(
-        head.status == 200,
-        "HEAD {path} was answered with {}",
-        head.status
-    );
+    ensure!(head.status == 200, "HEAD {path} was answered with {}", head.status);
     Ok(())
 }
 
@@ -286,10 +246,7 @@ impl Head {
                 }
             }
         }
-        Ok(Self {
-            status: status.context("no status line")?,
-            length,
-        })
+        Ok(Self { status: status.context("no status line")?, length })
     }
 }
 
@@ -303,12 +260,7 @@ struct Gaps {
 impl Gaps {
     fn begin() -> Self {
         let now = now_ns();
-        Self {
-            begun_ns: now,
-            last_ns: now,
-            longest_ns: 0,
-            longest_at: now,
-        }
+        Self { begun_ns: now, last_ns: now, longest_ns: 0, longest_at: now }
     }
 
     fn note(&mut self) {

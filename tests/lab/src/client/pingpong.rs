@@ -28,12 +28,7 @@ impl PingPong {
             .with_context(|| format!("cannot connect to Redis at {target}"))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        Ok(Self {
-            stream,
-            script: Script::new(7),
-            model: Model::default(),
-            prefix: prefix.to_owned(),
-        })
+        Ok(Self { stream, script: Script::new(7), model: Model::default(), prefix: prefix.to_owned() })
     }
 
     /// Times `rounds` round trips of a 64-byte `PING` into `histogram`, in nanoseconds.
@@ -42,11 +37,7 @@ impl PingPong {
         let text = "p".repeat(PING_BYTES - 21);
         let request = format!("*2\r\n$4\r\nPING\r\n${}\r\n{text}\r\n", text.len());
         let answer = format!("${}\r\n{text}\r\n", text.len());
-        ensure!(
-            request.len() == PING_BYTES,
-            "the PING has {} bytes",
-            request.len()
-        );
+        ensure!(request.len() == PING_BYTES, "the PING has {} bytes", request.len());
         for _ in 0..rounds {
             self.round(request.as_bytes(), answer.as_bytes(), histogram)?;
         }
@@ -54,11 +45,7 @@ impl PingPong {
     }
 
     /// Times `rounds` transactions (insert, change, delete) into `histogram`, in nanoseconds.
-    pub(crate) fn transactions(
-        &mut self,
-        rounds: usize,
-        histogram: &mut Histogram<u64>,
-    ) -> Result<()> {
+    pub(crate) fn transactions(&mut self, rounds: usize, histogram: &mut Histogram<u64>) -> Result<()> {
         for _ in 0..rounds {
             let op = self.script.next();
             let (mut request, mut answer) = (Vec::new(), Vec::new());

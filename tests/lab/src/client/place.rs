@@ -18,18 +18,12 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(netns: impl Into<String>) -> Self {
-        Self {
-            netns: netns.into(),
-            cpu: None,
-        }
+        Self { netns: netns.into(), cpu: None }
     }
 
     /// The same namespace, pinned to `cpu`.
     pub(crate) fn pinned(&self, cpu: Option<usize>) -> Self {
-        Self {
-            netns: self.netns.clone(),
-            cpu,
-        }
+        Self { netns: self.netns.clone(), cpu }
     }
 
     /// Runs `work` on a thread of its own that entered the namespace first. Threads that it starts

@@ -28,9 +28,7 @@ impl Session {
             .with_context(|| format!("cannot connect to PostgreSQL at {target}"))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let mut session = Self {
-            stream: BufReader::with_capacity(64 << 10, stream),
-        };
+        let mut session = Self { stream: BufReader::with_capacity(64 << 10, stream) };
         let mut body = 196_608_i32.to_be_bytes().to_vec();
         body.extend_from_slice(b"user\0postgres\0database\0postgres\0\0");
         let mut message = (body.len() as i32 + 4).to_be_bytes().to_vec();
@@ -99,9 +97,7 @@ impl Session {
         let mut sha = Sha256::new();
         let mut rows = 0;
         loop {
-            let (kind, body) = self
-                .message()
-                .with_context(|| format!("after {rows} rows"))?;
+            let (kind, body) = self.message().with_context(|| format!("after {rows} rows"))?;
             ensure!(kind != b'E', "PostgreSQL: {}", error_text(&body));
             sha.update([kind]);
             sha.update(&body);
@@ -122,16 +118,11 @@ impl Session {
 
     fn message(&mut self) -> Result<(u8, Vec<u8>)> {
         let mut head = [0; 5];
-        self.stream
-            .read_exact(&mut head)
-            .context("PostgreSQL did not go on")?;
+        self.stream.read_exact(&mut head).context("PostgreSQL did not go on")?;
         let [kind, a, b, c, d] = head;
         let length = i32::from_be_bytes([a, b, c, d]);
         let length = usize::try_from(length - 4).context("a message of negative length")?;
-        ensure!(
-            length <= MESSAGE_LIMIT,
-            "a message of {length} bytes: the stream is out of step"
-        );
+        ensure!(length <= MESSAGE_LIMIT, "a message of {length} bytes: the stream is out of step");
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body)?;
         Ok((kind, body))

@@ -26,9 +26,7 @@ pub(crate) struct Wire {
 impl Wire {
     pub(crate) fn open(interface: &str) -> Result<Self> {
         let link = link_address(interface)?;
-        let mac = link
-            .addr()
-            .with_context(|| format!("{interface} has no Ethernet address"))?;
+        let mac = link.addr().with_context(|| format!("{interface} has no Ethernet address"))?;
         let socket = socket(
             AddressFamily::Packet,
             SockType::Raw,
@@ -42,10 +40,8 @@ impl Wire {
 
     /// Opens the namespace's only interface besides loopback.
     pub(crate) fn open_only() -> Result<Self> {
-        let mut names: Vec<_> = getifaddrs()?
-            .map(|entry| entry.interface_name)
-            .filter(|name| name != "lo")
-            .collect();
+        let mut names: Vec<_> =
+            getifaddrs()?.map(|entry| entry.interface_name).filter(|name| name != "lo").collect();
         names.sort();
         names.dedup();
         match names.as_slice() {
@@ -89,8 +85,7 @@ impl Wire {
                     let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
                     let wait = PollTimeout::try_from(left.min(Duration::from_millis(100)))
                         .unwrap_or(PollTimeout::ZERO);
-                    poll(&mut fds, wait)
-                        .or_else(|e| if e == Errno::EINTR { Ok(0) } else { Err(e) })?;
+                    poll(&mut fds, wait).or_else(|e| if e == Errno::EINTR { Ok(0) } else { Err(e) })?;
                 }
                 Err(error) => return Err(error).context("cannot receive frames"),
             }
@@ -107,13 +102,7 @@ impl Wire {
         from_local: bool,
         limit: Duration,
     ) -> Result<Option<Seen>> {
-        self.next(limit, |seen| {
-            if from_local {
-                seen.from == local
-            } else {
-                seen.to == local
-            }
-        })
+        self.next(limit, |seen| if from_local { seen.from == local } else { seen.to == local })
     }
 }
 

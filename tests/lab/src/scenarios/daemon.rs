@@ -45,17 +45,11 @@ fn traces(lab: &Lab) -> Result<String> {
 
 /// After SIGTERM there is no rule, address or interface more than before the start.
 fn clean_shutdown(lab: &str) -> Result<()> {
-    let lab = Lab::up(
-        Stage::plan(lab, 2, &[Service::Redis, Service::Http]),
-        &|line| println!("  {line}"),
-    )?;
+    let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis, Service::Http]), &|line| println!("  {line}"))?;
     let before = traces(&lab)?;
     let config = lab.default_config();
     let mut stage = Stage::take(lab, &config)?;
-    ensure!(
-        traces(&stage.lab)? != before,
-        "a running dom0d leaves no trace: this check sees nothing"
-    );
+    ensure!(traces(&stage.lab)? != before, "a running dom0d leaves no trace: this check sees nothing");
     let load = Plan::new(stage.psc(Service::Redis)?, "clean").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
@@ -63,10 +57,7 @@ fn clean_shutdown(lab: &str) -> Result<()> {
     load.finish()?;
     stage.dom0d.take().context("no dom0d")?.stop()?;
     let after = traces(&stage.lab)?;
-    ensure!(
-        after == before,
-        "before:\n{before}\nafter the shutdown:\n{after}"
-    );
+    ensure!(after == before, "before:\n{before}\nafter the shutdown:\n{after}");
     Ok(())
 }
 
@@ -95,26 +86,16 @@ fn killed(lab: &str) -> Result<()> {
     // Connections that the first daemon knew and the second does not are its affair to let flow or
     // to reset; they may not answer wrong.
     let outcome = load.finish()?;
-    ensure!(
-        outcome.wrong_answers == 0,
-        "wrong answers: {:#?}",
-        outcome.errors
-    );
+    ensure!(outcome.wrong_answers == 0, "wrong answers: {:#?}", outcome.errors);
     println!(
         "  of {} connections that outlived dom0d, {} were reset or closed, {} got no answer",
         outcome.ledgers.len(),
         outcome.resets + outcome.closed,
         outcome.unanswered
     );
-    stage
-        .client()
-        .run(move || Session::connect(target)?.ask(&["PING"]))?;
+    stage.client().run(move || Session::connect(target)?.ask(&["PING"]))?;
     stage.dom0d.take().context("no dom0d")?.stop()?;
-    ensure!(
-        traces(&stage.lab)? == before,
-        "the successor left something behind: {}",
-        traces(&stage.lab)?
-    );
+    ensure!(traces(&stage.lab)? == before, "the successor left something behind: {}", traces(&stage.lab)?);
     // With nothing open, everything is as at the first start.
     let Stage { lab, .. } = stage;
     let stage = Stage::take(lab, &config)?;
@@ -134,18 +115,11 @@ fn second(lab: &str) -> Result<()> {
     let load = Plan::new(stage.psc(Service::Redis)?, "twin").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
     let before = traces(&stage.lab)?;
-    let error = stage
-        .lab
-        .start_dom0d(&stage.lab.default_config())
-        .err()
-        .context("a second dom0d started")?;
+    let error = stage.lab.start_dom0d(&stage.lab.default_config()).err().context("a second dom0d started")?;
     let said = format!("{error:#}");
     explains("the second dom0d", &said, &["running"])?;
     println!("  {said}");
-    ensure!(
-        traces(&stage.lab)? == before,
-        "the second dom0d changed dom0"
-    );
+    ensure!(traces(&stage.lab)? == before, "the second dom0d changed dom0");
     load.wait_answers(300, Duration::from_secs(20))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
@@ -173,10 +147,7 @@ fn xenstored(lab: &str) -> Result<()> {
     stage.lab.create("guest-1")?;
     stage.until("guest-1 seen again", Duration::from_secs(15), |status| {
         let service = &status.services[0];
-        service
-            .servers
-            .iter()
-            .any(|s| s.domain.as_ref().is_some_and(|d| d.name == "guest-1"))
+        service.servers.iter().any(|s| s.domain.as_ref().is_some_and(|d| d.name == "guest-1"))
             || service.known.iter().any(|k| k.domain.name == "guest-1")
     })?;
     ensure!(
@@ -194,17 +165,11 @@ fn announced_pause(lab: &str) -> Result<()> {
     load.wait_answers(300, Duration::from_secs(20))?;
     stage.operator.order(&["pause", "redis", "guest-1"])?;
     std::thread::sleep(Duration::from_secs(1));
-    ensure!(
-        stage.events.since("cut_over", "redis", 0).is_empty(),
-        "an announced pause caused a failover"
-    );
+    ensure!(stage.events.since("cut_over", "redis", 0).is_empty(), "an announced pause caused a failover");
     stage.operator.order(&["resume", "redis", "guest-1"])?;
     load.wait_answers(300, Duration::from_secs(20))?;
     let outcome = load.finish()?;
-    ensure!(
-        stage.ovm(Service::Redis)?.name == "guest-1",
-        "guest-1 was deposed"
-    );
+    ensure!(stage.ovm(Service::Redis)?.name == "guest-1", "guest-1 was deposed");
     stage.expect_unharmed(&outcome)
 }
 
@@ -212,9 +177,7 @@ fn announced_pause(lab: &str) -> Result<()> {
 fn comes_later(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     stage.lab.fault(Fault::Destroy, "guest-2")?;
-    stage.until("guest-2 gone", Duration::from_secs(10), |status| {
-        status.services[0].servers.len() == 1
-    })?;
+    stage.until("guest-2 gone", Duration::from_secs(10), |status| status.services[0].servers.len() == 1)?;
     let load = Plan::new(stage.psc(Service::Redis)?, "later").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
     let first = load.finish()?;
@@ -228,9 +191,7 @@ fn comes_later(lab: &str) -> Result<()> {
         "an empty domain counts as a replica of a service that has data"
     );
     stage.lab.copy_state("guest-1", "guest-2")?;
-    stage
-        .operator
-        .order(&["attach", "redis", "guest-2", "--assume-identical"])?;
+    stage.operator.order(&["attach", "redis", "guest-2", "--assume-identical"])?;
     let load = Plan::new(stage.psc(Service::Redis)?, "again").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;

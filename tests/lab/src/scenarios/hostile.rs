@@ -40,15 +40,12 @@ fn garbage(lab: &str, ipv6: bool) -> Result<()> {
         // What was captured so far is old; the newest request is the template.
         session.ask(&["INCR", "honest"])?;
         let mut template = None;
-        while let Some(seen) = wire.next(Duration::from_millis(200), |seen| {
-            seen.from == local && seen.flags & PSH != 0
-        })? {
+        while let Some(seen) =
+            wire.next(Duration::from_millis(200), |seen| seen.from == local && seen.flags & PSH != 0)?
+        {
             template = Some(seen);
         }
-        Ok((
-            session,
-            template.context("no request was seen on the client's link")?,
-        ))
+        Ok((session, template.context("no request was seen on the client's link")?))
     })?;
     let load = Plan::new(target, "honest").start(&stage.client())?;
     stage.client().run(move || {
@@ -118,9 +115,7 @@ fn flood(lab: &str) -> Result<()> {
 /// unprotected; the first 16 survive a promotion that an operator then forces.
 fn full_table(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 1, &[Service::Redis]);
-    let stage = Stage::up_with(plan, |config| {
-        format!("{config}\n[service.limits]\nconversations = 16\n")
-    })?;
+    let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nconversations = 16\n"))?;
     let target = stage.psc(Service::Redis)?;
     let open = |prefix: &str, connections: usize| {
         let mut plan = Plan::new(target, prefix);
@@ -134,30 +129,16 @@ fn full_table(lab: &str) -> Result<()> {
     late.wait_answers(200, Duration::from_secs(20))?;
     first.wait_answers(200, Duration::from_secs(20))?;
     let service = stage.operator.service("redis")?;
-    ensure!(
-        service.conversations <= 16,
-        "{} conversations are in a table of 16",
-        service.conversations
-    );
+    ensure!(service.conversations <= 16, "{} conversations are in a table of 16", service.conversations);
     let told = stage.events.since("unprotected", "redis", 0);
     ensure!(
-        !told.is_empty()
-            || service
-                .counters
-                .iter()
-                .any(|(name, n)| name == "conversations" && *n > 0),
+        !told.is_empty() || service.counters.iter().any(|(name, n)| name == "conversations" && *n > 0),
         "nothing tells that conversations flow unprotected: {:?}",
         service.counters
     );
     let late = late.finish()?;
-    ensure!(
-        late.troubles() == 0,
-        "latecomers were hurt: {:#?}",
-        late.errors
-    );
-    stage
-        .operator
-        .order(&["failover", "redis", "--to", "guest-2", "--force"])?;
+    ensure!(late.troubles() == 0, "latecomers were hurt: {:#?}", late.errors);
+    stage.operator.order(&["failover", "redis", "--to", "guest-2", "--force"])?;
     first.wait_answers(200, Duration::from_secs(20))?;
     let outcome = first.finish()?;
     stage.expect_unharmed(&outcome)

@@ -28,10 +28,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 })
                 .within(long),
             );
-            for (direction, name) in [
-                (Direction::Download, "download"),
-                (Direction::Upload, "upload"),
-            ] {
+            for (direction, name) in [(Direction::Download, "download"), (Direction::Upload, "upload")] {
                 all.push(
                     Scenario::new(format!("links/{side}/{kind}/{name}"), move |lab| {
                         transfer(lab, side, impairment(kind), direction)
@@ -46,11 +43,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 fn impairment(kind: &str) -> Link {
     let part = |this: &str| {
-        if kind == this || kind == "all" {
-            0.01
-        } else {
-            0.0
-        }
+        if kind == this || kind == "all" { 0.01 } else { 0.0 }
     };
     Link {
         loss: part("loss"),
@@ -79,10 +72,7 @@ fn pipeline(lab: &str, side: &str, link: Link) -> Result<()> {
 }
 
 fn transfer(lab: &str, side: &str, link: Link, direction: Direction) -> Result<()> {
-    let plan = LabConfig {
-        large_file_bytes: BYTES,
-        ..Stage::plan(lab, 1, &[Service::Http])
-    };
+    let plan = LabConfig { large_file_bytes: BYTES, ..Stage::plan(lab, 1, &[Service::Http]) };
     let stage = Stage::up_with(plan, |config| config)?;
     stage.lab.link(side, link)?;
     let large = Large::begin(&stage, direction, false)?;

@@ -11,14 +11,8 @@ use crate::host::{Fault, Service};
 use crate::stage::Stage;
 use crate::stage::failover::Failover;
 
-const FAULTS: [Fault; 6] = [
-    Fault::Freeze,
-    Fault::Crash,
-    Fault::Destroy,
-    Fault::Hang,
-    Fault::Kill,
-    Fault::Spin,
-];
+const FAULTS: [Fault; 6] =
+    [Fault::Freeze, Fault::Crash, Fault::Destroy, Fault::Hang, Fault::Kill, Fault::Spin];
 
 /// What the clients are doing when the fault strikes.
 #[derive(Clone, Copy, Debug)]
@@ -47,10 +41,9 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             for replicas in [1, 3] {
                 let fault_name = format!("{fault:?}").to_lowercase();
                 all.push(
-                    Scenario::new(
-                        format!("failover/{name}/{fault_name}/{replicas}"),
-                        move |lab| play(lab, situation, fault, replicas, false),
-                    )
+                    Scenario::new(format!("failover/{name}/{fault_name}/{replicas}"), move |lab| {
+                        play(lab, situation, fault, replicas, false)
+                    })
                     .within(Duration::from_secs(180)),
                 );
             }

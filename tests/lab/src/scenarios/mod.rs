@@ -6,6 +6,7 @@ mod links;
 mod matrix;
 mod numbering;
 mod order;
+mod plain;
 mod refusals;
 mod repeated;
 mod replica;
@@ -30,11 +31,7 @@ pub(crate) struct Scenario {
 
 impl Scenario {
     fn new(name: impl Into<String>, play: impl Fn(&str) -> Result<()> + 'static) -> Self {
-        Self {
-            name: name.into(),
-            limit: Duration::from_secs(60),
-            play: Box::new(play),
-        }
+        Self { name: name.into(), limit: Duration::from_secs(60), play: Box::new(play) }
     }
 
     fn within(mut self, limit: Duration) -> Self {
@@ -46,6 +43,7 @@ impl Scenario {
 /// Every scenario, in the order in which they are played.
 fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
+    all.extend(plain::scenarios());
     all.extend(matrix::scenarios());
     all.extend(repeated::scenarios());
     all.extend(order::scenarios());

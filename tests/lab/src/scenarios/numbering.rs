@@ -23,20 +23,13 @@ const TRIES: usize = 2_000;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for (direction, name) in [
-        (Direction::Download, "download"),
-        (Direction::Upload, "upload"),
-    ] {
-        for (when, place) in [
-            ("before", 30_000_000..90_000_000),
-            ("after", 170_000_000..230_000_000),
-        ] {
+    for (direction, name) in [(Direction::Download, "download"), (Direction::Upload, "upload")] {
+        for (when, place) in [("before", 30_000_000..90_000_000), ("after", 170_000_000..230_000_000)] {
             let place = place.clone();
             all.push(
-                Scenario::new(
-                    format!("numbering/wrap/{name}/{when}-failover"),
-                    move |lab| wrap(lab, direction, place.clone()),
-                )
+                Scenario::new(format!("numbering/wrap/{name}/{when}-failover"), move |lab| {
+                    wrap(lab, direction, place.clone())
+                })
                 .within(Duration::from_secs(180)),
             );
         }
@@ -58,11 +51,7 @@ fn wrap(lab: &str, direction: Direction, place: std::ops::Range<u32>) -> Result<
 }
 
 /// An open connection whose sender of the body has `place` bytes left below 2^32.
-fn connection(
-    stage: &Stage,
-    direction: Direction,
-    place: std::ops::Range<u32>,
-) -> Result<TcpStream> {
+fn connection(stage: &Stage, direction: Direction, place: std::ops::Range<u32>) -> Result<TcpStream> {
     let target = stage.psc(Service::Http)?;
     stage.client().run(move || {
         let wire = Wire::open_only()?;
@@ -80,10 +69,7 @@ fn connection(
                 .context("the handshake was not seen on the client's link")?;
             let left = seen.sequence.wrapping_neg();
             if place.contains(&left) {
-                println!(
-                    "  connection {attempt} begins at {}: wraps after {left} bytes",
-                    seen.sequence
-                );
+                println!("  connection {attempt} begins at {}: wraps after {left} bytes", seen.sequence);
                 return Ok(stream);
             }
         }

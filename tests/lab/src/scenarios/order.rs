@@ -13,25 +13,16 @@ use crate::stage::{Stage, own_address};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
-        Scenario::new("order/one-key/quick-replica", |lab| {
-            one_key(lab, Link::default(), 2_000)
-        }),
-        Scenario::new("order/one-key/slow-replica", |lab| {
-            one_key(lab, slow(), 150)
-        }),
+        Scenario::new("order/one-key/quick-replica", |lab| one_key(lab, Link::default(), 2_000)),
+        Scenario::new("order/one-key/slow-replica", |lab| one_key(lab, slow(), 150)),
         Scenario::new("order/many-clients/slow-replica", |lab| many(lab, slow())),
-        Scenario::new("order/read-decides-write/slow-replica", |lab| {
-            read_decides(lab, slow())
-        }),
+        Scenario::new("order/read-decides-write/slow-replica", |lab| read_decides(lab, slow())),
     ]
 }
 
 /// Much slower than the OVM, not slow enough to be evicted.
 fn slow() -> Link {
-    Link {
-        delay: Duration::from_millis(5),
-        ..Link::default()
-    }
+    Link { delay: Duration::from_millis(5), ..Link::default() }
 }
 
 fn integer(answer: Answer) -> Result<i64> {
@@ -70,10 +61,7 @@ fn one_key(lab: &str, replica_link: Link, rounds: usize) -> Result<()> {
     let at = failover.context("the rounds were too few for a fault")?;
     Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?.expect_plausible()?;
     let held = clients[0].ask(&["GET", "shared"])?.text();
-    ensure!(
-        held.as_deref() == Some(expected.as_str()),
-        "the promoted server saw another order"
-    );
+    ensure!(held.as_deref() == Some(expected.as_str()), "the promoted server saw another order");
     Ok(())
 }
 
@@ -84,35 +72,24 @@ fn many(lab: &str, replica_link: Link) -> Result<()> {
         stage.lab.link(guest, replica_link)?;
     }
     let target = stage.psc(Service::Redis)?;
-    let mut clients = (0..8)
-        .map(|_| stage.client().run(move || Session::connect(target)))
-        .collect::<Result<Vec<_>>>()?;
+    let mut clients =
+        (0..8).map(|_| stage.client().run(move || Session::connect(target))).collect::<Result<Vec<_>>>()?;
     let mut expected = String::new();
     for round in 0..30 {
         for (n, session) in clients.iter_mut().enumerate() {
             let token = format!("{n}:{round},");
             expected.push_str(&token);
             let length = integer(session.ask(&["APPEND", "shared", &token])?)?;
-            ensure!(
-                length == expected.len() as i64,
-                "an append was lost or doubled"
-            );
+            ensure!(length == expected.len() as i64, "an append was lost or doubled");
         }
     }
     stage.until("no replica behind", Duration::from_secs(20), |status| {
-        status.services[0]
-            .servers
-            .iter()
-            .all(|s| s.behind_bytes == 0)
+        status.services[0].servers.iter().all(|s| s.behind_bytes == 0)
     })?;
     for domain in stage.lab.domains()? {
         let (place, address) = own_address(&domain, Service::Redis)?;
         let held = place.run(move || Session::connect(address)?.ask(&["GET", "shared"]))?;
-        ensure!(
-            held.text().as_deref() == Some(expected.as_str()),
-            "{} saw another order",
-            domain.name
-        );
+        ensure!(held.text().as_deref() == Some(expected.as_str()), "{} saw another order", domain.name);
     }
     Ok(())
 }
@@ -134,10 +111,7 @@ fn read_decides(lab: &str, replica_link: Link) -> Result<()> {
     }
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     let length = integer(b.ask(&["LLEN", "seen"])?)?;
-    ensure!(
-        length == 100,
-        "the promoted server holds {length} of 100 items"
-    );
+    ensure!(length == 100, "the promoted server holds {length} of 100 items");
     Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?.expect_plausible()?;
     ensure!(
         stage.events.since("diverged", "redis", 0).is_empty(),

@@ -30,39 +30,19 @@ fn orders(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 2, &[Service::Redis])?;
     let load = Plan::new(stage.psc(Service::Redis)?, "refused").start(&stage.client())?;
     let operator = &stage.operator;
-    operator.refused(
-        &["attach", "nosuch", "guest-2", "--assume-identical"],
-        &["nosuch"],
-    )?;
-    operator.refused(
-        &["attach", "redis", "guest-9", "--assume-identical"],
-        &["guest-9"],
-    )?;
-    operator.refused(
-        &["attach", "redis", "guest-1", "--assume-identical"],
-        &["guest-1", "OVM"],
-    )?;
-    operator.refused(
-        &["attach", "redis", "guest-2", "--assume-identical"],
-        &["guest-2"],
-    )?;
-    operator.refused(
-        &["attach", "redis", "guest-2"],
-        &["--assume-identical", "--drain"],
-    )?;
+    operator.refused(&["attach", "nosuch", "guest-2", "--assume-identical"], &["nosuch"])?;
+    operator.refused(&["attach", "redis", "guest-9", "--assume-identical"], &["guest-9"])?;
+    operator.refused(&["attach", "redis", "guest-1", "--assume-identical"], &["guest-1", "OVM"])?;
+    operator.refused(&["attach", "redis", "guest-2", "--assume-identical"], &["guest-2"])?;
+    operator.refused(&["attach", "redis", "guest-2"], &["--assume-identical", "--drain"])?;
     operator.refused(&["detach", "redis", "guest-1"], &["guest-1", "OVM"])?;
     operator.refused(&["detach", "redis", "guest-9"], &["guest-9"])?;
     operator.refused(&["switchover", "redis", "--to", "guest-9"], &["guest-9"])?;
     operator.refused(&["failover", "redis", "--to", "guest-1"], &["guest-1"])?;
     // A domain that is down.
     stage.lab.fault(Fault::Destroy, "guest-3")?;
-    stage
-        .events
-        .wait("evicted", "redis", 0, Duration::from_secs(5))?;
-    operator.refused(
-        &["attach", "redis", "guest-3", "--assume-identical"],
-        &["guest-3"],
-    )?;
+    stage.events.wait("evicted", "redis", 0, Duration::from_secs(5))?;
+    operator.refused(&["attach", "redis", "guest-3", "--assume-identical"], &["guest-3"])?;
     load.wait_answers(500, Duration::from_secs(20))?;
     let outcome = load.finish()?;
     stage.expect_unharmed(&outcome)
@@ -73,53 +53,26 @@ fn nothing_left(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = Plan::new(stage.psc(Service::Redis)?, "last").start(&stage.client())?;
     stage.operator.order(&["detach", "redis", "guest-2"])?;
-    stage
-        .operator
-        .refused(&["detach", "redis", "guest-1"], &["guest-1"])?;
+    stage.operator.refused(&["detach", "redis", "guest-1"], &["guest-1"])?;
     stage.operator.refused(&["failover", "redis"], &["redis"])?;
-    stage
-        .operator
-        .refused(&["switchover", "redis"], &["redis"])?;
+    stage.operator.refused(&["switchover", "redis"], &["redis"])?;
     load.wait_answers(500, Duration::from_secs(20))?;
     let outcome = load.finish()?;
-    ensure!(
-        outcome.troubles() == 0,
-        "clients noticed: {:#?}",
-        outcome.errors
-    );
+    ensure!(outcome.troubles() == 0, "clients noticed: {:#?}", outcome.errors);
     Ok(())
 }
 
 /// Files that are wrong are refused by `check-config` and by dom0d alike, naming key and place.
 fn configuration(lab: &str) -> Result<()> {
-    let lab = Lab::up(
-        Stage::plan(lab, 1, &[Service::Redis, Service::Http]),
-        &|line| {
-            println!("  {line}");
-        },
-    )?;
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis, Service::Http]), &|line| {
+        println!("  {line}");
+    })?;
     let good = lab.default_config();
     let cases: [(&str, String, &[&str]); 7] = [
-        (
-            "an unknown key",
-            good.replacen("ports =", "prots =", 1),
-            &["prots", "line"],
-        ),
-        (
-            "a value of the wrong type",
-            good.replacen("ports = [6379]", "ports = \"6379\"", 1),
-            &["ports"],
-        ),
-        (
-            "two services on one PSC",
-            good.replacen("10.77.0.101", "10.77.0.100", 1),
-            &["10.77.0.100"],
-        ),
-        (
-            "two services of one name",
-            good.replacen("name = \"http\"", "name = \"redis\"", 1),
-            &["redis"],
-        ),
+        ("an unknown key", good.replacen("ports =", "prots =", 1), &["prots", "line"]),
+        ("a value of the wrong type", good.replacen("ports = [6379]", "ports = \"6379\"", 1), &["ports"]),
+        ("two services on one PSC", good.replacen("10.77.0.101", "10.77.0.100", 1), &["10.77.0.100"]),
+        ("two services of one name", good.replacen("name = \"http\"", "name = \"redis\"", 1), &["redis"]),
         (
             "an OVM that is its own replica",
             good.replacen("rvms = [\"guest-2\"]", "rvms = [\"guest-1\"]", 1),
@@ -131,43 +84,27 @@ fn configuration(lab: &str) -> Result<()> {
     for (what, text, saying) in cases {
         let path = lab.directory().join("wrong.toml");
         fs::write(&path, &text)?;
-        let output = Command::new(program("understudy")?)
-            .arg("check-config")
-            .arg(&path)
-            .output()?;
+        let output = Command::new(program("understudy")?).arg("check-config").arg(&path).output()?;
         ensure!(!output.status.success(), "check-config took {what}");
-        let said = format!(
-            "{}{}",
-            String::from_utf8_lossy(&output.stderr),
-            String::from_utf8_lossy(&output.stdout)
-        );
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
         explains(&format!("check-config on {what}"), &said, saying)?;
-        let error = lab
-            .start_dom0d(&text)
-            .err()
-            .with_context(|| format!("dom0d started with {what}"))?;
+        let error = lab.start_dom0d(&text).err().with_context(|| format!("dom0d started with {what}"))?;
         explains(&format!("dom0d on {what}"), &format!("{error:#}"), saying)?;
-        println!(
-            "  {what}: {}",
-            said.trim().lines().next().unwrap_or_default()
-        );
+        println!("  {what}: {}", said.trim().lines().next().unwrap_or_default());
     }
     Ok(())
 }
 
 /// The PSC is an address that somebody on the network has, or that a guest of the service has.
 fn address_in_use(lab: &str) -> Result<()> {
-    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| {
-        println!("  {line}")
-    })?;
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
     for (whose, address) in [("the client's", "10.77.0.1"), ("a guest's", "10.77.0.12")] {
         let config = lab.default_config().replacen("10.77.0.100", address, 1);
         match lab.start_dom0d(&config) {
-            Err(error) => explains(
-                &format!("dom0d with {whose} address as PSC"),
-                &format!("{error:#}"),
-                &[address],
-            )?,
+            Err(error) => {
+                explains(&format!("dom0d with {whose} address as PSC"), &format!("{error:#}"), &[address])?
+            }
             Ok(dom0d) => {
                 // It may start and refuse the service only: other services must not suffer.
                 let operator = crate::stage::operator::Operator::new(dom0d.control_socket())?;
@@ -192,16 +129,13 @@ fn address_in_use(lab: &str) -> Result<()> {
     }
     // Whoever had the address still has it.
     lab.dom0().run(&["ip", "link", "show", "xenbr0"])?;
-    lab.client()
-        .run(&["redis-cli", "-h", "10.77.0.11", "PING"])?;
+    lab.client().run(&["redis-cli", "-h", "10.77.0.11", "PING"])?;
     Ok(())
 }
 
 /// An OVM that does not exist yet: dom0d waits for it, says so, and serves once it appears.
 fn unknown_domain(lab: &str) -> Result<()> {
-    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| {
-        println!("  {line}")
-    })?;
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
     lab.rename("guest-1", "other-1")?;
     let config = lab.default_config();
     let stage = Stage::take_unready(lab, &config)?;
@@ -223,9 +157,7 @@ fn unknown_domain(lab: &str) -> Result<()> {
 
 /// Without root dom0d says so at once and touches nothing.
 fn no_root(lab: &str) -> Result<()> {
-    let lab = Lab::up(Stage::plan(lab, 0, &[Service::Redis]), &|line| {
-        println!("  {line}")
-    })?;
+    let lab = Lab::up(Stage::plan(lab, 0, &[Service::Redis]), &|line| println!("  {line}"))?;
     let config = lab.directory().join("unprivileged.toml");
     fs::write(&config, lab.default_config())?;
     let said = refused(
@@ -234,21 +166,14 @@ fn no_root(lab: &str) -> Result<()> {
         |command| {
             command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         },
-        &[
-            "setpriv",
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
-        ],
+        &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"],
     )?;
     explains("dom0d without root", &said, &["root"])
 }
 
 /// Without `nft` it can't keep the kernel from forwarding by itself, and says what to install.
 fn missing_tool(lab: &str) -> Result<()> {
-    let lab = Lab::up(Stage::plan(lab, 0, &[Service::Redis]), &|line| {
-        println!("  {line}")
-    })?;
+    let lab = Lab::up(Stage::plan(lab, 0, &[Service::Redis]), &|line| println!("  {line}"))?;
     let config = lab.directory().join("bare.toml");
     fs::write(&config, lab.default_config())?;
     let said = refused(
@@ -297,11 +222,8 @@ fn refused(
         std::thread::sleep(Duration::from_millis(20));
     };
     let output = child.wait_with_output()?;
-    let said = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stderr),
-        String::from_utf8_lossy(&output.stdout)
-    );
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
     ensure!(!status.success(), "dom0d exited with 0: {said}");
     println!("  {}", said.trim());
     Ok(said)

@@ -94,12 +94,7 @@ fn switchover(lab: &str) -> Result<()> {
     sleep(Duration::from_millis(500));
     for domain in stage.lab.domains()? {
         let verdict = stage.verify(&domain, &outcome)?;
-        ensure!(
-            verdict.wrong.is_empty(),
-            "{} differs: {:#?}",
-            domain.name,
-            verdict.wrong
-        );
+        ensure!(verdict.wrong.is_empty(), "{} differs: {:#?}", domain.name, verdict.wrong);
     }
     Ok(())
 }
@@ -134,10 +129,7 @@ fn thawed_ovm(lab: &str) -> Result<()> {
     }
     let outcome = load.finish()?;
     let heard = join(listener)?;
-    ensure!(
-        heard == 0,
-        "{heard} segments with a guest's own address reached the client's link"
-    );
+    ensure!(heard == 0, "{heard} segments with a guest's own address reached the client's link");
     stage.expect_unharmed(&outcome)?;
     failover.expect_plausible()
 }
@@ -156,16 +148,8 @@ fn thawed_ovm_in_download(lab: &str) -> Result<()> {
 }
 
 /// Counts segments on the client's link whose source is a guest's own address, for some time.
-fn listen_for_guests(
-    stage: &Stage,
-    limit: Duration,
-) -> Result<std::thread::JoinHandle<Result<u64>>> {
-    let guests: Vec<_> = stage
-        .lab
-        .domains()?
-        .iter()
-        .flat_map(|domain| domain.addresses.clone())
-        .collect();
+fn listen_for_guests(stage: &Stage, limit: Duration) -> Result<std::thread::JoinHandle<Result<u64>>> {
+    let guests: Vec<_> = stage.lab.domains()?.iter().flat_map(|domain| domain.addresses.clone()).collect();
     stage.client().spawn("listener", move || {
         let wire = Wire::open_only()?;
         let until = std::time::Instant::now() + limit;
@@ -202,9 +186,6 @@ fn service_killed(lab: &str) -> Result<()> {
     stage.expect_unharmed(&outcome)?;
     failover.expect_plausible()?;
     let ovm = stage.ovm(Service::Redis)?;
-    ensure!(
-        ovm.name != "guest-1",
-        "the deposed guest-1 serves again by itself"
-    );
+    ensure!(ovm.name != "guest-1", "the deposed guest-1 serves again by itself");
     Ok(())
 }

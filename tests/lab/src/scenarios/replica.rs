@@ -69,10 +69,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     for (trouble, name) in TROUBLES {
         for (stage, stage_name) in STAGES {
             all.push(
-                Scenario::new(format!("replica/{name}/{stage_name}"), move |lab| {
-                    play(lab, trouble, stage)
-                })
-                .within(Duration::from_secs(90)),
+                Scenario::new(format!("replica/{name}/{stage_name}"), move |lab| play(lab, trouble, stage))
+                    .within(Duration::from_secs(90)),
             );
         }
     }
@@ -99,9 +97,7 @@ fn play(lab: &str, trouble: Trouble, when: When) -> Result<()> {
                 make(&stage, trouble)
             });
             let load = plan.start(&stage.client());
-            trouble
-                .join()
-                .map_err(|_| anyhow::anyhow!("the trouble could not be made"))??;
+            trouble.join().map_err(|_| anyhow::anyhow!("the trouble could not be made"))??;
             load
         })?
     } else {
@@ -130,11 +126,7 @@ fn play(lab: &str, trouble: Trouble, when: When) -> Result<()> {
             failover.to
         );
     }
-    ensure!(
-        failover.reset == 0,
-        "{} connections were reset",
-        failover.reset
-    );
+    ensure!(failover.reset == 0, "{} connections were reset", failover.reset);
     Ok(())
 }
 
@@ -203,9 +195,8 @@ fn reset(guest: &Domain) -> Result<()> {
         let until = std::time::Instant::now() + Duration::from_millis(500);
         let mut sent = 0;
         while sent < 50 && std::time::Instant::now() < until {
-            let seen = wire.next(Duration::from_millis(100), |seen| {
-                seen.to == own && seen.flags & ACK != 0
-            })?;
+            let seen =
+                wire.next(Duration::from_millis(100), |seen| seen.to == own && seen.flags & ACK != 0)?;
             let Some(seen) = seen else { continue };
             let mut segment = Segment::new(seen.to, seen.from, RST);
             segment.sequence = seen.acknowledgment;
@@ -228,9 +219,7 @@ fn garbage(guest: &Domain) -> Result<()> {
     let (place, own) = own_address(guest, Service::Redis)?;
     place.run(move || {
         let wire = Wire::open_only()?;
-        let seen = wire.next(Duration::from_millis(500), |seen| {
-            seen.to == own && seen.flags & ACK != 0
-        })?;
+        let seen = wire.next(Duration::from_millis(500), |seen| seen.to == own && seen.flags & ACK != 0)?;
         let template = match seen {
             // As the replica would answer it.
             Some(seen) => crate::client::frames::Seen {
@@ -269,25 +258,14 @@ fn slow(lab: &str) -> Result<()> {
         let load = plan.start(&stage.client())?;
         load.wait_answers(3_000, Duration::from_secs(30))?;
         let outcome = load.finish()?;
-        ensure!(
-            outcome.troubles() == 0,
-            "clients noticed: {:#?}",
-            outcome.errors
-        );
+        ensure!(outcome.troubles() == 0, "clients noticed: {:#?}", outcome.errors);
         Ok(outcome.latency.value_at_quantile(0.9))
     };
     let quick = run("quick")?;
-    let link = Link {
-        delay: Duration::from_millis(200),
-        ..Link::default()
-    };
+    let link = Link { delay: Duration::from_millis(200), ..Link::default() };
     stage.lab.link("guest-2", link)?;
     let slow = run("slow")?;
-    println!(
-        "  p90 {} us without, {} us with the slow replica",
-        quick / 1_000,
-        slow / 1_000
-    );
+    println!("  p90 {} us without, {} us with the slow replica", quick / 1_000, slow / 1_000);
     // The replica's round trip is 400 ms: whoever waited for it even once in ten would show it.
     ensure!(slow < 200_000_000, "clients waited for the slow replica");
     Ok(())
@@ -299,22 +277,13 @@ fn evicted(lab: &str) -> Result<()> {
     let load = Plan::new(stage.psc(Service::Redis)?, "evict").start(&stage.client())?;
     load.wait_answers(1_000, Duration::from_secs(30))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-2")?;
-    let event = stage.events.wait(
-        "evicted",
-        "redis",
-        at.monotonic_ns / 1_000,
-        Duration::from_secs(5),
-    )?;
+    let event = stage.events.wait("evicted", "redis", at.monotonic_ns / 1_000, Duration::from_secs(5))?;
     let who = event.domain("server").context("no server in the event")?;
     ensure!(who == "guest-2", "{who} was evicted");
     load.wait_answers(1_000, Duration::from_secs(30))?;
     let outcome = load.finish()?;
     stage.expect_unharmed(&outcome)?;
     let service = stage.operator.service("redis")?;
-    ensure!(
-        service.promotable() == 1,
-        "guest-3 is not promotable any more: {:#?}",
-        service.servers
-    );
+    ensure!(service.promotable() == 1, "guest-3 is not promotable any more: {:#?}", service.servers);
     Ok(())
 }

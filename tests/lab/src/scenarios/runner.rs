@@ -37,12 +37,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let wanted: VecDeque<Scenario> = all()
         .into_iter()
-        .filter(|s| {
-            options
-                .filter
-                .as_ref()
-                .is_none_or(|f| s.name.contains(f.as_str()))
-        })
+        .filter(|s| options.filter.as_ref().is_none_or(|f| s.name.contains(f.as_str())))
         .collect();
     if options.list {
         for scenario in &wanted {
@@ -123,34 +118,18 @@ impl Tally {
     /// Counts and reports one scenario; whether further ones are to be played.
     fn count(&mut self, name: &str, played: Result<Played>, keep_going: bool) -> bool {
         match played {
-            Ok(Played {
-                ending: Ending::Passed,
-                took,
-                ..
-            }) => {
+            Ok(Played { ending: Ending::Passed, took, .. }) => {
                 self.passed += 1;
                 println!("PASS {name} ({:.1} s)", took.as_secs_f64());
                 true
             }
-            Ok(Played {
-                ending: Ending::Interrupted,
-                ..
-            }) => {
+            Ok(Played { ending: Ending::Interrupted, .. }) => {
                 self.interrupted = true;
                 false
             }
-            Ok(Played {
-                ending,
-                took,
-                logs,
-                tail,
-            }) => {
+            Ok(Played { ending, took, logs, tail }) => {
                 self.failed += 1;
-                let how = if ending == Ending::TimedOut {
-                    ", its time was over"
-                } else {
-                    ""
-                };
+                let how = if ending == Ending::TimedOut { ", its time was over" } else { "" };
                 println!("FAIL {name} ({:.1} s{how})", took.as_secs_f64());
                 println!("{tail}\n  logs: {}", logs.display());
                 keep_going
@@ -182,13 +161,8 @@ fn play(
     fs::create_dir_all(&logs)?;
     let output = logs.join("output.log");
     let begun = Instant::now();
-    let task = Task {
-        words: &["play", name],
-        lab,
-        limit,
-        output: Some(output.clone()),
-        logs: Some(logs.clone()),
-    };
+    let task =
+        Task { words: &["play", name], lab, limit, output: Some(output.clone()), logs: Some(logs.clone()) };
     let ending = task.run(interrupts)?;
     let said = fs::read_to_string(&output).unwrap_or_default();
     let lines: Vec<_> = said.lines().collect();
@@ -200,12 +174,7 @@ fn play(
     if ending == Ending::Passed {
         fs::remove_dir_all(&logs)?;
     }
-    Ok(Played {
-        ending,
-        took: begun.elapsed(),
-        logs,
-        tail,
-    })
+    Ok(Played { ending, took: begun.elapsed(), logs, tail })
 }
 
 /// Each job has a lab of its own; their names differ in the last character.
@@ -224,12 +193,8 @@ fn lab_name(jobs: usize, job: usize) -> Result<String> {
 /// `target/lab-test`, emptied.
 fn log_directory() -> Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let target = own
-        .ancestors()
-        .nth(2)
-        .context("this program is nowhere")?
-        .join("lab-test")
-        .join(instance_name()?);
+    let target =
+        own.ancestors().nth(2).context("this program is nowhere")?.join("lab-test").join(instance_name()?);
     if target.exists() {
         fs::remove_dir_all(&target)?;
     }

@@ -24,9 +24,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 fn rvm<'a>(servers: &'a [Server], name: &str) -> Option<&'a Server> {
-    servers
-        .iter()
-        .find(|server| server.domain.as_ref().is_some_and(|d| d.name == name))
+    servers.iter().find(|server| server.domain.as_ref().is_some_and(|d| d.name == name))
 }
 
 /// Nobody stated that the replica's state equals the OVM's. The OVM freezes, and is thawed later:
@@ -34,9 +32,7 @@ fn rvm<'a>(servers: &'a [Server], name: &str) -> Option<&'a Server> {
 fn never_seeded(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 1, &[Service::Redis]);
     let lab = crate::host::Lab::up(plan, &|line| println!("  {line}"))?;
-    let config = lab
-        .default_config()
-        .replace("attach = \"assume-identical\"", "attach = \"known\"");
+    let config = lab.default_config().replace("attach = \"assume-identical\"", "attach = \"known\"");
     let stage = Stage::take_unready(lab, &config)?;
     stage.until("the replica attached", Duration::from_secs(10), |status| {
         status.services[0].servers.len() == 2
@@ -48,18 +44,11 @@ fn never_seeded(lab: &str) -> Result<()> {
 fn rebooted(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     stage.lab.fault(Fault::Reboot, "guest-2")?;
-    stage.until(
-        "the rebooted replica is back",
-        Duration::from_secs(20),
-        |status| {
-            let servers = &status.services[0].servers;
-            rvm(servers, "guest-2").is_some_and(|server| !server.promotable)
-                || status.services[0]
-                    .known
-                    .iter()
-                    .any(|k| k.domain.name == "guest-2")
-        },
-    )?;
+    stage.until("the rebooted replica is back", Duration::from_secs(20), |status| {
+        let servers = &status.services[0].servers;
+        rvm(servers, "guest-2").is_some_and(|server| !server.promotable)
+            || status.services[0].known.iter().any(|k| k.domain.name == "guest-2")
+    })?;
     refuses_then_goes_on(&stage, "")
 }
 
@@ -67,21 +56,13 @@ fn refuses_then_goes_on(stage: &Stage, why: &str) -> Result<()> {
     let load = Plan::new(stage.psc(Service::Redis)?, "stale").start(&stage.client())?;
     load.wait_answers(500, Duration::from_secs(20))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let refusal = stage.events.wait(
-        "no_candidate",
-        "redis",
-        at.monotonic_ns / 1_000,
-        Duration::from_secs(5),
-    )?;
+    let refusal =
+        stage.events.wait("no_candidate", "redis", at.monotonic_ns / 1_000, Duration::from_secs(5))?;
     let because = refusal.what.get("because").cloned().unwrap_or_default();
     println!("  no candidate because {because}");
     let service = stage.operator.service("redis")?;
     ensure!(
-        service.epoch == 0
-            || stage
-                .events
-                .since("cut_over", "redis", at.monotonic_ns / 1_000)
-                .is_empty(),
+        service.epoch == 0 || stage.events.since("cut_over", "redis", at.monotonic_ns / 1_000).is_empty(),
         "a replica that is not promotable was promoted"
     );
     if let Some(server) = rvm(&service.servers, "guest-2") {
@@ -104,25 +85,17 @@ fn refuses_then_goes_on(stage: &Stage, why: &str) -> Result<()> {
 fn forced(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 1, &[Service::Redis]);
     let lab = crate::host::Lab::up(plan, &|line| println!("  {line}"))?;
-    let config = lab
-        .default_config()
-        .replace("attach = \"assume-identical\"", "attach = \"known\"");
+    let config = lab.default_config().replace("attach = \"assume-identical\"", "attach = \"known\"");
     let stage = Stage::take_unready(lab, &config)?;
     stage.until("the replica attached", Duration::from_secs(10), |status| {
         status.services[0].servers.len() == 2
     })?;
-    stage
-        .operator
-        .refused(&["failover", "redis", "--to", "guest-2"], &["promot"])?;
-    stage
-        .operator
-        .order(&["failover", "redis", "--to", "guest-2", "--force"])?;
+    stage.operator.refused(&["failover", "redis", "--to", "guest-2"], &["promot"])?;
+    stage.operator.order(&["failover", "redis", "--to", "guest-2", "--force"])?;
     let ovm = stage.ovm(Service::Redis)?;
     ensure!(ovm.name == "guest-2", "{} serves", ovm.name);
     let target = stage.psc(Service::Redis)?;
-    stage
-        .client()
-        .run(move || Session::connect(target)?.ask(&["PING"]))?;
+    stage.client().run(move || Session::connect(target)?.ask(&["PING"]))?;
     Ok(())
 }
 
@@ -139,9 +112,7 @@ fn seeded_again(lab: &str) -> Result<()> {
 
     stage.lab.copy_state("guest-2", "guest-1")?;
     stage.lab.thaw("guest-1")?;
-    stage
-        .operator
-        .order(&["attach", "redis", "guest-1", "--assume-identical"])?;
+    stage.operator.order(&["attach", "redis", "guest-1", "--assume-identical"])?;
     stage.until("guest-1 promotable", Duration::from_secs(10), |status| {
         status.services[0].promotable() == 1
     })?;
@@ -172,13 +143,8 @@ fn drain(lab: &str) -> Result<()> {
     // The replica missed that write: its state is brought in line by hand, as an operator would.
     let guest = stage.lab.domain("guest-2")?;
     guest.run(&["redis-cli", "SET", "before", "drain"])?;
-    stage.operator.refused(
-        &["attach", "redis", "guest-2", "--assume-identical"],
-        &["open"],
-    )?;
-    stage
-        .operator
-        .order(&["attach", "redis", "guest-2", "--drain"])?;
+    stage.operator.refused(&["attach", "redis", "guest-2", "--assume-identical"], &["open"])?;
+    stage.operator.order(&["attach", "redis", "guest-2", "--drain"])?;
     open.ask(&["PING"])?;
     drop(open);
     stage.until("guest-2 promotable", Duration::from_secs(20), |status| {

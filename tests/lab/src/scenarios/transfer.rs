@@ -70,13 +70,7 @@ impl Large {
                 (http::upload_on(&place, stream, &path, bytes, SEED)?, sha256)
             }
         };
-        Ok(Self {
-            running,
-            idle,
-            direction,
-            bytes,
-            source_sha256,
-        })
+        Ok(Self { running, idle, direction, bytes, source_sha256 })
     }
 
     /// Blocks until this part of the body (0.0 to 1.0) has been read or written by the client.
@@ -88,12 +82,7 @@ impl Large {
     /// The whole body arrived as it was sent, in this one connection, and the idle connections live.
     pub(super) fn expect_whole(mut self, stage: &Stage) -> Result<Transfer> {
         let transfer = self.running.finish()?;
-        ensure!(
-            transfer.bytes == self.bytes,
-            "{} of {} bytes came",
-            transfer.bytes,
-            self.bytes
-        );
+        ensure!(transfer.bytes == self.bytes, "{} of {} bytes came", transfer.bytes, self.bytes);
         let arrived = match self.direction {
             Direction::Download => transfer.sha256.clone(),
             Direction::Upload => {
@@ -158,9 +147,7 @@ impl HalfClosed {
         })?;
         let rows = Arc::new(AtomicU64::new(0));
         let counter = rows.clone();
-        let handle = stage
-            .client()
-            .spawn("half-closed", move || read_half_closed(target, &counter))?;
+        let handle = stage.client().spawn("half-closed", move || read_half_closed(target, &counter))?;
         Ok(Self { handle, rows, idle })
     }
 
@@ -185,23 +172,17 @@ impl HalfClosed {
         ensure!(rows == ROWS, "{rows} of {ROWS} rows came");
         let (place, address) = own_address(&stage.ovm(Service::Postgresql)?, Service::Postgresql)?;
         let (_, direct) = place.run(move || read_half_closed(address, &AtomicU64::new(0)))?;
-        ensure!(
-            sha256 == direct,
-            "SHA-256 of the answer is {sha256}, asked directly {direct}"
-        );
+        ensure!(sha256 == direct, "SHA-256 of the answer is {sha256}, asked directly {direct}");
         for session in &mut self.idle {
             let rows = session.query("SELECT 40 + 2")?;
-            ensure!(
-                rows == [[Some("42".to_owned())]],
-                "an idle session answered {rows:?}"
-            );
+            ensure!(rows == [[Some("42".to_owned())]], "an idle session answered {rows:?}");
         }
         println!("  {rows} rows over a half-closed connection, SHA-256 equal");
         Ok(())
     }
 }
 
-fn read_half_closed(target: SocketAddr, counter: &AtomicU64) -> Result<(u64, String)> {
+pub(super) fn read_half_closed(target: SocketAddr, counter: &AtomicU64) -> Result<(u64, String)> {
     let mut session = postgres::Session::connect(target)?;
     session.send(QUERY)?;
     session.half_close()?;

@@ -36,12 +36,7 @@ pub(crate) struct Failover {
 
 impl Failover {
     /// Collects the failover that followed `fault`, and waits for its end.
-    pub(crate) fn observe(
-        stage: &Stage,
-        service: Service,
-        fault: Fault,
-        at: FaultInstant,
-    ) -> Result<Self> {
+    pub(crate) fn observe(stage: &Stage, service: Service, fault: Fault, at: FaultInstant) -> Result<Self> {
         let name = service.name();
         let fault_us = at.monotonic_ns / 1_000;
         let events = &stage.events;
@@ -49,24 +44,16 @@ impl Failover {
         let cut = events.wait("cut_over", name, suspected.monotonic_us, END)?;
         let done = events.wait("recuperated", name, cut.monotonic_us, END)?;
         let fenced = if matches!(fault, Fault::Crash | Fault::Destroy | Fault::Poweroff) {
-            events
-                .since("fenced", name, cut.monotonic_us)
-                .first()
-                .cloned()
+            events.since("fenced", name, cut.monotonic_us).first().cloned()
         } else {
             Some(events.wait("fenced", name, cut.monotonic_us, END)?)
         };
         let number = |event: &understudy_api::Event, field: &str| {
-            event
-                .number(field)
-                .with_context(|| format!("event {} has no {field}", event.kind()))
+            event.number(field).with_context(|| format!("event {} has no {field}", event.kind()))
         };
         Ok(Self {
             fault,
-            detected_by: suspected
-                .text("evidence")
-                .context("no evidence in the event")?
-                .to_owned(),
+            detected_by: suspected.text("evidence").context("no evidence in the event")?.to_owned(),
             fault_us,
             suspected_us: suspected.monotonic_us,
             cut_over_us: cut.monotonic_us,
@@ -83,9 +70,7 @@ impl Failover {
     /// When a client with a request outstanding first read something of the new OVM's: what it read
     /// between the fault and the cutover was under way before.
     pub(crate) fn first_byte_us(&self, outcome: &Outcome) -> Option<u64> {
-        outcome
-            .first_receipt(self.cut_over_us * 1_000)
-            .map(|receipt| receipt.at_ns / 1_000)
+        outcome.first_receipt(self.cut_over_us * 1_000).map(|receipt| receipt.at_ns / 1_000)
     }
 
     /// The evidence must be one that this fault can give.
@@ -103,12 +88,7 @@ impl Failover {
             self.fault,
             self.detected_by
         );
-        ensure!(
-            self.reset == 0,
-            "{} of {} conversations were reset",
-            self.reset,
-            self.conversations
-        );
+        ensure!(self.reset == 0, "{} of {} conversations were reset", self.reset, self.conversations);
         ensure!(
             self.recuperated == self.conversations,
             "{} conversations were open at the cutover, {} recuperated",

@@ -17,10 +17,7 @@ pub(crate) struct Logs {
 
 impl Logs {
     pub(crate) fn of(lab: &Lab) -> Self {
-        Self {
-            from: lab.directory().join("log"),
-            to: std::env::var_os(KEEP_LOGS).map(PathBuf::from),
-        }
+        Self { from: lab.directory().join("log"), to: std::env::var_os(KEEP_LOGS).map(PathBuf::from) }
     }
 }
 
@@ -29,11 +26,7 @@ impl Drop for Logs {
         if let Some(to) = &self.to
             && let Err(error) = keep(&self.from, to)
         {
-            eprintln!(
-                "the logs in {} could not be kept in {}: {error}",
-                self.from.display(),
-                to.display()
-            );
+            eprintln!("the logs in {} could not be kept in {}: {error}", self.from.display(), to.display());
         }
     }
 }

@@ -4,6 +4,7 @@ pub(crate) mod failover;
 pub(crate) mod logs;
 pub(crate) mod operator;
 pub(crate) mod pinning;
+pub(crate) mod repair;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -38,12 +39,7 @@ impl Stage {
 
     /// What [`Stage::up`] builds, to be changed before [`Stage::up_with`].
     pub(crate) fn plan(name: &str, replicas: usize, services: &[Service]) -> LabConfig {
-        LabConfig {
-            replicas,
-            services: services.to_vec(),
-            build: false,
-            ..LabConfig::new(name.to_owned())
-        }
+        LabConfig { replicas, services: services.to_vec(), build: false, ..LabConfig::new(name.to_owned()) }
     }
 
     /// The same with a configuration of dom0d that `edit` makes from the default one.
@@ -67,13 +63,7 @@ impl Stage {
         let dom0d = lab.start_dom0d(config)?;
         let operator = Operator::new(dom0d.control_socket())?;
         let events = operator.follow()?;
-        Ok(Self {
-            _logs: logs,
-            operator,
-            events,
-            dom0d: Some(dom0d),
-            lab,
-        })
+        Ok(Self { _logs: logs, operator, events, dom0d: Some(dom0d), lab })
     }
 
     /// Stops dom0d properly and starts it with another configuration.
@@ -194,10 +184,7 @@ pub(crate) fn own_address(domain: &Domain, service: Service) -> Result<(Place, S
         .find(|address| address.is_ipv4())
         .copied()
         .unwrap_or(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
-    Ok((
-        Place::new(domain.host.netns.clone()),
-        SocketAddr::new(address, service.port()),
-    ))
+    Ok((Place::new(domain.host.netns.clone()), SocketAddr::new(address, service.port())))
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6]> {
@@ -206,7 +193,5 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
         .map(|part| u8::from_str_radix(part, 16))
         .collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("not a MAC: {text}"))?;
-    bytes
-        .try_into()
-        .map_err(|_| anyhow::anyhow!("not a MAC: {text}"))
+    bytes.try_into().map_err(|_| anyhow::anyhow!("not a MAC: {text}"))
 }

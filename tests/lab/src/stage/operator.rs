@@ -23,10 +23,7 @@ pub(crate) struct Operator {
 
 impl Operator {
     pub(crate) fn new(socket: &Path) -> Result<Self> {
-        Ok(Self {
-            program: program("understudy")?,
-            socket: socket.to_owned(),
-        })
+        Ok(Self { program: program("understudy")?, socket: socket.to_owned() })
     }
 
     /// What `understudy status` says.
@@ -60,12 +57,7 @@ impl Operator {
     }
 
     /// Waits until the status is as wanted.
-    pub(crate) fn until(
-        &self,
-        what: &str,
-        limit: Duration,
-        wanted: impl Fn(&Status) -> bool,
-    ) -> Result<()> {
+    pub(crate) fn until(&self, what: &str, limit: Duration, wanted: impl Fn(&Status) -> bool) -> Result<()> {
         let deadline = Instant::now() + limit;
         loop {
             let status = self.status()?;
@@ -73,10 +65,7 @@ impl Operator {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "not within {limit:?}: {what}; status: {}",
-                    serde_json::to_string(&status)?
-                );
+                bail!("not within {limit:?}: {what}; status: {}", serde_json::to_string(&status)?);
             }
             sleep(Duration::from_millis(20));
         }
@@ -84,10 +73,7 @@ impl Operator {
 
     /// Gives an order, which must be carried out; returns what was printed.
     pub(crate) fn order(&self, words: &[&str]) -> Result<String> {
-        let output = self
-            .command(words)
-            .output()
-            .context("cannot run understudy")?;
+        let output = self.command(words).output().context("cannot run understudy")?;
         ensure!(
             output.status.success(),
             "`understudy {}` failed ({}): {}{}",
@@ -102,20 +88,11 @@ impl Operator {
     /// Gives an order that must be refused with a message in which every one of `saying` appears
     /// (in any case of letters); returns the message.
     pub(crate) fn refused(&self, words: &[&str], saying: &[&str]) -> Result<String> {
-        let output = self
-            .command(words)
-            .output()
-            .context("cannot run understudy")?;
-        let said = format!(
-            "{}{}",
-            String::from_utf8_lossy(&output.stderr),
-            String::from_utf8_lossy(&output.stdout)
-        );
+        let output = self.command(words).output().context("cannot run understudy")?;
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
         let order = words.join(" ");
-        ensure!(
-            !output.status.success(),
-            "`understudy {order}` was carried out: {said}"
-        );
+        ensure!(!output.status.success(), "`understudy {order}` was carried out: {said}");
         explains(&format!("`understudy {order}`"), &said, saying)?;
         Ok(said)
     }
@@ -131,17 +108,15 @@ impl Operator {
         let stdout = child.stdout.take().context("no pipe from understudy")?;
         let shared = Arc::new(Shared::default());
         let writer = shared.clone();
-        std::thread::Builder::new()
-            .name("events".to_owned())
-            .spawn(move || {
-                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                    match serde_json::from_str::<Event>(&line) {
-                        Ok(event) => writer.lock().push(event),
-                        Err(error) => eprintln!("not an event ({error}): {line}"),
-                    }
-                    writer.changed.notify_all();
+        std::thread::Builder::new().name("events".to_owned()).spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                match serde_json::from_str::<Event>(&line) {
+                    Ok(event) => writer.lock().push(event),
+                    Err(error) => eprintln!("not an event ({error}): {line}"),
                 }
-            })?;
+                writer.changed.notify_all();
+            }
+        })?;
         Ok(Events { child, shared })
     }
 
@@ -170,11 +145,7 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
 pub(crate) fn explains(who: &str, said: &str, wanted: &[&str]) -> Result<()> {
     let lower = said.to_lowercase();
     for word in wanted {
-        ensure!(
-            lower.contains(&word.to_lowercase()),
-            "{who} says nothing of \"{word}\": {}",
-            said.trim()
-        );
+        ensure!(lower.contains(&word.to_lowercase()), "{who} says nothing of \"{word}\": {}", said.trim());
     }
     Ok(())
 }
@@ -207,22 +178,11 @@ impl Events {
 
     /// Events of this kind and service at or after a moment (microseconds of CLOCK_MONOTONIC).
     pub(crate) fn since(&self, kind: &str, service: &str, from_us: u64) -> Vec<Event> {
-        self.shared
-            .lock()
-            .iter()
-            .filter(|event| matches(event, kind, service, from_us))
-            .cloned()
-            .collect()
+        self.shared.lock().iter().filter(|event| matches(event, kind, service, from_us)).cloned().collect()
     }
 
     /// Waits for the first event of this kind and service at or after a moment.
-    pub(crate) fn wait(
-        &self,
-        kind: &str,
-        service: &str,
-        from_us: u64,
-        limit: Duration,
-    ) -> Result<Event> {
+    pub(crate) fn wait(&self, kind: &str, service: &str, from_us: u64, limit: Duration) -> Result<Event> {
         let deadline = Instant::now() + limit;
         let mut seen = self.shared.lock();
         loop {
@@ -241,20 +201,13 @@ impl Events {
                     kinds.join(", ")
                 );
             }
-            seen = self
-                .shared
-                .changed
-                .wait_timeout(seen, left)
-                .unwrap_or_else(|e| e.into_inner())
-                .0;
+            seen = self.shared.changed.wait_timeout(seen, left).unwrap_or_else(|e| e.into_inner()).0;
         }
     }
 }
 
 fn matches(event: &Event, kind: &str, service: &str, from_us: u64) -> bool {
-    event.kind() == kind
-        && event.service.as_deref() == Some(service)
-        && event.monotonic_us >= from_us
+    event.kind() == kind && event.service.as_deref() == Some(service) && event.monotonic_us >= from_us
 }
 
 impl Drop for Events {

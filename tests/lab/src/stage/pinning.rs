@@ -23,10 +23,7 @@ impl Pinning {
     /// CPU 0 and CPU 1, or CPU 0 for all on a machine with one CPU.
     pub(crate) fn choose() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            client_and_ovm: 0,
-            dom0d_and_rvms: usize::from(cpus > 1),
-        }
+        Self { client_and_ovm: 0, dom0d_and_rvms: usize::from(cpus > 1) }
     }
 
     /// In words, for reports.

@@ -71,9 +71,7 @@ impl Plan {
             let mut load = Load::open(self, shared)?;
             load.first_answers()?;
             // The starter gave up if nobody listens; the load then ends by its own error.
-            opened
-                .send(())
-                .map_err(|_| anyhow!("nobody waits for the load"))?;
+            opened.send(()).map_err(|_| anyhow!("nobody waits for the load"))?;
             load.run()
         })?;
         if wait.recv().is_err() {
@@ -279,12 +277,9 @@ impl Load {
         let mut connections = Vec::with_capacity(plan.connections);
         let mut connects = 0;
         for index in 0..plan.connections {
-            let stream = TcpStream::connect_timeout(&plan.target, Duration::from_secs(10))
-                .with_context(|| {
-                    format!(
-                        "connection {index} of {} to {} failed",
-                        plan.connections, plan.target
-                    )
+            let stream =
+                TcpStream::connect_timeout(&plan.target, Duration::from_secs(10)).with_context(|| {
+                    format!("connection {index} of {} to {} failed", plan.connections, plan.target)
                 })?;
             connects += 1;
             stream.set_nodelay(true)?;
@@ -354,9 +349,10 @@ impl Load {
         let start = now_ns();
         for index in 0..self.plan.busy.min(self.connections.len()) {
             // Spread over one pace, so that paced connections do not ask in step.
-            let offset = self.plan.pace.map_or(0, |pace| {
-                pace.as_nanos() as u64 * index as u64 / self.plan.busy as u64
-            });
+            let offset = self
+                .plan
+                .pace
+                .map_or(0, |pace| pace.as_nanos() as u64 * index as u64 / self.plan.busy as u64);
             self.due.push(Reverse((start + offset, index)));
         }
         let mut finishing: Option<Instant> = None;
@@ -368,17 +364,13 @@ impl Load {
             if mode == FINISH {
                 let since = *finishing.get_or_insert_with(Instant::now);
                 self.ask_last();
-                let pending = self
-                    .connections
-                    .iter()
-                    .any(|c| !c.broken && (!c.last_sent || !c.waiting.is_empty()));
+                let pending =
+                    self.connections.iter().any(|c| !c.broken && (!c.last_sent || !c.waiting.is_empty()));
                 if !pending || since.elapsed() > LAST_ANSWERS {
                     break;
                 }
             }
-            self.orders
-                .outstanding
-                .store(self.outstanding(), Ordering::SeqCst);
+            self.orders.outstanding.store(self.outstanding(), Ordering::SeqCst);
             self.turn(self.timeout_ms(mode))?;
         }
         Ok(self.conclude())
@@ -435,11 +427,7 @@ impl Load {
             op.encode(&connection.prefix, &mut connection.out);
             let mut answer = Vec::new();
             connection.predicted.apply(&op, &mut answer);
-            connection.waiting.push_back(Waiting {
-                op,
-                answer,
-                sent_ns: now,
-            });
+            connection.waiting.push_back(Waiting { op, answer, sent_ns: now });
         }
         self.outcome.requests += requests as u64;
         self.write(index);
@@ -448,10 +436,7 @@ impl Load {
     fn write(&mut self, index: usize) {
         let connection = &mut self.connections[index];
         while connection.written < connection.out.len() {
-            match connection
-                .stream
-                .write(&connection.out[connection.written..])
-            {
+            match connection.stream.write(&connection.out[connection.written..]) {
                 Ok(0) => return self.fail(index, "nothing could be written"),
                 Ok(n) => connection.written += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -475,10 +460,7 @@ impl Load {
 
     fn listen(&mut self, index: usize, flags: EpollFlags) {
         let mut event = EpollEvent::new(flags, index as u64);
-        if let Err(e) = self
-            .epoll
-            .modify(&self.connections[index].stream, &mut event)
-        {
+        if let Err(e) = self.epoll.modify(&self.connections[index].stream, &mut event) {
             self.fail(index, &format!("cannot wait for the socket: {e}"));
         }
     }
@@ -597,11 +579,7 @@ impl Load {
     }
 
     fn outstanding(&self) -> u64 {
-        self.connections
-            .iter()
-            .filter(|c| !c.broken)
-            .map(|c| c.waiting.len() as u64)
-            .sum()
+        self.connections.iter().filter(|c| !c.broken).map(|c| c.waiting.len() as u64).sum()
     }
 
     fn broken(&self) -> usize {
@@ -628,10 +606,9 @@ impl Load {
             });
         }
         if self.dropped_receipts > 0 {
-            self.outcome.errors.push(format!(
-                "{} receipts were not kept: the run was too long",
-                self.dropped_receipts
-            ));
+            self.outcome
+                .errors
+                .push(format!("{} receipts were not kept: the run was too long", self.dropped_receipts));
         }
         self.outcome.reconnects = self.connects.saturating_sub(self.plan.connections as u64);
         self.outcome

@@ -68,15 +68,9 @@ impl Op {
             Op::Append { token } => command(out, &["APPEND", &key("log"), token]),
             Op::ClearLog => command(out, &["DEL", &key("log")]),
             Op::Push { item } => command(out, &["RPUSH", &key("list"), item]),
-            Op::Record { slot, field, value } => command(
-                out,
-                &[
-                    "HSET",
-                    &key(&format!("r{slot}")),
-                    &format!("f{field}"),
-                    value,
-                ],
-            ),
+            Op::Record { slot, field, value } => {
+                command(out, &["HSET", &key(&format!("r{slot}")), &format!("f{field}"), value])
+            }
             Op::Forget { slot } => command(out, &["DEL", &key(&format!("r{slot}"))]),
             Op::Transaction(ops) => {
                 command(out, &["MULTI"]);
@@ -130,10 +124,7 @@ impl Model {
             }
             Op::Record { slot, field, value } => {
                 let record = self.records.entry(*slot).or_default();
-                integer(
-                    out,
-                    i64::from(record.insert(*field, value.clone()).is_none()),
-                );
+                integer(out, i64::from(record.insert(*field, value.clone()).is_none()));
             }
             Op::Forget { slot } => integer(out, i64::from(self.records.remove(slot).is_some())),
             Op::Transaction(ops) => {
@@ -160,11 +151,7 @@ pub(crate) struct Script {
 
 impl Script {
     pub(crate) fn new(seed: u64) -> Self {
-        Self {
-            random: Random::new(seed),
-            sequence: 0,
-            log_bytes: 0,
-        }
+        Self { random: Random::new(seed), sequence: 0, log_bytes: 0 }
     }
 
     /// The next request: insertions, changes and deletions, singly and as transactions, each marked
@@ -183,10 +170,7 @@ impl Script {
         let n = self.sequence;
         let slot = self.random.below(SLOTS);
         match self.random.below(16) {
-            0..=3 => Op::Set {
-                slot,
-                value: self.value(),
-            },
+            0..=3 => Op::Set { slot, value: self.value() },
             4 | 5 => Op::Get { slot },
             6 => Op::Del { slot },
             7 | 8 => Op::Incr,
@@ -199,14 +183,8 @@ impl Script {
                 self.log_bytes += token.len();
                 Op::Append { token }
             }
-            11 | 12 => Op::Push {
-                item: n.to_string(),
-            },
-            13 | 14 => Op::Record {
-                slot,
-                field: self.random.below(4),
-                value: self.value(),
-            },
+            11 | 12 => Op::Push { item: n.to_string() },
+            13 | 14 => Op::Record { slot, field: self.random.below(4), value: self.value() },
             _ => Op::Forget { slot },
         }
     }

@@ -42,9 +42,7 @@ impl Session {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         stream.set_write_timeout(Some(Duration::from_secs(10)))?;
-        Ok(Self {
-            stream: BufReader::new(stream),
-        })
+        Ok(Self { stream: BufReader::new(stream) })
     }
 
     /// The address of this end, as the daemon names the conversation.
@@ -59,8 +57,7 @@ impl Session {
     /// Sends one command and waits for its answer.
     pub(crate) fn ask(&mut self, words: &[&str]) -> Result<Answer> {
         self.send(words)?;
-        self.answer()
-            .with_context(|| format!("no answer to {}", words.join(" ")))
+        self.answer().with_context(|| format!("no answer to {}", words.join(" ")))
     }
 
     /// Sends one command without waiting.
@@ -72,10 +69,7 @@ impl Session {
 
     /// Sends commands that are encoded already.
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream
-            .get_mut()
-            .write_all(bytes)
-            .context("cannot send to Redis")
+        self.stream.get_mut().write_all(bytes).context("cannot send to Redis")
     }
 
     /// The next answer.

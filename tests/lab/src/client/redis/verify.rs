@@ -70,29 +70,16 @@ fn lost_writes(acknowledged: &Model, held: &Model) -> u64 {
     let values = differences(&acknowledged.values, &held.values);
     let records = differences(&acknowledged.records, &held.records);
     let counter = acknowledged.counter.saturating_sub(held.counter).max(0) as u64;
-    let list = acknowledged
-        .list
-        .iter()
-        .enumerate()
-        .filter(|(n, item)| held.list.get(*n) != Some(item))
-        .count() as u64;
-    let log = acknowledged
-        .log
-        .split_inclusive('>')
-        .filter(|token| !held.log.contains(token))
-        .count() as u64;
+    let list =
+        acknowledged.list.iter().enumerate().filter(|(n, item)| held.list.get(*n) != Some(item)).count()
+            as u64;
+    let log = acknowledged.log.split_inclusive('>').filter(|token| !held.log.contains(token)).count() as u64;
     values + records + counter + list + log
 }
 
 fn differences<V: PartialEq>(wanted: &BTreeMap<u64, V>, held: &BTreeMap<u64, V>) -> u64 {
-    let missing = wanted
-        .iter()
-        .filter(|(slot, value)| held.get(slot) != Some(value))
-        .count();
-    let undeleted = held
-        .keys()
-        .filter(|slot| !wanted.contains_key(slot))
-        .count();
+    let missing = wanted.iter().filter(|(slot, value)| held.get(slot) != Some(value)).count();
+    let undeleted = held.keys().filter(|slot| !wanted.contains_key(slot)).count();
     (missing + undeleted) as u64
 }
 
@@ -141,10 +128,9 @@ fn text(answer: Answer) -> Result<Option<String>> {
 
 fn list(answer: Answer) -> Result<Vec<String>> {
     match answer {
-        Answer::Array(Some(items)) => items
-            .into_iter()
-            .map(|item| Ok(text(item)?.unwrap_or_default()))
-            .collect(),
+        Answer::Array(Some(items)) => {
+            items.into_iter().map(|item| Ok(text(item)?.unwrap_or_default())).collect()
+        }
         other => bail!("unexpected answer {other:?}"),
     }
 }

@@ -1,0 +1,178 @@
+//! What the number of open conversations costs: memory, round trips, and the cutover.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use super::failover::Spread;
+use super::rtt::clear;
+use crate::client::pingpong::{PingPong, histogram};
+use crate::client::redis::load::Plan;
+use crate::host::{Fault, Lab, Service};
+use crate::stage::Stage;
+use crate::stage::failover::Failover;
+use crate::stage::pinning::{Pinning, pin_host, pin_process, release_host};
+use crate::stage::repair::repair;
+
+const CROWDS: [usize; 3] = [1, 1_000, 10_000];
+
+/// The daemon's memory for idle conversations.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Memory {
+    pub(crate) conversations: u64,
+    pub(crate) replicas: usize,
+    pub(crate) rss_without_bytes: u64,
+    pub(crate) rss_with_bytes: u64,
+    pub(crate) bytes_per_conversation: f64,
+    /// Of that, recorded bytes that some server still lacks.
+    pub(crate) retained_bytes: u64,
+}
+
+/// Times beside so many open conversations, in microseconds.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Cost {
+    pub(crate) conversations: usize,
+    pub(crate) replicas: usize,
+    pub(crate) ping_samples: u64,
+    pub(crate) ping_p50_us: f64,
+    pub(crate) ping_p99_us: f64,
+    pub(crate) detection_to_cutover_us: Spread,
+    pub(crate) fault_to_first_byte_us: Spread,
+    pub(crate) fault_to_recuperated_us: Spread,
+    pub(crate) client_errors: u64,
+}
+
+pub(crate) fn measure(lab: &Lab, pinning: Pinning, quick: bool) -> Result<(Vec<Memory>, Vec<Cost>)> {
+    let mut memory = Vec::new();
+    let mut costs = Vec::new();
+    for crowd in CROWDS {
+        let samples = match (quick, crowd) {
+            (true, _) => 1,
+            (false, 10_000..) => 5,
+            (false, _) => 10,
+        };
+        costs.push(
+            cost(lab, pinning, crowd, samples, quick, &mut memory)
+                .with_context(|| format!("with {crowd} conversations"))?,
+        );
+    }
+    Ok((memory, costs))
+}
+
+fn cost(
+    lab: &Lab,
+    pinning: Pinning,
+    crowd: usize,
+    samples: usize,
+    quick: bool,
+    memory: &mut Vec<Memory>,
+) -> Result<Cost> {
+    let mut pings = histogram()?;
+    let (mut cutover, mut first_byte, mut recuperated) = (Vec::new(), Vec::new(), Vec::new());
+    let mut client_errors = 0;
+    for sample in 0..samples {
+        clear(lab)?;
+        let mut stage = Stage::take(Lab::find(&lab.config().name)?, &lab.default_config())?;
+        let pid = stage.dom0d.as_ref().map(|dom0d| dom0d.pid()).unwrap_or_default();
+        let target = stage.psc(Service::Redis)?;
+        let without = rss(pid)?;
+        let mut plan = Plan::new(target, "crowd");
+        plan.connections = crowd;
+        plan.busy = crowd.min(8);
+        let load = plan.start(&stage.client())?;
+        load.hold(Duration::from_secs(20))?;
+        sleep(Duration::from_millis(500));
+        if sample == 0 && crowd > 1 {
+            let service = stage.operator.service(Service::Redis.name())?;
+            let with = rss(pid)?;
+            memory.push(Memory {
+                conversations: service.conversations,
+                replicas: service.servers.len().saturating_sub(1),
+                rss_without_bytes: without,
+                rss_with_bytes: with,
+                bytes_per_conversation: with.saturating_sub(without) as f64 / crowd as f64,
+                retained_bytes: service.retained_bytes,
+            });
+        }
+        if sample == 0 {
+            for domain in stage.lab.domains()? {
+                let cpu = if domain.place == 1 { pinning.client_and_ovm } else { pinning.dom0d_and_rvms };
+                pin_host(&domain.host, cpu)?;
+            }
+            pin_process(pid, pinning.dom0d_and_rvms)?;
+            let rounds = if quick { 200 } else { 2_000 };
+            let place = stage.client().pinned(Some(pinning.client_and_ovm));
+            let times = place.run(move || {
+                let (mut warm, mut times) = (histogram()?, histogram()?);
+                let mut connection = PingPong::connect(target, "ping")?;
+                connection.pings(rounds / 10, &mut warm)?;
+                connection.pings(rounds, &mut times)?;
+                Ok(times)
+            })?;
+            pings.add(&times)?;
+            for domain in stage.lab.domains()? {
+                release_host(&domain.host)?;
+            }
+        }
+        load.go_on();
+        load.wait_answers(200, Duration::from_secs(20))?;
+        let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+        let observed = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+        load.wait_answers(200, Duration::from_secs(20))?;
+        let outcome = load.finish()?;
+        let first = observed.first_byte_us(&outcome).context("no client read anything after the cutover")?;
+        cutover.push(observed.cut_over_us.saturating_sub(observed.suspected_us));
+        first_byte.push(first.saturating_sub(observed.fault_us));
+        recuperated.push(observed.recuperated_us.saturating_sub(observed.fault_us));
+        client_errors += outcome.troubles() + observed.reset;
+        if let Some(dom0d) = stage.dom0d.take() {
+            dom0d.stop()?;
+        }
+        repair(lab, Fault::Freeze, "guest-1")?;
+    }
+    Ok(Cost {
+        conversations: crowd,
+        replicas: lab.config().replicas,
+        ping_samples: pings.len(),
+        ping_p50_us: pings.value_at_quantile(0.5) as f64 / 1_000.0,
+        ping_p99_us: pings.value_at_quantile(0.99) as f64 / 1_000.0,
+        detection_to_cutover_us: Spread::of(&cutover),
+        fault_to_first_byte_us: Spread::of(&first_byte),
+        fault_to_recuperated_us: Spread::of(&recuperated),
+        client_errors,
+    })
+}
+
+/// Resident memory of a process in bytes.
+fn rss(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: u64 = line.context("no VmRSS")?.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib * 1_024)
+}
+
+pub(crate) fn print(memory: &[Memory], costs: &[Cost]) {
+    println!("  conversations  replicas  bytes each");
+    for row in memory {
+        println!("  {:>13} {:>9} {:>11.0}", row.conversations, row.replicas, row.bytes_per_conversation);
+    }
+    println!(
+        "  conversations  ping p50 us  p99 us   cutover p50/max us  first byte p50/max us  recuperated p50/max us  errors"
+    );
+    for row in costs {
+        println!(
+            "  {:>13} {:>12.1} {:>7.1} {:>20} {:>22} {:>23} {:>7}",
+            row.conversations,
+            row.ping_p50_us,
+            row.ping_p99_us,
+            format!("{}/{}", row.detection_to_cutover_us.p50, row.detection_to_cutover_us.max),
+            format!("{}/{}", row.fault_to_first_byte_us.p50, row.fault_to_first_byte_us.max),
+            format!("{}/{}", row.fault_to_recuperated_us.p50, row.fault_to_recuperated_us.max),
+            row.client_errors
+        );
+    }
+}

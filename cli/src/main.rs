@@ -1,2 +1,38 @@
-//! Placeholder.
-fn main() {}
+//! `understudy`: what an operator in dom0 asks dom0d and tells it to do.
+//!
+//! Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 dom0d can't be reached.
+
+mod arguments;
+mod check_config;
+mod daemon;
+mod failed;
+mod order;
+mod output;
+mod sentence;
+mod show;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::arguments::Arguments;
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let output = Output { json: arguments.json };
+    match run(arguments, &output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => {
+            output.error(&failed);
+            failed.exit_code()
+        }
+    }
+}
+
+fn run(arguments: Arguments, output: &Output) -> Result<(), failed::Failed> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed::Failed::Output)?;
+    runtime.block_on(order::carry_out(arguments, output))
+}

@@ -66,7 +66,7 @@ mod tests {
         assert_eq!(since("0s", now), Ok(1_000_000_000));
         assert_eq!(since("9999days", now), Ok(0));
         assert_eq!(since("1970-01-01T00:00:01.5Z", now), Ok(1_500_000));
-        assert_eq!(since("1969-01-01T00:00:00Z", now).is_err(), true);
+        assert!(since("1969-01-01T00:00:00Z", now).is_err());
         assert!(since("yesterday", now).is_err());
         assert!(since("", now).is_err());
     }

@@ -1,0 +1,204 @@
+//! What can be written on the command line, and what `--help` says about it.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use clap::{Parser, Subcommand};
+use understudy_api::config::{DEFAULT_CONTROL_SOCKET, DEFAULT_PATH};
+use understudy_api::{MAX_DRAIN_TIMEOUT_MS, time};
+
+const EXAMPLES: &str = "\
+Examples:
+  understudy status                          who serves, who could take over, and if not, why
+  understudy attach redis redis-2 --drain    let open conversations end, then trust redis-2's state
+  understudy switchover redis --to redis-2   move the service, planned
+  understudy events --follow --since 5m      what happened in the last five minutes, and what happens
+  understudy --json status | jq '.services[].epoch'
+
+SERVICE may be left out where the configuration has only one. DOMAIN is a domain's name or UUID.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 dom0d can't be reached.";
+
+/// Ask dom0d about the services it keeps alive, and tell it what to do
+#[derive(Debug, Parser)]
+#[command(name = "understudy", version, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Print JSON: one object, or for `events` one object per line; errors too, on stderr
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// dom0d's control socket
+    #[arg(long, global = true, value_name = "PATH", env = "UNDERSTUDY_SOCKET", default_value = DEFAULT_CONTROL_SOCKET)]
+    pub(crate) socket: PathBuf,
+
+    #[command(subcommand)]
+    pub(crate) order: Order,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Order {
+    /// The daemon, its services, and each server: its place, and why it is not promotable if so
+    Status,
+
+    /// One line per service
+    Services,
+
+    /// Open conversations of a service, and which servers cover them
+    Conversations {
+        /// The service
+        service: Option<String>,
+        /// Show at most so many
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+        limit: u32,
+        /// Leave out so many at the front
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        skip: u32,
+    },
+
+    /// Put a domain into a service's queue, or seed one that is in it: state that its state is right
+    ///
+    /// One of --assume-identical and --drain must be given: only a server whose state equals the
+    /// OVM's can take over, and nobody but you can know.
+    #[command(allow_missing_positional = true)]
+    Attach {
+        /// The service
+        service: Option<String>,
+        /// The domain's name or UUID
+        #[arg(required = true)]
+        domain: String,
+        /// The domain's state equals the OVM's now; refused while conversations are open
+        #[arg(long, conflicts_with = "drain")]
+        assume_identical: bool,
+        /// The domain's state equals the OVM's once open conversations have ended: new ones are held
+        /// until then. Waits for the end
+        #[arg(long)]
+        drain: bool,
+        /// When the drain gives up, such as 30s (default) or 2m; at most 1h
+        #[arg(long, requires = "drain", conflicts_with = "assume_identical", value_name = "DURATION", value_parser = drain_timeout)]
+        timeout: Option<Duration>,
+    },
+
+    /// Take an RVM out of a service's queue; it stays out until it is attached again
+    #[command(allow_missing_positional = true)]
+    Detach {
+        /// The service
+        service: Option<String>,
+        /// The domain's name or UUID
+        #[arg(required = true)]
+        domain: String,
+    },
+
+    /// Move a service to a replica, planned: the OVM becomes an RVM, conversations go on
+    Switchover {
+        /// The service
+        service: Option<String>,
+        /// The next OVM; without it the best candidate
+        #[arg(long, value_name = "DOMAIN")]
+        to: Option<String>,
+    },
+
+    /// Depose the OVM as if it were at fault, and fence it
+    Failover {
+        /// The service
+        service: Option<String>,
+        /// The next OVM; without it the best candidate
+        #[arg(long, value_name = "DOMAIN")]
+        to: Option<String>,
+        /// Promote even what is not promotable: conversations that can't go on there are reset
+        #[arg(long)]
+        force: bool,
+    },
+
+    /// Pause a domain for maintenance, announced: causes no failover within the service's limit
+    #[command(allow_missing_positional = true)]
+    Pause {
+        /// The service
+        service: Option<String>,
+        /// The domain's name or UUID
+        #[arg(required = true)]
+        domain: String,
+    },
+
+    /// Let a paused domain run again and end its maintenance
+    #[command(allow_missing_positional = true)]
+    Resume {
+        /// The service
+        service: Option<String>,
+        /// The domain's name or UUID
+        #[arg(required = true)]
+        domain: String,
+    },
+
+    /// What happened
+    Events {
+        /// Go on with what happens, until interrupted
+        #[arg(long, short)]
+        follow: bool,
+        /// Begin there: an age such as 5m (0s: only what is new), or a time such as 2026-11-23T10:00:00Z
+        #[arg(long, value_name = "WHEN", value_parser = since)]
+        since: Option<String>,
+    },
+
+    /// Check a configuration file as dom0d would, without dom0d
+    CheckConfig {
+        /// The file
+        #[arg(default_value = DEFAULT_PATH)]
+        path: PathBuf,
+    },
+}
+
+fn drain_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = time::duration(text)?;
+    let limit = Duration::from_millis(MAX_DRAIN_TIMEOUT_MS);
+    if timeout > limit {
+        let limit = limit.as_secs() / 3_600;
+        return Err(format!("new clients wait that long; at most {limit}h"));
+    }
+    Ok(timeout)
+}
+
+fn since(text: &str) -> Result<String, String> {
+    time::since(text, SystemTime::now()).map(|_| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_holds_together() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_single_name_is_the_domain() {
+        let one = Arguments::try_parse_from(["understudy", "detach", "redis-2"]);
+        let two = Arguments::try_parse_from(["understudy", "detach", "redis", "redis-2"]);
+        for (parsed, expected) in [(one, None), (two, Some("redis".to_owned()))] {
+            match parsed.map(|arguments| arguments.order) {
+                Ok(Order::Detach { service, domain }) => {
+                    assert_eq!((service, domain.as_str()), (expected, "redis-2"));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for line in [
+            "attach d --drain --assume-identical",
+            "attach d --timeout 5s --assume-identical",
+            "attach d --drain --timeout soon",
+            "attach d --drain --timeout 2h",
+            "attach --drain",
+            "conversations --limit 0",
+            "events --since yesterday",
+            "failover --force=maybe",
+            "",
+        ] {
+            let words = ["understudy"].into_iter().chain(line.split_whitespace());
+            assert!(Arguments::try_parse_from(words).is_err(), "{line}");
+        }
+    }
+}

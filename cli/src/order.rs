@@ -1,0 +1,221 @@
+//! What each command asks dom0d, and what it makes of the answer.
+
+use std::time::Duration;
+
+use understudy_api::{
+    Attach, Attached, Conversations, DEFAULT_DRAIN_TIMEOUT_MS, Done, Event, Failover, OnDomain, Promoted,
+    Services, Status, Switchover,
+};
+
+use crate::arguments::{Arguments, Order};
+use crate::check_config::check_config;
+use crate::daemon::{Daemon, Events, percent_encoded};
+use crate::failed::Failed;
+use crate::output::Output;
+use crate::{sentence, show};
+
+/// Conversations asked for at a time; dom0d gives no more.
+const PAGE: u32 = 1_000;
+
+/// How long after a drain's deadline its end may be reported.
+const DRAIN_SLACK: Duration = Duration::from_secs(5);
+
+pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(), Failed> {
+    let daemon = &Daemon { socket: arguments.socket };
+    match arguments.order {
+        Order::Status => {
+            let status: Status = daemon.get("/v1/status").await?;
+            output.result(&status, || show::status(&status))
+        }
+        Order::Services => {
+            let services: Services = daemon.get("/v1/services").await?;
+            output.result(&services, || show::services(&services))
+        }
+        Order::Conversations { service, limit, skip } => {
+            let path = path_of(daemon, service, "conversations").await?.1;
+            let page = conversations(daemon, &path, skip, limit).await?;
+            output.result(&page, || show::conversations(&page))
+        }
+        Order::Attach { service, domain, assume_identical, drain, timeout } => {
+            let timeout = timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX));
+            let order = Attach { domain, assume_identical, drain, drain_timeout_ms: timeout };
+            attach(daemon, service, order, output).await
+        }
+        Order::Detach { service, domain } => {
+            let (service, path) = path_of(daemon, service, "detach").await?;
+            let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
+            output.result(&done, || format!("{service}: {} is out of the queue\n", done.domain.name))
+        }
+        Order::Switchover { service, to } => {
+            let (service, path) = path_of(daemon, service, "switchover").await?;
+            let promoted: Promoted = daemon.post(&path, &Switchover { to }).await?;
+            output.result(&promoted, || now_serves(&service, &promoted))
+        }
+        Order::Failover { service, to, force } => {
+            let (service, path) = path_of(daemon, service, "failover").await?;
+            let promoted: Promoted = daemon.post(&path, &Failover { to, force }).await?;
+            output.result(&promoted, || now_serves(&service, &promoted))
+        }
+        Order::Pause { service, domain } => {
+            let (service, path) = path_of(daemon, service, "pause").await?;
+            let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
+            output.result(&done, || {
+                format!(
+                    "{service}: {name} is paused, announced; end it with `understudy resume {name}`\n",
+                    name = done.domain.name
+                )
+            })
+        }
+        Order::Resume { service, domain } => {
+            let (service, path) = path_of(daemon, service, "resume").await?;
+            let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
+            output.result(&done, || format!("{service}: {} runs\n", done.domain.name))
+        }
+        Order::Events { follow, since } => events(daemon, follow, since, output).await,
+        Order::CheckConfig { path } => check_config(&path, output),
+    }
+}
+
+/// The service's name and the path of an order on it. Without a name it is the only service.
+async fn path_of(daemon: &Daemon, service: Option<String>, order: &str) -> Result<(String, String), Failed> {
+    let service = match service {
+        Some(service) => service,
+        None => only_service(daemon).await?,
+    };
+    let path = format!("/v1/services/{}/{order}", percent_encoded(&service));
+    Ok((service, path))
+}
+
+async fn only_service(daemon: &Daemon) -> Result<String, Failed> {
+    let services: Services = daemon.get("/v1/services").await?;
+    let mut names = services.services.into_iter().map(|service| service.name);
+    match (names.next(), names.next()) {
+        (Some(only), None) => Ok(only),
+        (None, _) => Err(Failed::refused("no_service", "dom0d has no service")),
+        (Some(first), Some(second)) => {
+            let names: Vec<String> = [first, second].into_iter().chain(names).collect();
+            Err(Failed::Usage(format!("there are several services: name one of {}", names.join(", "))))
+        }
+    }
+}
+
+fn now_serves(service: &str, promoted: &Promoted) -> String {
+    let (domain, epoch) = (&promoted.domain.name, promoted.epoch);
+    format!("{service}: {domain} serves now (epoch {epoch})\n")
+}
+
+/// Asks page by page; rows may move between pages, as conversations come and go.
+async fn conversations(daemon: &Daemon, path: &str, skip: u32, limit: u32) -> Result<Conversations, Failed> {
+    let mut all: Option<Conversations> = None;
+    let mut taken = 0;
+    loop {
+        let wanted = (limit - taken).min(PAGE);
+        let from = skip.saturating_add(taken);
+        let page: Conversations = daemon.get(&format!("{path}?skip={from}&limit={wanted}")).await?;
+        let got = u32::try_from(page.conversations.len()).unwrap_or(u32::MAX);
+        taken = taken.saturating_add(got);
+        let last = got < wanted || taken >= limit;
+        let all = match &mut all {
+            None => all.insert(page),
+            Some(all) => {
+                all.total = page.total;
+                all.conversations.extend(page.conversations);
+                all
+            }
+        };
+        if last {
+            return Ok(all.clone());
+        }
+    }
+}
+
+async fn attach(
+    daemon: &Daemon,
+    service: Option<String>,
+    order: Attach,
+    output: &Output,
+) -> Result<(), Failed> {
+    if !order.assume_identical && !order.drain {
+        return Err(Failed::Usage(format!(
+            "attaching {} needs a statement on its state: --assume-identical if it equals the OVM's now, --drain if it will once open conversations have ended",
+            order.domain
+        )));
+    }
+    let (service, path) = path_of(daemon, service, "attach").await?;
+    // Listen first: the drain may end at once.
+    let mut events = match order.drain {
+        true => Some(daemon.events("?follow=true&since=0s").await?),
+        false => None,
+    };
+    let mut attached: Attached = daemon.post(&path, &order).await?;
+    if let (true, Some(events)) = (attached.draining, &mut events) {
+        let timeout_ms = order.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
+        let timeout = Duration::from_millis(timeout_ms);
+        output.notice(&format!(
+            "{service}: waiting up to {} s for open conversations to end; new ones are held",
+            timeout.as_secs_f64()
+        ));
+        let end = drained(events, &service, &attached);
+        match tokio::time::timeout(timeout + DRAIN_SLACK, end).await {
+            Ok(end) => end?,
+            Err(_) => {
+                let message = format!(
+                    "service {service}: dom0d did not report the end of the drain; see `understudy status`"
+                );
+                return Err(Failed::refused("drain_unknown", message));
+            }
+        }
+        attached.draining = false;
+    }
+    output.result(&attached, || {
+        format!("{service}: {} is in the queue, and promotable once it has caught up\n", attached.domain.name)
+    })
+}
+
+/// Waits for the drain's good end.
+async fn drained(events: &mut Events<'_>, service: &str, attached: &Attached) -> Result<(), Failed> {
+    let server = u64::from(attached.server.0);
+    while let Some(line) = events.next().await? {
+        let Ok(event) = serde_json::from_str::<Event>(&line) else {
+            continue;
+        };
+        if event.service.as_deref() != Some(service) || event.number("server") != Some(server) {
+            continue;
+        }
+        match event.kind() {
+            "seeded" => return Ok(()),
+            "drain_failed" | "detached" | "evicted" => {
+                let message = format!(
+                    "service {service}: {}. {} is not promotable; try again with a longer --timeout, or when fewer clients are connected",
+                    sentence::sentence(&event),
+                    attached.domain.name
+                );
+                return Err(Failed::refused(event.kind(), message));
+            }
+            _ => {}
+        }
+    }
+    Err(ended())
+}
+
+async fn events(daemon: &Daemon, follow: bool, since: Option<String>, output: &Output) -> Result<(), Failed> {
+    let mut query = format!("?follow={follow}");
+    if let Some(since) = since {
+        query += &format!("&since={}", percent_encoded(&since));
+    }
+    let mut events = daemon.events(&query).await?;
+    while let Some(line) = events.next().await? {
+        output.line(&line, || match serde_json::from_str(&line) {
+            Ok(event) => show::event(&event),
+            Err(_) => line.clone(),
+        })?;
+    }
+    match follow {
+        true => Err(ended()),
+        false => Ok(()),
+    }
+}
+
+fn ended() -> Failed {
+    Failed::Unreachable("dom0d ended the stream of events: it stopped; see its log".to_owned())
+}

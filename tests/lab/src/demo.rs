@@ -84,6 +84,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let first_byte_us =
         observed.first_byte_us(&outcome).context("no client read anything after the cutover")?;
     print_timeline(&observed, first_byte_us);
+    let stalls = outcome.stalls_ns(observed.fault_us * 1_000, observed.cut_over_us * 1_000);
+    let longest_stall_us = stalls.iter().max().copied().unwrap_or_default() / 1_000;
+    tell.line(&format!(
+        "{} connections were waiting for an answer then; the last of them read on after {longest_stall_us} us",
+        stalls.len()
+    ));
 
     tell.heading("Proof");
     let ovm = stage.ovm(Service::Redis)?;
@@ -127,6 +133,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             fault_to_detection_us: observed.suspected_us.saturating_sub(observed.fault_us),
             detection_to_cutover_us: observed.cut_over_us.saturating_sub(observed.suspected_us),
             fault_to_first_byte_us: first_byte_us.saturating_sub(observed.fault_us),
+            longest_stall_us,
             fault_to_fenced_us: observed.fenced_us.map(|at| at.saturating_sub(observed.fault_us)),
             fault_to_recuperated_us: observed.recuperated_us.saturating_sub(observed.fault_us),
             conversations: observed.conversations,

@@ -40,6 +40,8 @@ pub(crate) struct Failover {
     pub(crate) detection_to_cutover_us: u64,
     /// To the first new in-order byte that a client with a request outstanding read.
     pub(crate) fault_to_first_byte_us: u64,
+    /// The same for the connection that waited longest, of those that had a request outstanding.
+    pub(crate) longest_stall_us: u64,
     /// `None` if the domain was gone, so that there was nothing to fence.
     pub(crate) fault_to_fenced_us: Option<u64>,
     pub(crate) fault_to_recuperated_us: u64,

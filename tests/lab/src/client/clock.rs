@@ -9,8 +9,3 @@ pub(crate) fn now_ns() -> u64 {
         .map(|t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
         .unwrap_or_default()
 }
-
-/// Microseconds of CLOCK_MONOTONIC, the unit of the daemon's events.
-pub(crate) fn now_us() -> u64 {
-    now_ns() / 1_000
-}

@@ -28,8 +28,6 @@ pub(crate) struct Transfer {
     pub(crate) took: Duration,
     /// Longest time between two reads (or writes) and when it began, CLOCK_MONOTONIC.
     pub(crate) longest_gap: (Duration, u64),
-    /// This end of the connection.
-    pub(crate) local: SocketAddr,
 }
 
 /// A transfer under way.
@@ -126,7 +124,6 @@ pub(crate) fn connect(target: SocketAddr) -> Result<TcpStream> {
 }
 
 fn get(stream: &mut TcpStream, path: &str, progress: &AtomicU64) -> Result<Transfer> {
-    let local = stream.local_addr()?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\n\r\n")?;
     let mut reader = BufReader::with_capacity(CHUNK, stream);
     let head = Head::read(&mut reader)?;
@@ -148,11 +145,10 @@ fn get(stream: &mut TcpStream, path: &str, progress: &AtomicU64) -> Result<Trans
         left -= n as u64;
         progress.store(bytes - left, Ordering::Relaxed);
     }
-    Ok(gaps.conclude(sha, bytes, local))
+    Ok(gaps.conclude(sha, bytes))
 }
 
 fn put(stream: &mut TcpStream, path: &str, bytes: u64, seed: u64, progress: &AtomicU64) -> Result<Transfer> {
-    let local = stream.local_addr()?;
     write!(stream, "PUT {path} HTTP/1.1\r\nHost: lab\r\nContent-Length: {bytes}\r\n\r\n")?;
     let mut random = Random::new(seed);
     let mut gaps = Gaps::begin();
@@ -171,7 +167,7 @@ fn put(stream: &mut TcpStream, path: &str, bytes: u64, seed: u64, progress: &Ato
     let head = Head::read(&mut BufReader::new(&mut *stream)).context("no answer to the upload")?;
     gaps.note();
     ensure!(matches!(head.status, 201 | 204), "PUT {path} was answered with {}", head.status);
-    Ok(gaps.conclude(sha, bytes, local))
+    Ok(gaps.conclude(sha, bytes))
 }
 
 /// SHA-256 of the first `bytes` bytes that an upload with this seed sends.
@@ -272,13 +268,12 @@ impl Gaps {
         self.last_ns = now;
     }
 
-    fn conclude(self, sha: Sha256, bytes: u64, local: SocketAddr) -> Transfer {
+    fn conclude(self, sha: Sha256, bytes: u64) -> Transfer {
         Transfer {
             sha256: hex(sha),
             bytes,
             took: Duration::from_nanos(self.last_ns - self.begun_ns),
             longest_gap: (Duration::from_nanos(self.longest_ns), self.longest_at),
-            local,
         }
     }
 }

@@ -48,11 +48,6 @@ impl Session {
         }
     }
 
-    /// The address of this end.
-    pub(crate) fn local(&self) -> Result<SocketAddr> {
-        Ok(self.stream.get_ref().local_addr()?)
-    }
-
     /// Runs a query (or several, separated by `;`) and returns all rows.
     pub(crate) fn query(&mut self, sql: &str) -> Result<Rows> {
         self.send(sql)?;

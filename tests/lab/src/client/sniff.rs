@@ -1,6 +1,5 @@
 //! A packet socket on one interface: sees every frame of it, and sends frames as they are given.
 
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -93,16 +92,6 @@ impl Wire {
                 return Ok(None);
             }
         }
-    }
-
-    /// The newest segment of one connection, seen from `local`, sent by it with `from_local`.
-    pub(crate) fn segment_of(
-        &self,
-        local: SocketAddr,
-        from_local: bool,
-        limit: Duration,
-    ) -> Result<Option<Seen>> {
-        self.next(limit, |seen| if from_local { seen.from == local } else { seen.to == local })
     }
 }
 

@@ -20,13 +20,16 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+/// Told by an error how it went wrong.
+type Story = Box<dyn Fn(&str) -> Result<()>>;
+
 /// One story: gets a lab's name, builds what it needs under it, and fails by an error.
 pub(crate) struct Scenario {
     /// Unique; slashes group.
     pub(crate) name: String,
     /// After this long it has failed.
     pub(crate) limit: Duration,
-    play: Box<dyn Fn(&str) -> Result<()>>,
+    play: Story,
 }
 
 impl Scenario {

@@ -144,9 +144,15 @@ fn drain(lab: &str) -> Result<()> {
     let guest = stage.lab.domain("guest-2")?;
     guest.run(&["redis-cli", "SET", "before", "drain"])?;
     stage.operator.refused(&["attach", "redis", "guest-2", "--assume-identical"], &["open"])?;
-    stage.operator.order(&["attach", "redis", "guest-2", "--drain"])?;
-    open.ask(&["PING"])?;
-    drop(open);
+    // The order waits for the drain's end, which waits for this connection's end.
+    std::thread::scope(|scope| {
+        let order = scope.spawn(|| stage.operator.order(&["attach", "redis", "guest-2", "--drain"]));
+        std::thread::sleep(Duration::from_millis(300));
+        let answer = open.ask(&["PING"]);
+        drop(open);
+        let ordered = order.join().map_err(|_| anyhow::anyhow!("the order could not be given"))?;
+        answer.and(ordered)
+    })?;
     stage.until("guest-2 promotable", Duration::from_secs(20), |status| {
         status.services[0].promotable() == 1
     })?;

@@ -66,15 +66,6 @@ impl Stage {
         Ok(Self { _logs: logs, operator, events, dom0d: Some(dom0d), lab })
     }
 
-    /// Stops dom0d properly and starts it with another configuration.
-    pub(crate) fn reconfigure(mut self, config: &str) -> Result<Self> {
-        if let Some(dom0d) = self.dom0d.take() {
-            dom0d.stop()?;
-        }
-        let Self { lab, .. } = self;
-        Self::take(lab, config)
-    }
-
     /// See [`Operator::wait_ready`].
     pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
         self.operator.wait_ready(config)

@@ -171,11 +171,6 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// All events so far.
-    pub(crate) fn all(&self) -> Vec<Event> {
-        self.shared.lock().clone()
-    }
-
     /// Events of this kind and service at or after a moment (microseconds of CLOCK_MONOTONIC).
     pub(crate) fn since(&self, kind: &str, service: &str, from_us: u64) -> Vec<Event> {
         self.shared.lock().iter().filter(|event| matches(event, kind, service, from_us)).cloned().collect()

@@ -50,10 +50,6 @@ impl Session {
         Ok(self.stream.get_ref().local_addr()?)
     }
 
-    pub(crate) fn set_read_timeout(&self, limit: Duration) -> Result<()> {
-        Ok(self.stream.get_ref().set_read_timeout(Some(limit))?)
-    }
-
     /// Sends one command and waits for its answer.
     pub(crate) fn ask(&mut self, words: &[&str]) -> Result<Answer> {
         self.send(words)?;

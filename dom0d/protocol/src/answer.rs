@@ -306,7 +306,8 @@ impl Conversation {
             Segment { seq: seq_of(self.told.iss, position), flags, window: 0, ..self.segment_to_client() };
         let link = self.link;
         ctx.send_to_client(link, reset.emit());
-        self.up_rst = Some(self.up_end());
+        self.up_rst = Some((self.up_end(), ctx.order.mark()));
+        self.was_reset = true;
         self.close(ctx);
     }
 

@@ -80,8 +80,8 @@ pub(crate) struct Conversation {
     pub(crate) up: Stream,
     /// Position of the client's FIN, and its mark in the service-wide order.
     pub(crate) up_fin: Option<(u64, u64)>,
-    /// Position of the client's RST.
-    pub(crate) up_rst: Option<u64>,
+    /// Position of the client's RST, and its mark in the service-wide order.
+    pub(crate) up_rst: Option<(u64, u64)>,
     /// End of the client's urgent data.
     pub(crate) urgent: Option<u64>,
     /// What the client was sent.
@@ -182,7 +182,17 @@ impl Conversation {
                 recuperating.ack_due = true;
             }
         }
+        if self.closed.is_some() && !self.is_through(ctx) && segment.sequence_length() > 0 {
+            // Its last ACK was lost, and the server that sent it is gone (RFC 9293 §3.10.7.4, TIME-WAIT).
+            let ack = self.segment_to_client();
+            self.send_to_client(&ack, ctx);
+        }
         self.forward_to_ovm(ack, segment, ctx);
+    }
+
+    /// The OVM speaks with the client itself.
+    fn is_through(&self, ctx: &Context) -> bool {
+        ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| leg.through)
     }
 
     /// RFC 9293 §3.10.7.4 with PAWS (RFC 7323 §5). Lenient where servers differ: what is recorded and
@@ -288,7 +298,7 @@ impl Conversation {
     /// RFC 5961 §3: only the exact position counts; the OVM answers all others with an ACK.
     fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
         if start == self.up_end() || start == self.told.acked {
-            self.up_rst = Some(start);
+            self.up_rst = Some((start, ctx.order.mark()));
             self.forward_to_ovm(self.client.acked, segment, ctx);
             self.close(ctx);
         } else {

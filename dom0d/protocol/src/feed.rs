@@ -36,8 +36,8 @@ impl Conversation {
     }
 
     fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
-        if self.up_rst.is_some() {
-            // The client is gone before the server ever knew of it.
+        if self.up_rst.is_some() && self.up.end() <= 1 && self.up_fin.is_none() {
+            // The client is gone before the server ever knew of it, and has said nothing.
             leg.gone = Some(ctx.now);
             leg.sender.disarm();
             return Ok(());
@@ -109,7 +109,12 @@ impl Conversation {
         }
         while self.feed_data(slot, leg, guest, ctx) {}
         self.feed_fin(slot, leg, guest, ctx);
-        if self.up_rst.is_some_and(|position| position <= leg.rcv_nxt) {
+        // A RST makes a kernel forget what its service has not read yet: it comes after the answers that
+        // the client had been sent.
+        if self
+            .up_rst
+            .is_some_and(|(position, mark)| position <= leg.rcv_nxt && ctx.permits(slot, mark, self.id))
+        {
             self.send_reset_to(slot, leg, ctx);
             leg.gone = Some(ctx.now);
             leg.sender.disarm();

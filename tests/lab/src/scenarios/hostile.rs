@@ -19,6 +19,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario::new("hostile/malformed/ipv4", |lab| garbage(lab, false)),
         Scenario::new("hostile/malformed/ipv6", |lab| garbage(lab, true)),
+        Scenario::new("hostile/malformed/from-ovm", garbage_of_ovm),
         Scenario::new("hostile/syn-flood", flood),
         Scenario::new("hostile/full-table", full_table),
     ]
@@ -64,6 +65,21 @@ fn garbage(lab: &str, ipv6: bool) -> Result<()> {
         session.ask(&["GET", "honest"])?.text().as_deref() == Some("51"),
         "the honest connection's counter is wrong after the failover"
     );
+    let outcome = load.finish()?;
+    stage.expect_unharmed(&outcome)?;
+    failover.expect_plausible()
+}
+
+/// The same from the OVM's own vif, in the name of its conversations.
+fn garbage_of_ovm(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "honest").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    super::replica::garbage(&stage.lab.domain("guest-1")?)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
     let outcome = load.finish()?;
     stage.expect_unharmed(&outcome)?;
     failover.expect_plausible()

@@ -1,6 +1,7 @@
 //! `cargo lab test`: stories that the whole of Understudy must pass, with real services.
 
 mod daemon;
+mod database;
 mod hostile;
 mod links;
 mod matrix;
@@ -48,6 +49,7 @@ fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(plain::scenarios());
     all.extend(matrix::scenarios());
+    all.extend(database::scenarios());
     all.extend(repeated::scenarios());
     all.extend(order::scenarios());
     all.extend(stale::scenarios());

@@ -20,6 +20,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("refusals/configuration", configuration),
         Scenario::new("refusals/address-in-use", address_in_use),
         Scenario::new("refusals/unknown-domain", unknown_domain),
+        Scenario::new("refusals/no-bridge", no_bridge),
         Scenario::new("refusals/no-root", no_root),
         Scenario::new("refusals/missing-tool", missing_tool),
     ]
@@ -153,6 +154,39 @@ fn unknown_domain(lab: &str) -> Result<()> {
     load.wait_answers(200, Duration::from_secs(20))?;
     let outcome = load.finish()?;
     stage.expect_unharmed(&outcome)
+}
+
+/// A vif that is no port of a bridge (as with vif-route), and a bridge that does not exist: the
+/// service is refused with the reason, and served once that is mended.
+fn no_bridge(lab: &str) -> Result<()> {
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
+    let vif = lab.domain("guest-1")?.vif.clone();
+    let config = lab.default_config();
+    lab.dom0().run(&["ip", "link", "set", &vif, "nomaster"])?;
+    let stage = Stage::take_unready(lab, &config)?;
+    expect_problem(&stage, &[&vif])?;
+    stage.lab.dom0().run(&["ip", "link", "set", &vif, "master", "xenbr0"])?;
+    stage.wait_ready(&config)?;
+    let Stage { lab, dom0d, .. } = stage;
+    dom0d.context("no dom0d")?.stop()?;
+    let config = config.replacen("xenbr0", "xenbr7", 1);
+    match Stage::take_unready(lab, &config) {
+        Ok(stage) => expect_problem(&stage, &["xenbr7"]),
+        Err(error) => explains("dom0d", &format!("{error:#}"), &["xenbr7"]),
+    }
+}
+
+/// The redis service does not serve, and its problems say why.
+fn expect_problem(stage: &Stage, saying: &[&str]) -> Result<()> {
+    std::thread::sleep(Duration::from_millis(500));
+    let service = stage.operator.service("redis")?;
+    let mut said = service.problems.join("; ");
+    for known in &service.known {
+        said.push_str(&format!("; {}: {}", known.domain.name, known.reason));
+    }
+    ensure!(!service.serving, "the service serves");
+    println!("  {said}");
+    explains("the status", &said, saying)
 }
 
 /// Without root dom0d says so at once and touches nothing.

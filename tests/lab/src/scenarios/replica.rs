@@ -215,7 +215,7 @@ fn reset(guest: &Domain) -> Result<()> {
 }
 
 /// Malformed and contradictory segments, as if they belonged to the replica's conversations.
-fn garbage(guest: &Domain) -> Result<()> {
+pub(super) fn garbage(guest: &Domain) -> Result<()> {
     let (place, own) = own_address(guest, Service::Redis)?;
     place.run(move || {
         let wire = Wire::open_only()?;

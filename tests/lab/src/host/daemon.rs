@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -112,11 +112,6 @@ impl Daemon {
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
-    }
-
-    /// How it ended, if it has.
-    pub(crate) fn ended(&mut self) -> Result<Option<ExitStatus>> {
-        Ok(self.child.try_wait()?)
     }
 
     /// Asks it to stop (SIGTERM) and waits; an error if it does not within 10 s, or exits non-zero.

@@ -25,9 +25,7 @@ pub(crate) struct Domain {
     pub(crate) mac: String,
     /// The backend interface in dom0, `vif<domid>.0`.
     pub(crate) vif: String,
-    /// As `domains.json` says.
-    pub(crate) paused: bool,
-    /// What else of its state the lab knows, for an operator: `running`, `paused`, `spinning`, ...
+    /// Its state in words: `running`, `paused`, `spinning`, ...
     pub(crate) state: String,
     /// Where its services keep their data: `redis/`, `http/upload/`, `postgresql/`.
     pub(crate) data: PathBuf,

@@ -282,7 +282,6 @@ impl Lab {
             addresses: record.addresses,
             mac: record.mac,
             vif: record.vif,
-            paused: record.paused,
         }
     }
 

@@ -13,13 +13,15 @@ use nix::unistd::geteuid;
 use super::Service;
 
 /// Packages that the lab, dom0d's build and the tests need whatever the services.
-const PACKAGES: [&str; 13] = [
+const PACKAGES: [&str; 15] = [
     "iproute2",
     "nftables",
     "ethtool",
     "util-linux",
     "procps",
     "tcpdump",
+    "curl",
+    "iputils-ping",
     "xenstore-utils",
     "build-essential",
     "clang",

@@ -73,6 +73,7 @@ impl Sessions {
     }
 
     /// How many are connected.
+    #[cfg(test)]
     pub(super) fn connected(&self) -> usize {
         self.open.len()
     }

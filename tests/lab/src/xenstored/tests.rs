@@ -237,7 +237,7 @@ fn a_transaction_is_seen_whole_or_tried_again() {
     let (_, id) = one.ask(TRANSACTION_START, 0, b"\0");
     let id: u32 = std::str::from_utf8(&id[..id.len() - 1]).unwrap().parse().unwrap();
     assert_eq!(one.ask(READ, id, b"/a\0").1, b"1");
-    assert_eq!(two.ask(WRITE, 0, b"/a\02").1, b"OK\0");
+    assert_eq!(two.ask(WRITE, 0, b"/a\x002").1, b"OK\0");
     assert_eq!(one.ask(WRITE, id, b"/c\0z").1, b"OK\0");
     assert_eq!(one.ask(TRANSACTION_END, id, b"T\0"), (ERROR, b"EAGAIN\0".to_vec()));
     assert_eq!(two.ask(READ, 0, b"/c\0"), (ERROR, b"ENOENT\0".to_vec()));

@@ -12,6 +12,7 @@ use crate::leg::{Leg, Legs, Phase};
 use crate::mask;
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::recuperation::Recuperating;
+use crate::sender::Sender;
 use crate::seq::{later, position_of, seq_of};
 use crate::stream::Stream;
 use crate::table::{ConversationId, Key};
@@ -646,6 +647,8 @@ impl Conversation {
             rcv_nxt: 1,
             edge: 1 + u64::from(window),
             told: (1, 0),
+            // The SYN is acknowledged: what the daemon itself may have to send begins behind it.
+            sender: Sender::new(1),
             ..Leg::opening(server)
         }
     }

@@ -102,7 +102,8 @@ pub(crate) struct World {
     rng: Prng,
     /// Why a connection may come to harm, if it may.
     pub(crate) excuse: Option<&'static str>,
-    pub(crate) blemished: BTreeMap<ServerId, &'static str>,
+    /// Servers that may have lost conversations, or lose them when they serve; and why.
+    impaired: BTreeMap<ServerId, &'static str>,
     /// Servers whose answers are not what the service would say, and whether one of them served.
     untrue: BTreeSet<ServerId>,
     pub(crate) untrue_served: bool,
@@ -211,7 +212,7 @@ impl World {
             failure: None,
             rng: Prng::fork(seed, "world", 0),
             excuse: None,
-            blemished: BTreeMap::new(),
+            impaired: BTreeMap::new(),
             untrue: BTreeSet::new(),
             untrue_served: false,
             last_status: 0,
@@ -239,7 +240,7 @@ impl World {
                 self.fail("operator", format!("server {index} is refused: {error}"));
             }
             if !self.knobs.guest_links[index].faithful() {
-                self.blemish(ServerId(index as u32 + 1), "lossy link");
+                self.blemish(ServerId(index as u32 + 1));
             }
         }
         for client in 0..self.clients.len() {
@@ -660,7 +661,7 @@ impl World {
                 });
                 self.note(format!("{from:?} -> {to:?}"));
                 self.untrue_served |= self.untrue.contains(&to);
-                if let Some(why) = self.blemished.get(&to) {
+                if let Some(why) = self.impaired.get(&to) {
                     self.excuse.get_or_insert(why);
                 }
                 for index in 0..self.pending.len() {
@@ -759,9 +760,15 @@ impl World {
 
     // ---- faults ---------------------------------------------------------------------------------
 
-    pub(crate) fn blemish(&mut self, id: ServerId, why: &'static str) {
-        self.blemished.entry(id).or_insert(why);
+    /// Something was done to a server: from now on it may be suspected.
+    fn blemish(&mut self, id: ServerId) {
         self.see(&Seen::Blemish(id));
+    }
+
+    /// The server may have lost conversations, or lose them when it serves.
+    fn impair(&mut self, id: ServerId, why: &'static str) {
+        self.impaired.entry(id).or_insert(why);
+        self.blemish(id);
     }
 
     fn resolve(&self, target: Target) -> Option<usize> {
@@ -799,7 +806,7 @@ impl World {
                 // A starved host is slow for everybody; who is accused then is no matter here.
                 for guest in 0..self.guests.len() {
                     let id = self.guests[guest].id;
-                    self.blemish(id, "dom0 was starved");
+                    self.blemish(id);
                 }
             }
             Fault::Switchover => {
@@ -859,7 +866,7 @@ impl World {
         if result.is_err() {
             self.guests[index].health = Health::Gone;
         } else {
-            self.blemish(id, "joined later");
+            self.impair(id, "joined later");
         }
         self.action("attach", result);
     }
@@ -888,7 +895,7 @@ impl World {
         let now = self.now;
         self.coverage.hit(&format!("fault.{name}"));
         if !matches!(fault, Fault::Thaw(_) | Fault::Unhang(_)) {
-            self.blemish(id, name_of_blemish(fault));
+            self.impair(id, name_of_impairment(fault));
         }
         if matches!(fault, Fault::Mutated { .. }) {
             self.observer.liars.insert(id);
@@ -947,7 +954,7 @@ impl World {
         let healthy: Vec<usize> = status
             .servers
             .iter()
-            .filter(|s| s.not_promotable.is_none() && !self.blemished.contains_key(&s.server))
+            .filter(|s| s.not_promotable.is_none() && !self.impaired.contains_key(&s.server))
             .filter_map(|s| self.guest_of(s.server))
             .collect();
         if healthy.is_empty() {
@@ -998,7 +1005,7 @@ impl World {
     }
 }
 
-fn name_of_blemish(fault: Fault) -> &'static str {
+fn name_of_impairment(fault: Fault) -> &'static str {
     match fault {
         Fault::Freeze(_) => "it was frozen",
         Fault::Crash(_) => "it crashed",

@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail, ensure};
 use understudy_api::config::Config;
 use understudy_api::{Event, Service, Status};
 
+use crate::host::setup;
+
 /// How long dom0d may take to find every domain and take it up.
 const READY: Duration = Duration::from_secs(15);
 
@@ -130,13 +132,11 @@ impl Operator {
 
 /// A program that was built along with this one.
 pub(crate) fn program(name: &str) -> Result<PathBuf> {
-    let own = std::env::current_exe()?;
-    let path = own.parent().context("this program is nowhere")?.join(name);
+    let path = setup::built(name);
     ensure!(
         path.exists(),
-        "{} does not exist: build it with `cargo build --release -p {}`",
+        "{} does not exist: build it with `cargo build --release -p {name}`",
         path.display(),
-        if name == "understudy" { "cli" } else { name },
     );
     Ok(path)
 }

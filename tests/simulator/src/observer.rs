@@ -192,6 +192,13 @@ impl Conversation {
         !self.client_reset && !self.reset_to_client && self.client_fin.is_none() && self.sent_fin.is_none()
     }
 
+    /// Whether a server has all that the client sent and has said all that the client was sent.
+    pub(crate) fn kept_up(&self, server: ServerId) -> bool {
+        self.legs.get(&server).is_some_and(|leg| {
+            leg.handed >= self.received.contiguous() && leg.produced.contiguous() >= self.sent.contiguous()
+        }) && self.view.is_some()
+    }
+
     /// Whether a server's answers differ from what the client was sent.
     pub(crate) fn diverged(&self, server: ServerId) -> bool {
         self.legs.get(&server).is_some_and(|leg| {

@@ -91,7 +91,8 @@ fn servers(world: &mut World) -> Verdict {
     let status = world.service.status();
     for server in &status.servers {
         let serves = server.role != Role::Rvm;
-        if !serves && server.not_promotable.is_some() {
+        // One that is behind is given what it lacks should it be promoted.
+        if !serves && (server.not_promotable.is_some() || server.behind_bytes > 0) {
             continue;
         }
         let Some(guest) = world.guest_of(server.server) else {

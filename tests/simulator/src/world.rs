@@ -325,7 +325,43 @@ impl World {
                 self.fail(rule, text);
             }
         }
+        self.describe();
         self.failure.clone()
+    }
+
+    /// Where everybody stands, at the end of a trace.
+    fn describe(&mut self) {
+        let status = self.service.status();
+        for server in &status.servers {
+            self.trace.line(self.now, || format!("{server:?}"));
+        }
+        for c in &self.observer.conversations {
+            self.trace.line(self.now, || {
+                let legs: Vec<_> = c
+                    .legs
+                    .iter()
+                    .map(|(id, l)| {
+                        let end = if l.fin.is_some() { " FIN" } else { "" };
+                        let reset = if l.reset { " RST" } else { "" };
+                        format!("{}: got {} said {}{end}{reset}", id.0, l.handed, l.produced.contiguous())
+                    })
+                    .collect();
+                format!(
+                    "{}: client sent {}{}{} and was sent {}{}{}; servers {}",
+                    c.client,
+                    c.received.contiguous(),
+                    if c.client_fin.is_some() { " FIN" } else { "" },
+                    if c.client_reset { " RST" } else { "" },
+                    c.sent.contiguous(),
+                    if c.sent_fin.is_some() { " FIN" } else { "" },
+                    if c.reset_to_client { " RST" } else { "" },
+                    legs.join(", ")
+                )
+            });
+        }
+        for conversation in self.service.conversations(0, 1000) {
+            self.trace.line(self.now, || format!("{conversation:?}"));
+        }
     }
 
     fn handle(&mut self, event: Event) {
@@ -474,11 +510,11 @@ impl World {
     }
 
     fn from_client(&mut self, client: usize, packet: &[u8]) {
-        self.trace.packet(self.now, &format!("client {client} >"), packet);
         let mut whole = packet.to_vec();
         if self.clients[client].knobs.stack.disguise.partial_checksums {
             crate::disguise::complete_checksum(&mut whole);
         }
+        self.trace.packet(self.now, &format!("client {client} >"), &whole);
         if let Ok(segment) = Segment::parse(&whole) {
             self.see(&Seen::FromClient(&segment));
         }
@@ -497,11 +533,11 @@ impl World {
 
     fn from_server(&mut self, guest: usize, packet: &[u8]) {
         let id = self.guests[guest].id;
-        self.trace.packet(self.now, &format!("{id:?} >"), packet);
         let mut whole = packet.to_vec();
         if self.knobs.guests[guest].stack.disguise.partial_checksums {
             crate::disguise::complete_checksum(&mut whole);
         }
+        self.trace.packet(self.now, &format!("{id:?} >"), &whole);
         if let Ok(segment) = Segment::parse(&whole) {
             self.see(&Seen::FromServer(id, &segment));
         }
@@ -965,15 +1001,13 @@ impl World {
             // A close is disputed by RVMs that have kept up within the hold, in several conversations.
             let prompt = healthy.iter().any(|&g| {
                 let (guest, link) = (&self.knobs.guests[g], &self.knobs.guest_links.get(g));
-                guest.think_us.1 <= 1000 && link.is_none_or(|l| l.delay_us + l.jitter_us <= 500)
+                let quick = guest.think_us.1 <= 1000
+                    && link.is_none_or(|l| l.delay_us + l.jitter_us <= 500 && l.faithful());
+                let id = self.guests[g].id;
+                let conversations = &self.observer.conversations;
+                quick && conversations.iter().filter(|c| c.is_open() && c.kept_up(id)).count() > 1
             });
-            let open = self
-                .observer
-                .conversations
-                .iter()
-                .filter(|c| c.view.is_some() && c.client_acked >= 0 && c.is_open())
-                .count();
-            if !prompt || open < 2 {
+            if !prompt {
                 self.excuse.get_or_insert("a close that nobody could dispute");
             }
         }

@@ -127,6 +127,11 @@ impl Guest {
         self.stack.forgot(now, client, self.port)
     }
 
+    /// The service has answered more than the stack sends, for no reason to be seen.
+    pub(crate) fn holds_back(&self, now: u64) -> bool {
+        self.stack.holds_back(now, 50_000)
+    }
+
     /// The domain runs again.
     pub(crate) fn thaw(&mut self) {
         if matches!(self.health, Health::Frozen | Health::Spinning) {

@@ -203,6 +203,7 @@ impl Conversation {
     pub(crate) fn diverged(&self, server: ServerId) -> bool {
         self.legs.get(&server).is_some_and(|leg| {
             leg.contradicts_itself
+                || leg.fin.is_some_and(|fin| fin < self.sent.contiguous() as i64)
                 || leg
                     .produced
                     .known

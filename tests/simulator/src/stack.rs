@@ -132,26 +132,36 @@ impl Stack {
         sent
     }
 
-    /// A connection has something unacknowledged and its stack does nothing about it. smoltcp loses
-    /// its retransmission timer when a window opens again while data is in flight.
-    pub(crate) fn forgot(&self, now_us: u64, peer: SocketAddr, port: u16) -> bool {
-        let spoke = self.spoke_at.get(&(peer, port)).copied().unwrap_or(0);
-        self.sockets.iter().any(|(_, socket)| {
-            let smoltcp::socket::Socket::Tcp(socket) = socket;
-            let (Some(local), Some(remote)) = (socket.local_endpoint(), socket.remote_endpoint()) else {
-                return false;
-            };
-            let this = local.port == port
-                && SocketAddr::new(remote.addr.into(), remote.port) == peer
-                && socket.state() != tcp::State::Closed;
-            this && socket.send_queue() > 0 && now_us > spoke + 2 * LONGEST_RTO_US
-        })
-    }
-
     pub(crate) fn poll_at(&mut self, now_us: u64) -> Option<u64> {
         self.interface
             .poll_at(at(now_us), &self.sockets)
             .map(|t| (t.total_micros().max(0) as u64).max(now_us))
+    }
+
+    /// A connection has something to send or unacknowledged, and its stack does nothing about it for
+    /// longer than any retransmission timeout. smoltcp loses its timer when a window opens again while
+    /// data is in flight.
+    pub(crate) fn forgot(&self, now_us: u64, peer: SocketAddr, port: u16) -> bool {
+        self.idle_senders(now_us, 2 * LONGEST_RTO_US).any(|ends| ends == (peer, port))
+    }
+
+    /// Some connection has something to send, and the stack does nothing about it for this long.
+    pub(crate) fn holds_back(&self, now_us: u64, for_us: u64) -> bool {
+        self.idle_senders(now_us, for_us).next().is_some()
+    }
+
+    /// Peer and own port of connections that have something to send and have not for this long.
+    fn idle_senders(&self, now_us: u64, for_us: u64) -> impl Iterator<Item = (SocketAddr, u16)> {
+        self.sockets.iter().filter_map(move |(_, socket)| {
+            let smoltcp::socket::Socket::Tcp(socket) = socket;
+            let (local, remote) = (socket.local_endpoint()?, socket.remote_endpoint()?);
+            let ends = (SocketAddr::new(remote.addr.into(), remote.port), local.port);
+            let spoke = self.spoke_at.get(&ends).copied().unwrap_or(0);
+            let idle = socket.state() != tcp::State::Closed
+                && socket.send_queue() > 0
+                && now_us > spoke.saturating_add(for_us);
+            idle.then_some(ends)
+        })
     }
 }
 

@@ -721,7 +721,12 @@ impl World {
 
     fn event(&mut self, kind: &EventKind) {
         match kind {
-            EventKind::Suspected { evidence, .. } => {
+            EventKind::Suspected { server, evidence } => {
+                // smoltcp does not always send into a window that opens again. That is no progress.
+                let idle = self.guest_of(*server).is_some_and(|g| self.guests[g].holds_back(self.now));
+                if idle && *evidence == Evidence::NoProgress {
+                    self.blemish(*server);
+                }
                 self.note(format!("{evidence:?}"));
                 self.coverage.hit(&format!("evidence.{evidence:?}"));
             }

@@ -198,7 +198,9 @@ impl Conversation {
         let Some(slot) = ctx.queue.slot_of(leg.server) else { return };
         let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
         let from = leg.rcv_nxt;
-        let to = self.up.end().min(from + u64::from(leg.mss).saturating_sub(12).max(1));
+        // What was not sent yet may have to wait for the order.
+        let known = if leg.through { self.up.end() } else { self.up.end().min(leg.sender.highest) };
+        let to = known.min(from + u64::from(leg.mss).saturating_sub(12).max(1));
         if from < to && from >= self.up.base() {
             ctx.counters.retransmissions += 1;
             self.send_data(leg, guest, from, to, ctx);

@@ -72,6 +72,7 @@ pub(crate) fn named_or_best(ctx: &Context, to: Option<ServerId>, force: bool) ->
 pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed, ctx: &mut Context) {
     let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
     let old = ctx.ovm();
+    let was_behind = ctx.is_catching_up();
     ctx.epoch += 1;
     ctx.counters.promotions += 1;
     ctx.queue.set_ovm(slot);
@@ -84,7 +85,9 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
             ctx.queue.remove(old);
             ctx.effect(Effect::Fence(server));
         }
-        (Some((old, _)), Deposed::Rvm) => ctx.order.start(old),
+        // One that has not caught up itself still owes its predecessor's answers.
+        (Some((old, _)), Deposed::Rvm) if !was_behind => ctx.order.start(old),
+        (Some(_), Deposed::Rvm) => {}
         (None, _) => {}
     }
     let mark = ctx.order.length();

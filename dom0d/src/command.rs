@@ -319,14 +319,9 @@ impl Commands {
     }
 
     /// Asks and waits for the answer: `commands.ask(|reply| Command::Status { reply }).await`.
-    pub(crate) async fn ask<T>(
-        &self,
-        command: impl FnOnce(Reply<T>) -> Command,
-    ) -> Result<T, CommandError> {
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.sender
-            .send(Message::Command(command(reply)))
-            .map_err(|_| CommandError::Stopping)?;
+        self.sender.send(Message::Command(command(reply))).map_err(|_| CommandError::Stopping)?;
         self.waker.wake();
         answer.await.map_err(|_| CommandError::Stopping)?
     }

@@ -115,8 +115,6 @@ pub(crate) enum Source {
     Hypervisor,
     /// The kernel's rules.
     Rules,
-    /// The host's setup.
-    Host,
     /// Placement of a service, by its index.
     Placement(usize),
 }

@@ -142,31 +142,18 @@ mod tests {
 
     use super::*;
 
-    const POLICY: PausePolicy = PausePolicy {
-        grace: Duration::ZERO,
-        maintenance_limit: Duration::from_secs(30),
-    };
+    const POLICY: PausePolicy =
+        PausePolicy { grace: Duration::ZERO, maintenance_limit: Duration::from_secs(30) };
 
-    const RUNNING: DomainState = DomainState {
-        domid: 1,
-        uuid: Uuid::nil(),
-        paused: false,
-        dying: false,
-        shutdown: None,
-    };
+    const RUNNING: DomainState =
+        DomainState { domid: 1, uuid: Uuid::nil(), paused: false, dying: false, shutdown: None };
 
     fn paused() -> DomainState {
-        DomainState {
-            paused: true,
-            ..RUNNING
-        }
+        DomainState { paused: true, ..RUNNING }
     }
 
     fn shut_down(code: Shutdown) -> DomainState {
-        DomainState {
-            shutdown: Some(code),
-            ..RUNNING
-        }
+        DomainState { shutdown: Some(code), ..RUNNING }
     }
 
     fn at(ms: u64) -> Instant {
@@ -206,34 +193,18 @@ mod tests {
 
     #[test]
     fn a_grace_delays_the_evidence_by_just_that() {
-        let policy = PausePolicy {
-            grace: Duration::from_millis(20),
-            ..POLICY
-        };
-        let found = first_evidence(
-            &mut seen_running(),
-            Some(&paused()),
-            Excuse::default(),
-            policy,
-            1,
-            100,
-        );
+        let policy = PausePolicy { grace: Duration::from_millis(20), ..POLICY };
+        let found = first_evidence(&mut seen_running(), Some(&paused()), Excuse::default(), policy, 1, 100);
         assert_eq!(found, Some((20, Evidence::DomainPaused)));
     }
 
     #[test]
     fn a_short_pause_within_the_grace_is_forgotten() {
-        let policy = PausePolicy {
-            grace: Duration::from_millis(20),
-            ..POLICY
-        };
+        let policy = PausePolicy { grace: Duration::from_millis(20), ..POLICY };
         let mut watch = seen_running();
         let excuse = Excuse::default();
         for start in [1, 100, 200] {
-            assert_eq!(
-                first_evidence(&mut watch, Some(&paused()), excuse, policy, start, 15),
-                None
-            );
+            assert_eq!(first_evidence(&mut watch, Some(&paused()), excuse, policy, start, 15), None);
             let verdict = watch.look(at(start + 15), Some(&RUNNING), excuse, policy, false);
             assert_eq!(verdict.running, Some(true));
         }
@@ -241,10 +212,7 @@ mod tests {
 
     #[test]
     fn a_starved_daemon_measures_the_grace_anew() {
-        let policy = PausePolicy {
-            grace: Duration::from_millis(20),
-            ..POLICY
-        };
+        let policy = PausePolicy { grace: Duration::from_millis(20), ..POLICY };
         let mut watch = seen_running();
         let excuse = Excuse::default();
         watch.look(at(1), Some(&paused()), excuse, policy, false);
@@ -258,10 +226,7 @@ mod tests {
     fn a_domain_never_seen_running_is_not_accused_of_its_pause() {
         let mut watch = Watch::default();
         let excuse = Excuse::default();
-        assert_eq!(
-            first_evidence(&mut watch, Some(&paused()), excuse, POLICY, 0, 1_000),
-            None
-        );
+        assert_eq!(first_evidence(&mut watch, Some(&paused()), excuse, POLICY, 0, 1_000), None);
         watch.look(at(1_000), Some(&RUNNING), excuse, POLICY, false);
         let verdict = watch.look(at(1_001), Some(&paused()), excuse, POLICY, false);
         assert_eq!(verdict.evidence, Some(Evidence::DomainPaused));
@@ -269,18 +234,8 @@ mod tests {
 
     #[test]
     fn an_announced_pause_is_excused_until_its_limit() {
-        let excuse = Excuse {
-            announced: Some(at(0)),
-            ..Excuse::default()
-        };
-        let found = first_evidence(
-            &mut seen_running(),
-            Some(&paused()),
-            excuse,
-            POLICY,
-            1,
-            40_000,
-        );
+        let excuse = Excuse { announced: Some(at(0)), ..Excuse::default() };
+        let found = first_evidence(&mut seen_running(), Some(&paused()), excuse, POLICY, 1, 40_000);
         assert_eq!(found, Some((29_999, Evidence::DomainPaused)));
     }
 
@@ -295,33 +250,16 @@ mod tests {
             40_000,
         );
         assert_eq!(found, Some((30_000, Evidence::DomainPaused)));
-        let migrating = Excuse {
-            migrating: is_migrating("redis-1--migratedaway"),
-            ..Excuse::default()
-        };
-        let found = first_evidence(
-            &mut seen_running(),
-            Some(&paused()),
-            migrating,
-            POLICY,
-            1,
-            40_000,
-        );
+        let migrating = Excuse { migrating: is_migrating("redis-1--migratedaway"), ..Excuse::default() };
+        let found = first_evidence(&mut seen_running(), Some(&paused()), migrating, POLICY, 1, 40_000);
         assert_eq!(found, Some((30_000, Evidence::DomainPaused)));
     }
 
     #[test]
     fn a_domain_that_is_gone_dying_or_down_is_evidence_whatever_was_announced() {
-        let dying = DomainState {
-            dying: true,
-            ..RUNNING
-        };
+        let dying = DomainState { dying: true, ..RUNNING };
         let down = shut_down(Shutdown::Final);
-        let excuse = Excuse {
-            announced: Some(at(0)),
-            migrating: true,
-            fenced: false,
-        };
+        let excuse = Excuse { announced: Some(at(0)), migrating: true, fenced: false };
         for state in [None, Some(&dying), Some(&down)] {
             let mut watch = seen_running();
             let verdict = watch.look(at(1), state, excuse, POLICY, false);
@@ -332,21 +270,8 @@ mod tests {
 
     #[test]
     fn a_fence_is_no_evidence_against_the_fenced() {
-        let excuse = Excuse {
-            fenced: true,
-            ..Excuse::default()
-        };
-        assert_eq!(
-            first_evidence(
-                &mut seen_running(),
-                Some(&paused()),
-                excuse,
-                POLICY,
-                1,
-                1_000
-            ),
-            None
-        );
+        let excuse = Excuse { fenced: true, ..Excuse::default() };
+        assert_eq!(first_evidence(&mut seen_running(), Some(&paused()), excuse, POLICY, 1, 1_000), None);
     }
 
     #[test]

@@ -1,20 +1,323 @@
-//! dom0d: keeps TCP services of domUs alive; this file starts and stops the daemon.
+//! dom0d: keeps TCP services of domUs alive. This file starts the daemon and ends it, leaving nothing behind.
 
 mod clock;
 mod command;
 mod control;
 mod datapath;
 mod discovery;
+mod eligibility;
 mod event;
 mod fencing;
 mod hypervisor;
 mod liveness;
 mod memory;
+mod notify;
 mod orders;
+mod placement;
 mod plane;
+mod preflight;
 mod report;
 mod server;
 mod service;
 mod wake;
 
-fn main() {}
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use rtnetlink::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{broadcast, oneshot, watch};
+use tracing_subscriber::EnvFilter;
+use understudy_api::config::{Config, DEFAULT_PATH};
+use uuid::Uuid;
+
+use crate::command::Commands;
+use crate::control::ControlSocket;
+use crate::datapath::{DataPath, Message, Neighbourhood};
+use crate::discovery::Found;
+use crate::event::{EVENTS_KEPT, Events};
+use crate::hypervisor::HypervisorKind;
+use crate::memory::Memory;
+use crate::notify::Notifier;
+use crate::placement::Placement;
+use crate::plane::{anchor, rules};
+use crate::report::Reporter;
+use crate::service::Service;
+use crate::wake::Waker;
+
+/// Where the lock and the memory are on a real host.
+const RUN_DIRECTORY: &str = "/run/understudy";
+
+/// Log filter when nothing is said: xenstore-rs warns of every watch that ends with its domain.
+const DEFAULT_LOG: &str = "info,xenstore_rs=error";
+
+/// A data path that has not come round for this long is stuck, and systemd is not told that all is well.
+const STUCK: Duration = Duration::from_secs(2);
+
+/// Keeps TCP services of domUs alive when the domU that serves them freezes or dies.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// Work in the namespace lab of this directory instead of on Xen.
+    #[arg(long, value_name = "DIR")]
+    lab: Option<PathBuf>,
+    /// Check the configuration and this host, change nothing.
+    #[arg(long)]
+    check: bool,
+    /// Listen here instead of on the configuration's `control_socket`.
+    #[arg(long, value_name = "PATH")]
+    control_socket: Option<PathBuf>,
+    /// What to log, as in RUST_LOG: info, debug, dom0d::liveness=trace, ...
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match start(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // An operator at a terminal and the journal both read this.
+            eprintln!("dom0d: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    let filter = match &arguments.log {
+        Some(text) => EnvFilter::try_new(text).context("--log")?,
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG)),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let config = Config::load(&arguments.config)
+        .with_context(|| format!("configuration {}", arguments.config.display()))?;
+    preflight::check()?;
+    if let Some(lab) = &arguments.lab {
+        find_xenstored(lab)?;
+    }
+    let hypervisor = arguments.lab.clone().map_or(HypervisorKind::Xen, HypervisorKind::Lab);
+    hypervisor.open()?;
+    if arguments.check {
+        println!("configuration and host are fit for dom0d");
+        for warning in preflight::warnings() {
+            println!("but: {warning}");
+        }
+        return Ok(());
+    }
+    let directory = arguments.lab.as_deref().unwrap_or(Path::new(RUN_DIRECTORY));
+    let _lock = preflight::lock(directory)?;
+    let socket = arguments.control_socket.clone().unwrap_or_else(|| config.control_socket.clone());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // Little happens here; the data path has a thread of its own.
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("can't start threads")?;
+    runtime.block_on(run(Arc::new(config), &hypervisor, &socket, directory.join("dom0d.state")))
+}
+
+/// xenstore-rs finds xenstored by an environment variable, which a process sets safely only for its
+/// successor: so dom0d starts itself again, once.
+fn find_xenstored(lab: &Path) -> anyhow::Result<()> {
+    let socket = lab.join("xenstored.sock");
+    if std::env::var_os("XENSTORED_PATH").is_some_and(|path| path == *socket) {
+        return Ok(());
+    }
+    let program = std::env::current_exe().context("can't find this program again")?;
+    let error = std::process::Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .env("XENSTORED_PATH", &socket)
+        .exec();
+    Err(error).context("can't start dom0d again with XENSTORED_PATH")
+}
+
+/// The threads around the data path; they end when the data path has ended.
+struct Threads {
+    datapath: JoinHandle<()>,
+    others: Vec<JoinHandle<()>>,
+    /// Resolves when the data path ends, however it does.
+    ended: oneshot::Receiver<()>,
+    messages: mpsc::Sender<Message>,
+    waker: Waker,
+    heartbeat: Arc<AtomicU64>,
+}
+
+async fn run(
+    config: Arc<Config>,
+    hypervisor: &HypervisorKind,
+    socket: &Path,
+    memory_path: PathBuf,
+) -> anyhow::Result<()> {
+    let notifier = Notifier::from_environment().context("NOTIFY_SOCKET")?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let socket = ControlSocket::listen(socket)?;
+    let (connection, netlink, _) = rtnetlink::new_connection().context("netlink")?;
+    tokio::spawn(connection);
+    let macs: Vec<_> = config.services.iter().map(|s| s.psc_mac).collect();
+    anchor::remove_leftovers(&netlink, &macs).await?;
+
+    let (events, _) = broadcast::channel(EVENTS_KEPT);
+    let (lost, lost_interfaces) = tokio::sync::mpsc::unbounded_channel();
+    let mut threads = start_threads(&config, hypervisor, &events, lost, memory_path)?;
+    let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
+    let control = tokio::spawn(control::serve(socket, commands, &events));
+    let (found, domains) = watch::channel(Found::default());
+    let discovery = tokio::spawn(discovery::watch_domains(found));
+    let placement =
+        Placement::new(Arc::clone(&config), netlink.clone(), threads.messages.clone(), threads.waker.clone());
+    let placement = tokio::spawn(placement.run(domains, lost_interfaces));
+    for warning in preflight::warnings() {
+        tracing::warn!("{warning}");
+    }
+    if let Some(notifier) = &notifier {
+        notifier.tell("READY=1");
+    }
+    tracing::info!(services = config.services.len(), "dom0d runs");
+
+    let result = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        _ = &mut threads.ended => Err(anyhow::anyhow!("the data path ended; this is a bug in dom0d, see the log")),
+        () = watchdog(notifier.as_ref(), &threads.heartbeat) => Ok(()),
+    };
+    if let Some(notifier) = &notifier {
+        notifier.tell("STOPPING=1");
+    }
+    tracing::info!("dom0d stops");
+    placement.abort();
+    discovery.abort();
+    control.abort();
+    // An anchor that is being made at this moment must not be made after it was removed.
+    for task in [placement, discovery] {
+        let _ = task.await;
+    }
+    let _ = control.await;
+    stop_threads(threads);
+    clean_up(&netlink, &macs).await;
+    result
+}
+
+fn start_threads(
+    config: &Config,
+    hypervisor: &HypervisorKind,
+    events: &Events,
+    lost: tokio::sync::mpsc::UnboundedSender<datapath::LostInterface>,
+    memory_path: PathBuf,
+) -> anyhow::Result<Threads> {
+    let waker = Waker::new().context("eventfd")?;
+    let (messages, inbox) = mpsc::channel();
+    let tell = |messages: &mpsc::Sender<Message>, waker: &Waker| {
+        let (messages, waker) = (messages.clone(), waker.clone());
+        move |message| {
+            // Without a data path there is nobody to tell.
+            let _ = messages.send(message);
+            waker.wake();
+        }
+    };
+    let tell_outcome = tell(&messages, &waker);
+    let (jobs, fencing) = fencing::spawn(hypervisor.open()?, move |outcome| {
+        tell_outcome(Message::Outcome(outcome));
+    })?;
+    let tell_rules = tell(&messages, &waker);
+    let (rules, rules_writer) = rules::spawn_writer(move |version, result| {
+        tell_rules(Message::RulesApplied { version, result });
+    })?;
+    let memory = memory::load(&memory_path).unwrap_or_else(|error| {
+        tracing::error!(path = %memory_path.display(), %error, "what an earlier dom0d wrote down can't be read; taking the configured OVMs for the OVMs");
+        Memory::default()
+    });
+    let (memory_sender, memory_writer) = memory::spawn_writer(memory_path)?;
+    let heartbeat = Arc::new(AtomicU64::new(clock::now().as_micros()));
+    let services = config.services.iter().enumerate();
+    let services = services
+        .map(|(index, service)| {
+            let seed = Uuid::new_v4().as_u64_pair().0;
+            let name = &service.engine.name;
+            let memory = memory.services.get(name).cloned().unwrap_or_default();
+            Service::new(index, service.clone(), seed, memory)
+        })
+        .collect();
+    let datapath = DataPath::new(
+        services,
+        (hypervisor.name(), hypervisor.open()?),
+        (inbox, waker.clone()),
+        config.liveness_poll,
+        memory,
+        Neighbourhood {
+            reporter: Reporter::new(events.clone()),
+            jobs,
+            rules,
+            memory: memory_sender,
+            lost,
+            heartbeat: Arc::clone(&heartbeat),
+        },
+    );
+    let (ends, ended) = oneshot::channel();
+    let datapath = std::thread::Builder::new().name("datapath".to_owned()).spawn(move || {
+        // Dropped when the thread ends, also by a panic.
+        let _ends: oneshot::Sender<()> = ends;
+        datapath.run();
+    })?;
+    Ok(Threads {
+        datapath,
+        others: vec![fencing, rules_writer, memory_writer],
+        ended,
+        messages,
+        waker,
+        heartbeat,
+    })
+}
+
+/// Tells the service manager that all is well as long as the data path comes round; never returns.
+async fn watchdog(notifier: Option<&Notifier>, heartbeat: &AtomicU64) {
+    let Some((notifier, interval)) =
+        notifier.and_then(|notifier| Some((notifier, notifier.watchdog_interval()?)))
+    else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(interval).await;
+        let last = understudy_protocol::Instant::from_micros(heartbeat.load(Ordering::Relaxed));
+        let age = clock::now().since(last);
+        if age < STUCK {
+            notifier.tell("WATCHDOG=1");
+        } else {
+            tracing::error!(?age, "the data path does not come round");
+        }
+    }
+}
+
+fn stop_threads(threads: Threads) {
+    // If it has ended already, there is nobody to tell.
+    let _ = threads.messages.send(Message::Stop);
+    threads.waker.wake();
+    for thread in std::iter::once(threads.datapath).chain(threads.others) {
+        if thread.join().is_err() {
+            tracing::error!("a thread ended by a panic");
+        }
+    }
+}
+
+async fn clean_up(netlink: &Handle, macs: &[plane::Mac]) {
+    for &mac in macs {
+        if let Err(error) = anchor::remove(netlink, mac).await {
+            tracing::error!(%error, "an anchor stays; the next dom0d removes it");
+        }
+    }
+    if let Err(error) = rules::remove() {
+        tracing::error!(%error, "rules stay; remove them with: nft delete table bridge understudy");
+    }
+}

@@ -112,10 +112,7 @@ impl DataPath {
             return Err(refused(OperatorError::IsOvm));
         }
         let Some(statement) = statement else {
-            return Err(CommandError::NoStatement {
-                service: name,
-                domain: domain.to_owned(),
-            });
+            return Err(CommandError::NoStatement { service: name, domain: domain.to_owned() });
         };
         let server = &service.servers[&id];
         let hindrance = if !service.plane.has_server(id) {
@@ -150,9 +147,7 @@ impl DataPath {
             service.drain(now, &mut around);
             id
         } else {
-            service
-                .attach(now, id, seeding, &mut around)
-                .map_err(refused)?
+            service.attach(now, id, seeding, &mut around).map_err(refused)?
         };
         Ok(Attached {
             domain: service.servers[&id].domain.clone(),

@@ -26,10 +26,7 @@ enum Node<T> {
 
 /// Lists all domains but dom0.
 pub(crate) async fn list(xenstore: &impl AsyncXs) -> io::Result<Snapshot> {
-    let mut walk = Walk {
-        xenstore,
-        garbage: 0,
-    };
+    let mut walk = Walk { xenstore, garbage: 0 };
     let mut domains = Vec::new();
     for child in walk.children("/local/domain").await? {
         match child.parse::<u16>() {
@@ -39,10 +36,7 @@ pub(crate) async fn list(xenstore: &impl AsyncXs) -> io::Result<Snapshot> {
         }
     }
     domains.sort_by_key(|domain| domain.domid);
-    Ok(Snapshot {
-        domains,
-        garbage: walk.garbage,
-    })
+    Ok(Snapshot { domains, garbage: walk.garbage })
 }
 
 /// Asks something cheap, to see whether xenstored still answers.
@@ -65,9 +59,7 @@ impl<X: AsyncXs> Walk<'_, X> {
             return Ok(None);
         };
         let shutdown_request = self
-            .parsed(&format!("{home}/control/shutdown"), |text| {
-                Some(text.to_owned())
-            })
+            .parsed(&format!("{home}/control/shutdown"), |text| Some(text.to_owned()))
             .await?
             .filter(|request| !request.is_empty());
         let mut vifs = Vec::new();
@@ -79,28 +71,16 @@ impl<X: AsyncXs> Walk<'_, X> {
             }
         }
         vifs.sort_by_key(|vif| vif.devid);
-        Ok(Some(Domain {
-            domid,
-            uuid,
-            name,
-            vifs,
-            shutdown_request,
-        }))
+        Ok(Some(Domain { domid, uuid, name, vifs, shutdown_request }))
     }
 
     async fn vif(&mut self, domid: u16, devid: u32) -> io::Result<Option<Vif>> {
         let home = format!("/local/domain/0/backend/vif/{domid}/{devid}");
         // A backend directory whose frontend is somebody else's is not this domain's vif.
         let frontend = format!("/local/domain/{domid}/device/vif/{devid}");
-        let ours = self
-            .parsed(&format!("{home}/frontend"), |text| {
-                (text == frontend).then_some(())
-            })
-            .await?;
+        let ours = self.parsed(&format!("{home}/frontend"), |text| (text == frontend).then_some(())).await?;
         let mac = self.parsed(&format!("{home}/mac"), mac).await?;
-        let state = self
-            .parsed(&format!("{home}/state"), |text| text.parse().ok())
-            .await?;
+        let state = self.parsed(&format!("{home}/state"), |text| text.parse().ok()).await?;
         let name = self.parsed(&format!("{home}/vifname"), some_text).await?;
         let bridge = self.parsed(&format!("{home}/bridge"), some_text).await?;
         let ips = self.parsed(&format!("{home}/ip"), addresses).await?;
@@ -152,10 +132,7 @@ impl<X: AsyncXs> Walk<'_, X> {
 }
 
 /// Tells a missing or senseless node from a connection that fails.
-async fn answered<T>(
-    path: &str,
-    request: impl Future<Output = io::Result<T>>,
-) -> io::Result<Node<T>> {
+async fn answered<T>(path: &str, request: impl Future<Output = io::Result<T>>) -> io::Result<Node<T>> {
     match timeout(REQUEST_TIMEOUT, request).await {
         Ok(Ok(value)) => Ok(Node::Value(value)),
         Ok(Err(error)) => match error.kind() {
@@ -248,14 +225,8 @@ mod tests {
     const GUEST: &[(&str, &str)] = &[
         ("/local/domain/0/name", "Domain-0"),
         ("/local/domain/3/name", "redis-1"),
-        (
-            "/local/domain/3/vm",
-            "/vm/2f8b5f0e-3c53-4d0a-9d8e-1f2f3a4b5c6d",
-        ),
-        (
-            "/local/domain/0/backend/vif/3/0/frontend",
-            "/local/domain/3/device/vif/0",
-        ),
+        ("/local/domain/3/vm", "/vm/2f8b5f0e-3c53-4d0a-9d8e-1f2f3a4b5c6d"),
+        ("/local/domain/0/backend/vif/3/0/frontend", "/local/domain/3/device/vif/0"),
         ("/local/domain/0/backend/vif/3/0/mac", "00:16:3e:00:00:03"),
         ("/local/domain/0/backend/vif/3/0/state", "4"),
         ("/local/domain/0/backend/vif/3/0/bridge", "xenbr0"),
@@ -263,10 +234,8 @@ mod tests {
     ];
 
     async fn listed(changes: &[(&str, Option<&str>)]) -> Snapshot {
-        let mut tree: BTreeMap<String, String> = GUEST
-            .iter()
-            .map(|&(path, value)| (path.to_owned(), value.to_owned()))
-            .collect();
+        let mut tree: BTreeMap<String, String> =
+            GUEST.iter().map(|&(path, value)| (path.to_owned(), value.to_owned())).collect();
         for &(path, value) in changes {
             match value {
                 Some(value) => tree.insert(path.to_owned(), value.to_owned()),
@@ -306,19 +275,9 @@ mod tests {
             ("/local/domain/3/name", "\u{fffd}", 0, 0),
             ("/local/domain/3/name", "", 0, 0),
             ("/local/domain/0/backend/vif/3/0/mac", "00:16", 1, 0),
-            (
-                "/local/domain/0/backend/vif/3/0/mac",
-                "01:00:00:00:00:00",
-                1,
-                0,
-            ),
+            ("/local/domain/0/backend/vif/3/0/mac", "01:00:00:00:00:00", 1, 0),
             ("/local/domain/0/backend/vif/3/0/state", "four", 1, 0),
-            (
-                "/local/domain/0/backend/vif/3/0/frontend",
-                "/local/domain/4/device/vif/0",
-                1,
-                0,
-            ),
+            ("/local/domain/0/backend/vif/3/0/frontend", "/local/domain/4/device/vif/0", 1, 0),
             ("/local/domain/0/backend/vif/3/0/ip", "10.77.0.300", 1, 1),
             ("/local/domain/0/backend/vif/3/zero/mac", "", 1, 1),
         ] {

@@ -42,19 +42,12 @@ pub(crate) struct Domain {
 impl Domain {
     /// This life of it.
     pub(crate) fn id(&self) -> DomainId {
-        DomainId {
-            uuid: self.uuid,
-            domid: self.domid,
-        }
+        DomainId { uuid: self.uuid, domid: self.domid }
     }
 
     /// As operators know it.
     pub(crate) fn reference(&self) -> DomainRef {
-        DomainRef {
-            name: self.name.clone(),
-            uuid: self.uuid,
-            domid: self.domid,
-        }
+        DomainRef { name: self.name.clone(), uuid: self.uuid, domid: self.domid }
     }
 }
 
@@ -103,11 +96,7 @@ pub(crate) fn changes<'a>(before: &'a Snapshot, after: &'a Snapshot) -> Changes<
             Some(_) => {}
         }
     }
-    changes.gone = before
-        .domains
-        .iter()
-        .filter(|domain| find(after, domain).is_none())
-        .collect();
+    changes.gone = before.domains.iter().filter(|domain| find(after, domain).is_none()).collect();
     changes
 }
 
@@ -126,10 +115,7 @@ mod tests {
     }
 
     fn snapshot(domains: Vec<Domain>) -> Snapshot {
-        Snapshot {
-            domains,
-            garbage: 0,
-        }
+        Snapshot { domains, garbage: 0 }
     }
 
     #[test]

@@ -32,11 +32,7 @@ pub(crate) struct Found {
 }
 
 /// Watched for the daemon's whole life.
-const WATCHED: [&str; 3] = [
-    "@introduceDomain",
-    "@releaseDomain",
-    "/local/domain/0/backend/vif",
-];
+const WATCHED: [&str; 3] = ["@introduceDomain", "@releaseDomain", "/local/domain/0/backend/vif"];
 
 /// Events come in bursts (a vif being connected is a dozen); wait this long for the rest of one.
 const SETTLE: Duration = Duration::from_millis(10);
@@ -125,10 +121,7 @@ impl Connection {
         match timeout(WATCH_TIMEOUT, is_ready).await {
             Ok(Ok(result)) => result.map(|()| handle),
             Ok(Err(_)) => Err(io::Error::other("the watch ended before it was set")),
-            Err(_) => Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "setting a watch was not answered",
-            )),
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "setting a watch was not answered")),
         }
     }
 
@@ -214,9 +207,6 @@ fn log_changes(before: Option<&Snapshot>, after: &Snapshot) {
         tracing::debug!(?domain, "domain changed");
     }
     if after.garbage > before.garbage {
-        tracing::warn!(
-            nodes = after.garbage,
-            "xenstore has nodes that make no sense; they are skipped"
-        );
+        tracing::warn!(nodes = after.garbage, "xenstore has nodes that make no sense; they are skipped");
     }
 }

@@ -104,20 +104,16 @@ impl Lab {
 
     fn find(&mut self, domain: DomainId) -> Result<Option<&DomainState>, HypervisorError> {
         let domains = self.domains()?;
-        Ok(domains
-            .iter()
-            .find(|found| found.domid == domain.domid && found.uuid == domain.uuid))
+        Ok(domains.iter().find(|found| found.domid == domain.domid && found.uuid == domain.uuid))
     }
 
     fn order(&mut self, op: &'static str, domain: DomainId) -> Result<(), HypervisorError> {
         let domid = domain.domid;
-        let answer = ask(&self.socket, &Order { op, domid }).map_err(|error| {
-            HypervisorError::LabSocket {
-                op,
-                domid,
-                path: self.socket.clone(),
-                error,
-            }
+        let answer = ask(&self.socket, &Order { op, domid }).map_err(|error| HypervisorError::LabSocket {
+            op,
+            domid,
+            path: self.socket.clone(),
+            error,
         })?;
         if answer.ok {
             return Ok(());
@@ -159,10 +155,7 @@ impl Hypervisor for Lab {
     fn domains(&mut self) -> Result<&[DomainState], HypervisorError> {
         match self.refresh() {
             Ok(()) => Ok(&self.domains),
-            Err(error) => Err(HypervisorError::LabList {
-                path: self.list.clone(),
-                error,
-            }),
+            Err(error) => Err(HypervisorError::LabList { path: self.list.clone(), error }),
         }
     }
 
@@ -191,10 +184,7 @@ impl Hypervisor for Lab {
 }
 
 fn gone(domain: DomainId) -> HypervisorError {
-    HypervisorError::Gone {
-        domid: domain.domid,
-        uuid: domain.uuid,
-    }
+    HypervisorError::Gone { domid: domain.domid, uuid: domain.uuid }
 }
 
 #[cfg(test)]
@@ -231,11 +221,6 @@ mod tests {
         replace(&dir, r#"{"domains":[]}"#);
         assert!(lab.domains().unwrap().is_empty());
         fs::remove_dir_all(&dir).unwrap();
-        assert!(
-            lab.domains()
-                .unwrap_err()
-                .to_string()
-                .contains("is the lab up")
-        );
+        assert!(lab.domains().unwrap_err().to_string().contains("is the lab up"));
     }
 }

@@ -13,10 +13,7 @@ pub(crate) struct Xen {
 impl Xen {
     /// Opens the library of the running hypervisor's version.
     pub(crate) fn open() -> Result<Self, HypervisorError> {
-        Ok(Self {
-            control: Xenctrl::open()?,
-            domains: Vec::new(),
-        })
+        Ok(Self { control: Xenctrl::open()?, domains: Vec::new() })
     }
 
     fn find(&self, domain: DomainId) -> Result<Option<DomainInfo>, HypervisorError> {
@@ -25,10 +22,7 @@ impl Xen {
     }
 
     fn existing(&self, domain: DomainId) -> Result<DomainInfo, HypervisorError> {
-        self.find(domain)?.ok_or(HypervisorError::Gone {
-            domid: domain.domid,
-            uuid: domain.uuid,
-        })
+        self.find(domain)?.ok_or(HypervisorError::Gone { domid: domain.domid, uuid: domain.uuid })
     }
 }
 

@@ -125,18 +125,11 @@ fn link(message: &LinkMessage) -> Link {
 }
 
 /// Makes a PSC's veth pair with its anchor on `bridge`, in place of one that a crash left.
-pub(crate) async fn create(
-    netlink: &Handle,
-    psc_mac: Mac,
-    bridge: &Link,
-) -> Result<String, AnchorError> {
+pub(crate) async fn create(netlink: &Handle, psc_mac: Mac, bridge: &Link) -> Result<String, AnchorError> {
     let (anchor, far) = names(psc_mac);
     remove(netlink, psc_mac).await?;
     let veth = LinkVeth::new(&anchor, &far).build();
-    refused(
-        format!("create the veth pair {anchor}"),
-        netlink.link().add(veth).execute().await,
-    )?;
+    refused(format!("create the veth pair {anchor}"), netlink.link().add(veth).execute().await)?;
     let result = set_up(netlink, &anchor, &far, bridge).await;
     if result.is_err() {
         // What is half made must not stay; the error of setting it up says more than one of removing it.
@@ -145,12 +138,7 @@ pub(crate) async fn create(
     result.map(|()| far)
 }
 
-async fn set_up(
-    netlink: &Handle,
-    anchor: &str,
-    far: &str,
-    bridge: &Link,
-) -> Result<(), AnchorError> {
+async fn set_up(netlink: &Handle, anchor: &str, far: &str, bridge: &Link) -> Result<(), AnchorError> {
     // Before they are up: an interface that comes up with IPv6 speaks at once.
     for name in [anchor, far] {
         disable_ipv6(name)?;
@@ -160,50 +148,32 @@ async fn set_up(
             .mtu(bridge.mtu)
             .arp(false)
             .build();
-        refused(
-            format!("set up {name}"),
-            netlink.link().set(message).execute().await,
-        )?;
+        refused(format!("set up {name}"), netlink.link().set(message).execute().await)?;
     }
-    let message = LinkUnspec::new_with_name(anchor)
-        .controller(bridge.index)
-        .up()
-        .build();
-    refused(
-        format!("make {anchor} a port of {}", bridge.name),
-        netlink.link().set(message).execute().await,
-    )?;
+    let message = LinkUnspec::new_with_name(anchor).controller(bridge.index).up().build();
+    refused(format!("make {anchor} a port of {}", bridge.name), netlink.link().set(message).execute().await)?;
     let index = index_of(netlink, anchor).await?;
     // With a multicast querier about, a snooping bridge would keep neighbour solicitations from a port
     // that reports no groups.
-    let port = LinkBridgePort::new(index)
-        .mcast_router(BridgeMulticastRouterType::Permanent)
-        .build();
+    let port = LinkBridgePort::new(index).mcast_router(BridgeMulticastRouterType::Permanent).build();
     if let Err(error) = netlink.link().set_port(port).execute().await {
         tracing::warn!(port = anchor, %error, "can't make the anchor a multicast router port; where a multicast querier runs, IPv6 clients may not find the PSC");
     }
     let message = LinkUnspec::new_with_name(far).up().build();
-    refused(
-        format!("set {far} up"),
-        netlink.link().set(message).execute().await,
-    )
+    refused(format!("set {far} up"), netlink.link().set(message).execute().await)
 }
 
 async fn index_of(netlink: &Handle, name: &str) -> Result<u32, AnchorError> {
     let links = links(netlink).await?;
     let found = links.into_iter().find(|link| link.name == name);
-    Ok(found
-        .ok_or_else(|| AnchorError::Vanished(name.to_owned()))?
-        .index)
+    Ok(found.ok_or_else(|| AnchorError::Vanished(name.to_owned()))?.index)
 }
 
 fn disable_ipv6(interface: &str) -> Result<(), AnchorError> {
     let path = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
     match std::fs::write(&path, "1") {
         // A kernel without IPv6 has nothing to disable.
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(AnchorError::Setting { path, error })
-        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(AnchorError::Setting { path, error }),
         _ => Ok(()),
     }
 }
@@ -220,15 +190,10 @@ pub(crate) async fn remove(netlink: &Handle, psc_mac: Mac) -> Result<(), AnchorE
 }
 
 /// Removes every anchor that dom0d once made and this configuration does not have.
-pub(crate) async fn remove_leftovers(
-    netlink: &Handle,
-    psc_macs: &[Mac],
-) -> Result<(), AnchorError> {
+pub(crate) async fn remove_leftovers(netlink: &Handle, psc_macs: &[Mac]) -> Result<(), AnchorError> {
     let wanted: Vec<(String, String)> = psc_macs.iter().map(|&mac| names(mac)).collect();
     for link in links(netlink).await? {
-        let is_wanted = wanted
-            .iter()
-            .any(|(anchor, far)| link.name == *anchor || link.name == *far);
+        let is_wanted = wanted.iter().any(|(anchor, far)| link.name == *anchor || link.name == *far);
         // Its other end may have gone with the one before.
         if link.ours && !is_wanted && link.name.starts_with("usa") {
             tracing::info!(interface = link.name, "removing an anchor that was left behind");
@@ -239,23 +204,15 @@ pub(crate) async fn remove_leftovers(
 }
 
 async fn delete(netlink: &Handle, link: &Link) -> Result<(), AnchorError> {
-    refused(
-        format!("remove {}", link.name),
-        netlink.link().del(link.index).execute().await,
-    )
+    refused(format!("remove {}", link.name), netlink.link().del(link.index).execute().await)
 }
 
 /// Whether dom0 itself has one of the addresses.
-pub(crate) async fn addresses_of_dom0(
-    netlink: &Handle,
-) -> Result<Vec<std::net::IpAddr>, AnchorError> {
+pub(crate) async fn addresses_of_dom0(netlink: &Handle) -> Result<Vec<std::net::IpAddr>, AnchorError> {
     use rtnetlink::packet_route::address::AddressAttribute;
 
     let request = netlink.address().get();
-    let messages: Vec<_> = refused(
-        "list dom0's addresses",
-        request.execute().try_collect().await,
-    )?;
+    let messages: Vec<_> = refused("list dom0's addresses", request.execute().try_collect().await)?;
     let families = [AddressFamily::Inet, AddressFamily::Inet6];
     Ok(messages
         .iter()
@@ -268,14 +225,8 @@ pub(crate) async fn addresses_of_dom0(
         .collect())
 }
 
-fn refused<T>(
-    what: impl Into<String>,
-    result: Result<T, rtnetlink::Error>,
-) -> Result<T, AnchorError> {
-    result.map_err(|error| AnchorError::Netlink {
-        what: what.into(),
-        error,
-    })
+fn refused<T>(what: impl Into<String>, result: Result<T, rtnetlink::Error>) -> Result<T, AnchorError> {
+    result.map_err(|error| AnchorError::Netlink { what: what.into(), error })
 }
 
 /// Asks the network whether somebody has the PSC's addresses already; gives the first who answers.
@@ -301,10 +252,7 @@ pub(crate) fn probe(device: &mut Device, psc: &Psc) -> Option<(std::net::IpAddr,
                 Some((source, Content::Advertisement(advertisement)))
                     if psc.v6 == Some(advertisement.target) =>
                 {
-                    return Some((
-                        advertisement.target.into(),
-                        advertisement.link.unwrap_or(source),
-                    ));
+                    return Some((advertisement.target.into(), advertisement.link.unwrap_or(source)));
                 }
                 _ => {}
             }

@@ -44,10 +44,7 @@ pub(crate) enum SendError {
 impl Device {
     /// Opens an interface for what passes `filter` (in pcap's language) and comes from outside.
     pub(crate) fn open(name: &str, filter: &str, buffer: u32) -> Result<Self, DeviceError> {
-        let failed = |error: String| DeviceError {
-            interface: name.to_owned(),
-            error,
-        };
+        let failed = |error: String| DeviceError { interface: name.to_owned(), error };
         let capture = Capture::from_device(name)
             .map_err(|error| failed(error.to_string()))?
             // A frame is handed over as it comes; without this libpcap collects them in blocks.
@@ -60,11 +57,7 @@ impl Device {
         if capture.get_datalink() != Linktype::ETHERNET {
             return Err(failed("is no Ethernet interface".to_owned()));
         }
-        let mut device = Self {
-            name: name.to_owned(),
-            capture,
-            truncated: 0,
-        };
+        let mut device = Self { name: name.to_owned(), capture, truncated: 0 };
         device
             .capture
             .filter(filter, true)
@@ -74,17 +67,9 @@ impl Device {
         let flags = fcntl(device.capture.as_fd(), FcntlArg::F_GETFL)
             .map(OFlag::from_bits_retain)
             .map_err(|error| failed(error.to_string()))?;
-        fcntl(
-            device.capture.as_fd(),
-            FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK),
-        )
-        .map_err(|error| failed(error.to_string()))?;
+        fcntl(device.capture.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
+            .map_err(|error| failed(error.to_string()))?;
         Ok(device)
-    }
-
-    /// The interface's name.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
     }
 
     /// What to poll for reading.
@@ -104,10 +89,7 @@ impl Device {
                 }
                 Err(pcap::Error::TimeoutExpired | pcap::Error::NoMorePackets) => return Ok(false),
                 Err(error) => {
-                    return Err(DeviceError {
-                        interface: self.name.clone(),
-                        error: error.to_string(),
-                    });
+                    return Err(DeviceError { interface: self.name.clone(), error: error.to_string() });
                 }
             }
         }
@@ -120,9 +102,7 @@ impl Device {
             match io::Error::last_os_error().raw_os_error().map(nix::errno::Errno::from_raw) {
                 Some(nix::Error::ENOBUFS | nix::Error::EAGAIN) => SendError::QueueFull,
                 Some(nix::Error::EMSGSIZE) => SendError::TooLong,
-                Some(nix::Error::ENETDOWN | nix::Error::ENXIO | nix::Error::ENODEV) => {
-                    SendError::Down
-                }
+                Some(nix::Error::ENETDOWN | nix::Error::ENXIO | nix::Error::ENODEV) => SendError::Down,
                 _ => SendError::Other,
             }
         })
@@ -131,10 +111,7 @@ impl Device {
     /// Frames lost since it was opened: for want of room in the capture buffer, and cut off.
     pub(crate) fn lost(&mut self) -> Lost {
         let dropped = self.capture.stats().map_or(0, |stats| stats.dropped);
-        Lost {
-            dropped: u64::from(dropped),
-            truncated: self.truncated,
-        }
+        Lost { dropped: u64::from(dropped), truncated: self.truncated }
     }
 }
 
@@ -150,22 +127,13 @@ pub(crate) struct Lost {
 /// What the anchor's far end must give: frames for the PSC, and neighbours' questions and answers.
 pub(crate) fn anchor_filter(psc_mac: Mac) -> String {
     // `vlan` moves the offsets of all that follows it, so it must come last.
-    format!(
-        "inbound and (arp or icmp6 or ether dst {} or vlan)",
-        mac_text(psc_mac)
-    )
+    format!("inbound and (arp or icmp6 or ether dst {} or vlan)", mac_text(psc_mac))
 }
 
 /// What a server's vif must give: the service's segments, and neighbours' questions.
 pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
-    let hosts: Vec<String> = addresses
-        .iter()
-        .map(|address| format!("src host {address}"))
-        .collect();
-    let ports: Vec<String> = ports
-        .iter()
-        .map(|port| format!("tcp src port {port}"))
-        .collect();
+    let hosts: Vec<String> = addresses.iter().map(|address| format!("src host {address}")).collect();
+    let ports: Vec<String> = ports.iter().map(|port| format!("tcp src port {port}")).collect();
     // Beside plain segments: IPv4 fragments behind the first, and IPv6 with extension headers
     // (hop-by-hop, routing, fragment, destination), of which `tcp` sees nothing.
     format!(

@@ -6,10 +6,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 
-use pnet_packet::Packet;
-use pnet_packet::arp::{
-    ArpHardwareTypes, ArpOperation, ArpOperations, ArpPacket, MutableArpPacket,
-};
+use pnet_packet::arp::{ArpHardwareTypes, ArpOperation, ArpOperations, ArpPacket, MutableArpPacket};
 use pnet_packet::ethernet::{EtherType, EtherTypes, EthernetPacket, MutableEthernetPacket};
 use pnet_packet::icmpv6::ndp::{
     MutableNeighborAdvertPacket, MutableNeighborSolicitPacket, NdpOptionTypes, NeighborAdvertFlags,
@@ -247,12 +244,7 @@ pub(crate) fn arp_reply(mac: Mac, address: Ipv4Addr, to_mac: Mac, to: Ipv4Addr) 
 
 /// An ARP question to everybody: who has `target`? With `sender` unspecified it is a probe (RFC 5227).
 pub(crate) fn arp_request(mac: Mac, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
-    arp_frame(
-        ArpOperations::Request,
-        (mac, sender),
-        ([0; 6], target),
-        BROADCAST,
-    )
+    arp_frame(ArpOperations::Request, (mac, sender), ([0; 6], target), BROADCAST)
 }
 
 /// The news that `mac` has `address` (gratuitous ARP, RFC 5227 §3: as a request).
@@ -314,11 +306,7 @@ pub(crate) fn advertisement(
 pub(crate) fn solicitation(mac: Mac, source: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
     let to = solicited_node(target);
     // RFC 4861 §4.3: no source link-layer option without a source.
-    let option = if source.is_unspecified() {
-        0
-    } else {
-        ND_LINK_OPTION
-    };
+    let option = if source.is_unspecified() { 0 } else { ND_LINK_OPTION };
     let mut frame = vec![0; ETHERNET_HEADER + IPV6_HEADER + ND_LENGTH + option];
     let message = &mut frame[ETHERNET_HEADER + IPV6_HEADER..];
     if let Some(mut solicit) = MutableNeighborSolicitPacket::new(message) {
@@ -368,16 +356,7 @@ fn ethernet_header(frame: &mut [u8], destination: Mac, source: Mac, kind: EtherT
 /// RFC 4291 §2.7.1.
 fn solicited_node(address: Ipv6Addr) -> Ipv6Addr {
     let [.., a, b, c] = address.octets();
-    Ipv6Addr::new(
-        0xff02,
-        0,
-        0,
-        0,
-        0,
-        1,
-        0xff00 | u16::from(a),
-        u16::from_be_bytes([b, c]),
-    )
+    Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00 | u16::from(a), u16::from_be_bytes([b, c]))
 }
 
 /// RFC 2464 §7.
@@ -409,12 +388,7 @@ mod tests {
         assert_eq!((frame.source, frame.destination), (A, BROADCAST));
         assert_eq!(
             frame.content,
-            Content::Arp(Arp {
-                request: true,
-                sender_mac: A,
-                sender: v4(1),
-                target: v4(2)
-            })
+            Content::Arp(Arp { request: true, sender_mac: A, sender: v4(1), target: v4(2) })
         );
     }
 
@@ -435,21 +409,13 @@ mod tests {
         assert_eq!(frame.destination, [0x33, 0x33, 0xff, 0, 0x12, 0x34]);
         assert_eq!(
             frame.content,
-            Content::Solicitation(Solicitation {
-                source: v6(1),
-                target: v6(0x1234),
-                link: Some(A)
-            })
+            Content::Solicitation(Solicitation { source: v6(1), target: v6(0x1234), link: Some(A) })
         );
         let frame = parse(&advertisement(B, v6(0x1234), true, Some((A, v6(1))))).unwrap();
         assert_eq!((frame.source, frame.destination), (B, A));
         assert_eq!(
             frame.content,
-            Content::Advertisement(Advertisement {
-                target: v6(0x1234),
-                link: Some(B),
-                router: true
-            })
+            Content::Advertisement(Advertisement { target: v6(0x1234), link: Some(B), router: true })
         );
     }
 
@@ -472,11 +438,7 @@ mod tests {
         for byte in ETHERNET_HEADER + IPV6_HEADER + 1..good.len() {
             let mut corrupt = good.clone();
             corrupt[byte] ^= 1;
-            assert_eq!(
-                parse(&corrupt).unwrap().content,
-                Content::Malformed,
-                "byte {byte}"
-            );
+            assert_eq!(parse(&corrupt).unwrap().content, Content::Malformed, "byte {byte}");
         }
     }
 
@@ -509,10 +471,7 @@ mod tests {
             let mut frame = arp_request(A, v4(1), v4(2));
             frame[12..14].copy_from_slice(&kind.to_be_bytes());
             let content = parse(&frame).unwrap().content;
-            assert!(
-                matches!(content, Content::Tagged | Content::Other),
-                "{kind:x}: {content:?}"
-            );
+            assert!(matches!(content, Content::Tagged | Content::Other), "{kind:x}: {content:?}");
         }
         let mut frame = arp_request(A, v4(1), v4(2));
         frame[12..14].copy_from_slice(&[0x81, 0]);

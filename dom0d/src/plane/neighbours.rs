@@ -77,10 +77,8 @@ impl Neighbours {
         }
         self.last = Some((address, mac));
         let known = self.get(address);
-        let neighbour = Neighbour {
-            mac,
-            router: router.unwrap_or_else(|| known.is_some_and(|known| known.router)),
-        };
+        let neighbour =
+            Neighbour { mac, router: router.unwrap_or_else(|| known.is_some_and(|known| known.router)) };
         if known != Some(neighbour) || !self.young.contains_key(&address) {
             if self.young.len() >= GENERATION {
                 self.old = std::mem::take(&mut self.young);
@@ -109,9 +107,10 @@ impl Neighbours {
         if let Some(neighbour) = self.get(question.target) {
             return Response::Answer(neighbour);
         }
-        let asked = self.waiting.iter().position(|(other, _)| {
-            (other.server, other.target) == (question.server, question.target)
-        });
+        let asked = self
+            .waiting
+            .iter()
+            .position(|(other, _)| (other.server, other.target) == (question.server, question.target));
         match asked {
             Some(index) if now.since(self.waiting[index].1) >= PATIENCE => {
                 self.waiting.swap_remove(index);
@@ -133,8 +132,7 @@ impl Neighbours {
 
     /// Forgets a server's questions.
     pub(crate) fn forget(&mut self, server: ServerId) {
-        self.waiting
-            .retain(|(question, _)| question.server != server);
+        self.waiting.retain(|(question, _)| question.server != server);
     }
 }
 
@@ -151,12 +149,7 @@ mod tests {
     }
 
     fn question(target: u32) -> Question {
-        Question {
-            server: ServerId(1),
-            asker: address(9),
-            asker_mac: MAC,
-            target: address(target),
-        }
+        Question { server: ServerId(1), asker: address(9), asker_mac: MAC, target: address(target) }
     }
 
     fn at(ms: u64) -> Instant {
@@ -169,14 +162,8 @@ mod tests {
         assert_eq!(neighbours.ask(at(0), question(1)), Response::Ask);
         assert_eq!(neighbours.ask(at(10), question(1)), Response::Wait);
         assert_eq!(neighbours.learn(address(1), MAC, None), [question(1)]);
-        let neighbour = Neighbour {
-            mac: MAC,
-            router: false,
-        };
-        assert_eq!(
-            neighbours.ask(at(20), question(1)),
-            Response::Answer(neighbour)
-        );
+        let neighbour = Neighbour { mac: MAC, router: false };
+        assert_eq!(neighbours.ask(at(20), question(1)), Response::Answer(neighbour));
         assert!(neighbours.learn(address(1), MAC, None).is_empty());
     }
 

@@ -21,11 +21,8 @@ use super::{Inbound, Loss, Origin, Plane};
 const TURN: u32 = 32;
 
 /// When the PSC is announced after it came up, for those that missed the first time.
-const EARLY_ANNOUNCEMENTS: [Duration; 3] = [
-    Duration::from_millis(0),
-    Duration::from_millis(1_000),
-    Duration::from_millis(2_000),
-];
+const EARLY_ANNOUNCEMENTS: [Duration; 3] =
+    [Duration::from_millis(0), Duration::from_millis(1_000), Duration::from_millis(2_000)];
 
 /// How often the PSC is announced after that: before bridges forget its MAC (300 s by default).
 const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(60);
@@ -100,11 +97,7 @@ struct Port {
 
 impl Port {
     fn new(device: Device) -> Self {
-        Self {
-            device: Some(device),
-            left: 0,
-            lost_before: Lost::default(),
-        }
+        Self { device: Some(device), left: 0, lost_before: Lost::default() }
     }
 }
 
@@ -167,9 +160,7 @@ impl PcapPlane {
 
     /// Whether the PSC has its place on a bridge.
     pub(crate) fn is_anchored(&self) -> bool {
-        self.anchor
-            .as_ref()
-            .is_some_and(|anchor| anchor.device.is_some())
+        self.anchor.as_ref().is_some_and(|anchor| anchor.device.is_some())
     }
 
     /// A server's vif and the guest's MAC. Replaces the interface of a server that is there already.
@@ -181,9 +172,7 @@ impl PcapPlane {
 
     /// Whether a server's vif is open.
     pub(crate) fn has_server(&self, server: ServerId) -> bool {
-        self.servers
-            .get(&server)
-            .is_some_and(|server| server.port.device.is_some())
+        self.servers.get(&server).is_some_and(|server| server.port.device.is_some())
     }
 
     /// A server goes on under another id: it was attached anew.
@@ -228,10 +217,7 @@ impl PcapPlane {
             Err(error) => {
                 port.left = 0;
                 port.device = None;
-                self.losses.push(Loss {
-                    server: from,
-                    error: error.to_string(),
-                });
+                self.losses.push(Loss { server: from, error: error.to_string() });
                 None
             }
         }
@@ -291,10 +277,8 @@ impl PcapPlane {
     fn answer_for_psc(&mut self, solicitation: &Solicitation, asker_mac: Mac) {
         self.counters.neighbour_answers += 1;
         // A probe for a free address is answered to all nodes (RFC 4861 §7.2.4).
-        let to = (!solicitation.source.is_unspecified()).then_some((
-            solicitation.link.unwrap_or(asker_mac),
-            solicitation.source,
-        ));
+        let to = (!solicitation.source.is_unspecified())
+            .then_some((solicitation.link.unwrap_or(asker_mac), solicitation.source));
         let answer = frame::advertisement(self.psc.mac, solicitation.target, false, to);
         self.send_to_network(&answer);
     }
@@ -302,10 +286,7 @@ impl PcapPlane {
     /// Somebody else says that it has the PSC's address.
     fn defend(&mut self, now: Instant, claimant: Mac) {
         self.counters.psc_conflicts += 1;
-        if self
-            .defended
-            .is_some_and(|at| now.since(at) < DEFEND_INTERVAL)
-        {
+        if self.defended.is_some_and(|at| now.since(at) < DEFEND_INTERVAL) {
             return;
         }
         self.defended = Some(now);
@@ -361,10 +342,7 @@ impl PcapPlane {
     }
 
     fn question(&mut self, now: Instant, question: Question) {
-        let psc = Neighbour {
-            mac: self.psc.mac,
-            router: false,
-        };
+        let psc = Neighbour { mac: self.psc.mac, router: false };
         if self.psc.has(question.target) {
             return self.answer(question, psc);
         }
@@ -375,12 +353,8 @@ impl PcapPlane {
             Response::Ask => {
                 self.counters.neighbour_questions += 1;
                 let ask = match (question.target, self.psc.v4, self.psc.v6) {
-                    (IpAddr::V4(target), Some(psc), _) => {
-                        frame::arp_request(self.psc.mac, psc, target)
-                    }
-                    (IpAddr::V6(target), _, Some(psc)) => {
-                        frame::solicitation(self.psc.mac, psc, target)
-                    }
+                    (IpAddr::V4(target), Some(psc), _) => frame::arp_request(self.psc.mac, psc, target),
+                    (IpAddr::V6(target), _, Some(psc)) => frame::solicitation(self.psc.mac, psc, target),
                     // The PSC has no address to ask from; a family that it does not serve.
                     _ => return,
                 };
@@ -412,13 +386,7 @@ impl PcapPlane {
         };
         self.counters.neighbour_answers += 1;
         let sent = match self.servers.get_mut(&question.server) {
-            Some(Server {
-                port: Port {
-                    device: Some(device),
-                    ..
-                },
-                ..
-            }) => device.send(&frame),
+            Some(Server { port: Port { device: Some(device), .. }, .. }) => device.send(&frame),
             _ => return,
         };
         self.count_send(sent);
@@ -458,10 +426,8 @@ impl PcapPlane {
         for port in self.anchor.iter_mut().chain(servers) {
             if let Some(device) = port.device.as_mut() {
                 let lost = device.lost();
-                self.counters.capture_dropped +=
-                    lost.dropped.saturating_sub(port.lost_before.dropped);
-                self.counters.capture_truncated +=
-                    lost.truncated.saturating_sub(port.lost_before.truncated);
+                self.counters.capture_dropped += lost.dropped.saturating_sub(port.lost_before.dropped);
+                self.counters.capture_truncated += lost.truncated.saturating_sub(port.lost_before.truncated);
                 port.lost_before = lost;
             }
         }
@@ -478,20 +444,12 @@ impl PcapPlane {
 impl Plane for PcapPlane {
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let servers = self.servers.values().map(|server| &server.port);
-        self.anchor
-            .iter()
-            .chain(servers)
-            .filter_map(|port| port.device.as_ref().map(Device::fd))
-            .collect()
+        self.anchor.iter().chain(servers).filter_map(|port| port.device.as_ref().map(Device::fd)).collect()
     }
 
     fn set_ready(&mut self, ready: &[bool]) {
         let servers = self.servers.values_mut().map(|server| &mut server.port);
-        let open = self
-            .anchor
-            .iter_mut()
-            .chain(servers)
-            .filter(|port| port.device.is_some());
+        let open = self.anchor.iter_mut().chain(servers).filter(|port| port.device.is_some());
         for (port, &ready) in open.zip(ready) {
             port.left = if ready { TURN } else { 0 };
         }
@@ -519,10 +477,7 @@ impl Plane for PcapPlane {
                 break (origin, range);
             }
         };
-        Some(Inbound {
-            from: origin,
-            packet: &self.received[range],
-        })
+        Some(Inbound { from: origin, packet: &self.received[range] })
     }
 
     fn transmit(&mut self, transmit: &Transmit) {
@@ -546,8 +501,7 @@ impl Plane for PcapPlane {
             }
             Destination::Server(id) => {
                 let server = self.servers.get_mut(&id);
-                let found =
-                    server.and_then(|server| Some((server.mac, server.port.device.as_mut()?)));
+                let found = server.and_then(|server| Some((server.mac, server.port.device.as_mut()?)));
                 self.counters.sent_to_servers += 1;
                 found.map(|(mac, device)| {
                     frame::wrap_ip(&mut self.sending, mac, self.psc.mac, &transmit.packet);
@@ -576,11 +530,7 @@ impl Plane for PcapPlane {
             };
             self.announce_at = Some(now + wait);
         }
-        if self.is_anchored() {
-            self.announce_at
-        } else {
-            None
-        }
+        if self.is_anchored() { self.announce_at } else { None }
     }
 
     fn take_losses(&mut self) -> Vec<Loss> {

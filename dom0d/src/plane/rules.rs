@@ -78,25 +78,23 @@ pub(crate) fn spawn_writer(
     tell: impl Fn(u64, Result<(), String>) + Send + 'static,
 ) -> io::Result<(mpsc::Sender<Numbered>, JoinHandle<()>)> {
     let (sender, receiver) = mpsc::channel::<Numbered>();
-    let thread = std::thread::Builder::new()
-        .name("rules".to_owned())
-        .spawn(move || {
-            let mut failed: Option<Numbered> = None;
-            loop {
-                let received = match &failed {
-                    None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                    Some(_) => receiver.recv_timeout(RETRY),
-                };
-                let newest = match (received, failed.take()) {
-                    (Ok(first), _) => receiver.try_iter().last().unwrap_or(first),
-                    (Err(RecvTimeoutError::Timeout), Some(again)) => again,
-                    (Err(_), _) => return,
-                };
-                let result = apply(&newest.rules);
-                tell(newest.version, result.clone());
-                failed = result.is_err().then_some(newest);
-            }
-        })?;
+    let thread = std::thread::Builder::new().name("rules".to_owned()).spawn(move || {
+        let mut failed: Option<Numbered> = None;
+        loop {
+            let received = match &failed {
+                None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(_) => receiver.recv_timeout(RETRY),
+            };
+            let newest = match (received, failed.take()) {
+                (Ok(first), _) => receiver.try_iter().last().unwrap_or(first),
+                (Err(RecvTimeoutError::Timeout), Some(again)) => again,
+                (Err(_), _) => return,
+            };
+            let result = apply(&newest.rules);
+            tell(newest.version, result.clone());
+            failed = result.is_err().then_some(newest);
+        }
+    })?;
     Ok((sender, thread))
 }
 
@@ -114,10 +112,9 @@ fn run(commands: &Value) -> Result<(), String> {
     let args = DEFAULT_ARGS.iter().copied();
     match apply_ruleset_raw(&payload, DEFAULT_NFT, args) {
         Ok(_) => Ok(()),
-        Err(NftablesError::NftFailed { stderr, .. }) => Err(format!(
-            "nft refused the table `{FAMILY} {TABLE}`: {}",
-            stderr.trim()
-        )),
+        Err(NftablesError::NftFailed { stderr, .. }) => {
+            Err(format!("nft refused the table `{FAMILY} {TABLE}`: {}", stderr.trim()))
+        }
         Err(other) => Err(format!("nft can't be run (package nftables): {other}")),
     }
 }
@@ -167,9 +164,7 @@ impl VifRules {
 impl Part {
     /// What a server of this service never sends by itself, OVM or not.
     fn never(&self) -> Vec<Vec<Value>> {
-        let mut rules = vec![
-            vec![matches(payload("ether", "saddr"), json!(mac_text(self.psc_mac)))],
-        ];
+        let mut rules = vec![vec![matches(payload("ether", "saddr"), json!(mac_text(self.psc_mac)))]];
         for &address in &self.psc {
             rules.push(vec![matches(source(address), json!(address.to_string()))]);
             if address.is_ipv4() {
@@ -299,12 +294,7 @@ mod tests {
     #[test]
     fn the_table_is_replaced_in_one_transaction() {
         let mut set = RuleSet::default();
-        set.vifs.insert(
-            "vif1.0".to_owned(),
-            VifRules {
-                parts: vec![part(true, vec![])],
-            },
-        );
+        set.vifs.insert("vif1.0".to_owned(), VifRules { parts: vec![part(true, vec![])] });
         let transaction = transaction(&set);
         let commands = transaction["nftables"].as_array().unwrap();
         assert!(commands[0]["add"]["table"].is_object());

@@ -1,0 +1,301 @@
+//! Can a domain serve in a service as this host is set up? Decides from what xenstore and netlink say, and
+//! gives the reason with the remedy where it can't.
+
+use std::net::IpAddr;
+
+use understudy_api::config;
+
+use crate::discovery::{Domain, Vif, XENBUS_CONNECTED};
+use crate::plane::anchor::{Link, LinkKind};
+use crate::server::Arrival;
+
+/// Suffix that xl gives to a domain that is being received; it is not that domain yet.
+const INCOMING: &str = "--incoming";
+
+/// Suffix that xl gives to a domain that has been sent away; it is that domain until it is gone.
+const MIGRATED_AWAY: &str = "--migratedaway";
+
+/// The domain's place in the service's configuration: 0 for the OVM, then the RVMs in their order;
+/// `None` if it does not belong to the service.
+pub(crate) fn rank(service: &config::Service, domain: &Domain) -> Option<usize> {
+    if domain.name.ends_with(INCOMING) {
+        return None;
+    }
+    let name = domain.name.strip_suffix(MIGRATED_AWAY).unwrap_or(&domain.name);
+    let matches = |selector: &config::Selector| selector.matches(name, domain.uuid);
+    if matches(&service.ovm) {
+        return Some(0);
+    }
+    let place = service.rvms.iter().position(matches)?;
+    Some(place + 1)
+}
+
+/// The bridge that the service's PSC belongs on.
+pub(crate) fn bridge<'a>(
+    service: &config::Service,
+    domains: &[&Domain],
+    links: &'a [Link],
+) -> Result<&'a Link, String> {
+    let by_name = |name: &str| links.iter().find(|link| link.name == name);
+    if let Some(name) = &service.bridge {
+        return match by_name(name) {
+            Some(link) if link.kind == LinkKind::Bridge => Ok(link),
+            Some(link) if link.kind == LinkKind::OpenVswitch => {
+                Err(format!("{name} is an Open vSwitch bridge, which is not supported; use a Linux bridge"))
+            }
+            Some(_) => Err(format!("{name} is no bridge; name the Linux bridge that the vifs are ports of")),
+            None => Err(format!("there is no interface {name}; create the bridge, or correct `bridge`")),
+        };
+    }
+    let vifs = domains.iter().flat_map(|domain| &domain.vifs);
+    let mut masters = vifs
+        .filter_map(|vif| by_name(&vif.name)?.master)
+        .filter_map(|index| links.iter().find(|link| link.index == index));
+    masters
+        .find(|link| link.kind == LinkKind::Bridge)
+        .ok_or_else(|| {
+            "no domain of the service has a vif on a Linux bridge yet, so the PSC's bridge is not known; start the domains, or set `bridge`".to_owned()
+        })
+}
+
+/// How `domain` can serve on `bridge`.
+pub(crate) fn usable(
+    service: &config::Service,
+    domain: &Domain,
+    bridge: &Link,
+    links: &[Link],
+) -> Result<Arrival, String> {
+    let vif = vif_on(domain, bridge, links)?;
+    let emulated = format!("{}-emu", vif.name);
+    if links.iter().any(|link| link.name == emulated) {
+        return Err(format!(
+            "has an emulated network card ({emulated}), whose frames pass the vif by; give it type=vif in the domain's vif= list, or use type=\"pvh\""
+        ));
+    }
+    if vif.state != XENBUS_CONNECTED {
+        return Err(format!(
+            "its vif {} is not connected yet (state {}); the guest is starting, or has no netfront driver",
+            vif.name, vif.state
+        ));
+    }
+    let addresses = addresses(service, domain, vif)?;
+    let link = links.iter().find(|link| link.name == vif.name);
+    let mtu = link.map_or(1500, |link| link.mtu);
+    Ok(Arrival {
+        domain: domain.reference(),
+        vif: vif.name.clone(),
+        mac: vif.mac,
+        addresses,
+        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+    })
+}
+
+fn vif_on<'a>(domain: &'a Domain, bridge: &Link, links: &[Link]) -> Result<&'a Vif, String> {
+    let mut reason = "has no vif with a backend in dom0; driver domains are not supported".to_owned();
+    for vif in &domain.vifs {
+        let name = &vif.name;
+        let Some(link) = links.iter().find(|link| link.name == *name) else {
+            reason = format!("its vif {name} is no interface of dom0 (yet)");
+            continue;
+        };
+        let master = link.master.and_then(|index| links.iter().find(|link| link.index == index));
+        match master {
+            Some(master) if master.index == bridge.index => return Ok(vif),
+            Some(master) if master.kind == LinkKind::OpenVswitch => {
+                reason = format!(
+                    "its vif {name} is a port of Open vSwitch, which is not supported; use a Linux bridge (vif-bridge)"
+                );
+            }
+            Some(master) => {
+                reason = format!(
+                    "its vif {name} is a port of {}, and the PSC is on {}; put both on one bridge",
+                    master.name, bridge.name
+                );
+            }
+            None => {
+                let meant = vif.bridge.as_deref();
+                reason = format!(
+                    "its vif {name} is a port of no bridge{}; vif-route and vif-nat are not supported, use vif-bridge",
+                    meant.map(|meant| format!(" (meant for {meant})")).unwrap_or_default()
+                );
+            }
+        }
+    }
+    Err(reason)
+}
+
+fn addresses(service: &config::Service, domain: &Domain, vif: &Vif) -> Result<Vec<IpAddr>, String> {
+    let configured =
+        service.addresses.iter().find(|(selector, _)| selector.matches(&domain.name, domain.uuid));
+    let given = configured.map_or(vif.ips.as_slice(), |(_, addresses)| addresses);
+    let remedy = format!(
+        "give `ip=` in the domain's vif= list, or `addresses = {{ \"{}\" = [...] }}` in the service",
+        domain.name
+    );
+    let mut chosen = Vec::with_capacity(2);
+    for psc in &service.engine.psc {
+        let family = if psc.is_ipv4() { "IPv4" } else { "IPv6" };
+        let mut same = given.iter().copied().filter(|address| address.is_ipv4() == psc.is_ipv4());
+        match (same.next(), same.next()) {
+            (None, _) => {
+                return Err(format!("its {family} address is not known, and the PSC has one; {remedy}"));
+            }
+            (Some(_), Some(_)) => {
+                return Err(format!(
+                    "has several {family} addresses; name the one that the service listens on in the service's `addresses`"
+                ));
+            }
+            (Some(address), None) if address == *psc => {
+                return Err(format!(
+                    "its address {address} is the PSC's, which is dom0d's alone; give the guest one of its own"
+                ));
+            }
+            (Some(address), None) => chosen.push(address),
+        }
+    }
+    Ok(chosen)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn service(keys: &str) -> config::Service {
+        let text = format!(
+            "[[service]]\nname = \"s\"\npsc = \"10.77.0.100\"\nports = [80]\novm = \"a\"\nrvms = [\"b\", \"c*\"]\n{keys}"
+        );
+        text.parse::<config::Config>().unwrap().services.remove(0)
+    }
+
+    fn domain(name: &str) -> Domain {
+        Domain {
+            domid: 1,
+            uuid: Uuid::from_u128(1),
+            name: name.to_owned(),
+            vifs: vec![Vif {
+                devid: 0,
+                name: "vif1.0".to_owned(),
+                mac: [0, 0x16, 0x3e, 0, 0, 1],
+                bridge: Some("xenbr0".to_owned()),
+                state: XENBUS_CONNECTED,
+                ips: vec!["10.77.0.11".parse().unwrap()],
+            }],
+            shutdown_request: None,
+        }
+    }
+
+    fn link(index: u32, name: &str, kind: LinkKind, master: Option<u32>) -> Link {
+        Link { index, name: name.to_owned(), kind, master, mtu: 1500, ours: false }
+    }
+
+    fn links() -> Vec<Link> {
+        vec![
+            link(2, "xenbr0", LinkKind::Bridge, None),
+            link(3, "vif1.0", LinkKind::Other, Some(2)),
+            link(4, "xenbr1", LinkKind::Bridge, None),
+            link(5, "ovs-system", LinkKind::OpenVswitch, None),
+        ]
+    }
+
+    fn reason(domain: &Domain, links: &[Link], keys: &str) -> String {
+        let bridge = links[0].clone();
+        usable(&service(keys), domain, &bridge, links).unwrap_err()
+    }
+
+    #[test]
+    fn domains_rank_as_the_configuration_names_them() {
+        let service = service("");
+        for (name, expected) in [
+            ("a", Some(0)),
+            ("b", Some(1)),
+            ("c9", Some(2)),
+            ("d", None),
+            ("a--incoming", None),
+            ("a--migratedaway", Some(0)),
+        ] {
+            assert_eq!(rank(&service, &domain(name)), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_ovms_vif_tells_the_bridge_unless_the_configuration_does() {
+        let links = links();
+        let a = domain("a");
+        assert_eq!(bridge(&service(""), &[&a], &links).unwrap().name, "xenbr0");
+        let other = service("bridge = \"xenbr1\"");
+        assert_eq!(bridge(&other, &[&a], &links).unwrap().name, "xenbr1");
+        for (keys, expected) in [
+            ("bridge = \"nobr\"", "there is no interface nobr"),
+            ("bridge = \"vif1.0\"", "is no bridge"),
+            ("bridge = \"ovs-system\"", "Open vSwitch"),
+        ] {
+            let error = bridge(&service(keys), &[&a], &links).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        let error = bridge(&service(""), &[], &links).unwrap_err();
+        assert!(error.contains("set `bridge`"), "{error}");
+    }
+
+    #[test]
+    fn a_domain_on_the_bridge_with_an_address_is_usable() {
+        let links = links();
+        let arrival = usable(&service(""), &domain("a"), &links[0], &links).unwrap();
+        assert_eq!(arrival.vif, "vif1.0");
+        assert_eq!(arrival.addresses, ["10.77.0.11".parse::<IpAddr>().unwrap()]);
+        assert_eq!(arrival.mtu, 1500);
+    }
+
+    #[test]
+    fn configured_addresses_win_over_the_toolstacks() {
+        let links = links();
+        let service = service("addresses = { \"a\" = \"10.77.0.99\" }");
+        let arrival = usable(&service, &domain("a"), &links[0], &links).unwrap();
+        assert_eq!(arrival.addresses, ["10.77.0.99".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn setups_that_can_not_work_are_refused_with_the_reason() {
+        let mut no_vif = domain("a");
+        no_vif.vifs.clear();
+        assert!(reason(&no_vif, &links(), "").contains("driver domains"));
+
+        let mut missing = domain("a");
+        missing.vifs[0].name = "vif9.0".to_owned();
+        assert!(reason(&missing, &links(), "").contains("vif9.0 is no interface"));
+
+        for (master, expected) in [
+            (Some(4), "is a port of xenbr1, and the PSC is on xenbr0"),
+            (Some(5), "Open vSwitch"),
+            (None, "vif-route and vif-nat"),
+        ] {
+            let mut links = links();
+            links[1].master = master;
+            let reason = reason(&domain("a"), &links, "");
+            assert!(reason.contains(expected), "{reason}");
+        }
+
+        let mut emulated = links();
+        emulated.push(link(9, "vif1.0-emu", LinkKind::Other, Some(2)));
+        assert!(reason(&domain("a"), &emulated, "").contains("vif1.0-emu"));
+
+        let mut starting = domain("a");
+        starting.vifs[0].state = 2;
+        assert!(reason(&starting, &links(), "").contains("not connected yet (state 2)"));
+
+        let mut nameless = domain("a");
+        nameless.vifs[0].ips.clear();
+        assert!(reason(&nameless, &links(), "").contains("IPv4 address is not known"));
+
+        let mut several = domain("a");
+        several.vifs[0].ips.push("10.77.0.12".parse().unwrap());
+        assert!(reason(&several, &links(), "").contains("several IPv4"));
+
+        let mut psc = domain("a");
+        psc.vifs[0].ips = vec!["10.77.0.100".parse().unwrap()];
+        assert!(reason(&psc, &links(), "").contains("is the PSC's"));
+    }
+}

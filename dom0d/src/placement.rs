@@ -1,0 +1,414 @@
+//! Which domains and bridges does each service get? Compares what discovery and netlink say with what the
+//! data path was given, and gives it what is missing: the PSC's anchor, and open vifs.
+//!
+//! Everything that may wait (netlink, opening captures, asking whether an address is free) happens here,
+//! off the data path.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use rtnetlink::Handle;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use understudy_api::config::{self, Config};
+
+use crate::command::KnownDomain;
+use crate::datapath::{LostInterface, Message, Source};
+use crate::discovery::{Domain, Found, Snapshot};
+use crate::eligibility::{bridge, rank, usable};
+use crate::hypervisor::DomainId;
+use crate::plane::anchor::{self, AnchorError, Link};
+use crate::plane::device::{Device, DeviceError, anchor_filter, server_filter};
+use crate::plane::mac_text;
+use crate::plane::pcap::Psc;
+use crate::server::Arrival;
+use crate::wake::Waker;
+
+/// How often everything is looked at again while something is missing.
+const IMPATIENT: Duration = Duration::from_secs(1);
+
+/// How often everything is looked at again while nothing is: netlink is not watched, and interfaces can
+/// be moved between bridges without xenstore's notice.
+const PATIENT: Duration = Duration::from_secs(10);
+
+/// How long a PSC whose address is taken by somebody else waits before it is tried again.
+const ADDRESS_TAKEN: Duration = Duration::from_secs(10);
+
+/// See the module.
+pub(crate) struct Placement {
+    config: Arc<Config>,
+    netlink: Handle,
+    messages: mpsc::Sender<Message>,
+    waker: Waker,
+    anchors: Vec<Anchor>,
+    given: BTreeMap<(usize, DomainId), Given>,
+    told: BTreeMap<Source, Vec<String>>,
+}
+
+/// What is known of one service's anchor.
+#[derive(Clone, Debug, Default)]
+struct Anchor {
+    /// The bridge's number and the far end's, while the data path has it.
+    on: Option<(u32, u32)>,
+    /// Not to be tried again before, and why.
+    blocked: Option<(Instant, String)>,
+}
+
+/// What the data path was last told of a domain.
+#[derive(Debug)]
+struct Given {
+    name: String,
+    shutdown_request: Option<String>,
+    state: GivenState,
+}
+
+#[derive(Debug)]
+enum GivenState {
+    /// It was given with this vif, whose number was that.
+    Open { arrival: Arrival, index: u32 },
+    /// It can't be used for this reason.
+    Unusable(String),
+}
+
+impl Placement {
+    /// Placement that has given nothing yet.
+    pub(crate) fn new(
+        config: Arc<Config>,
+        netlink: Handle,
+        messages: mpsc::Sender<Message>,
+        waker: Waker,
+    ) -> Self {
+        let anchors = vec![Anchor::default(); config.services.len()];
+        Self { config, netlink, messages, waker, anchors, given: BTreeMap::new(), told: BTreeMap::new() }
+    }
+
+    /// Works until discovery or the data path ends.
+    pub(crate) async fn run(
+        mut self,
+        mut found: watch::Receiver<Found>,
+        mut lost: UnboundedReceiver<LostInterface>,
+    ) {
+        loop {
+            let now = found.borrow_and_update().clone();
+            self.complain(Source::Xenstore, now.problem.into_iter().collect());
+            let complete = match now.snapshot {
+                Some(snapshot) => self.pass(&snapshot).await,
+                None => false,
+            };
+            let wait = if complete { PATIENT } else { IMPATIENT };
+            tokio::select! {
+                changed = found.changed() => if changed.is_err() { return },
+                interface = lost.recv() => match interface {
+                    Some(interface) => self.forget(interface),
+                    None => return,
+                },
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// One comparison of what is with what was given; whether nothing is missing.
+    async fn pass(&mut self, snapshot: &Snapshot) -> bool {
+        let mut complete = true;
+        for index in 0..self.config.services.len() {
+            let mut problems = Vec::new();
+            match self.service(index, snapshot).await {
+                Ok(all_usable) => complete &= all_usable,
+                Err(problem) => {
+                    complete = false;
+                    problems.push(problem);
+                }
+            }
+            self.complain(Source::Placement(index), problems);
+        }
+        complete
+    }
+
+    /// Brings one service up to date; whether all its domains are usable, or what hinders the service.
+    async fn service(&mut self, index: usize, snapshot: &Snapshot) -> Result<bool, String> {
+        let config = Arc::clone(&self.config);
+        let service = &config.services[index];
+        let mut domains: Vec<(usize, &Domain)> =
+            snapshot.domains.iter().filter_map(|domain| Some((rank(service, domain)?, domain))).collect();
+        // The queue's order is the configuration's.
+        domains.sort_by_key(|(rank, domain)| (*rank, domain.domid));
+        let domains: Vec<&Domain> = domains.into_iter().map(|(_, domain)| domain).collect();
+        self.take_back(index, &domains);
+
+        let links = anchor::links(&self.netlink).await;
+        let links = links.map_err(|error| error.to_string())?;
+        let bridge = bridge(service, &domains, &links)?;
+        self.anchor(index, service, bridge, &links).await?;
+        let mut all_usable = !domains.is_empty();
+        for domain in domains {
+            all_usable &= self.domain(index, service, domain, bridge, &links).await;
+        }
+        Ok(all_usable)
+    }
+
+    /// Takes back what is not there any more, or does not belong to the service any more.
+    fn take_back(&mut self, index: usize, domains: &[&Domain]) {
+        let gone: Vec<DomainId> = self
+            .given
+            .keys()
+            .filter(|(service, life)| *service == index && !domains.iter().any(|domain| domain.id() == *life))
+            .map(|(_, life)| *life)
+            .collect();
+        for domain in gone {
+            self.given.remove(&(index, domain));
+            self.tell(Message::Departed { service: index, domain });
+        }
+    }
+
+    /// Sees to it that the PSC has its place on `bridge`.
+    async fn anchor(
+        &mut self,
+        index: usize,
+        service: &config::Service,
+        bridge: &Link,
+        links: &[Link],
+    ) -> Result<(), String> {
+        let (name, far) = anchor::names(service.psc_mac);
+        let by_name = |wanted: &str| links.iter().find(|link| link.name == wanted);
+        let in_place = by_name(&name).is_some_and(|link| link.master == Some(bridge.index));
+        let far_index = by_name(&far).map(|link| link.index);
+        let has = self.anchors[index].on;
+        if in_place && has.is_some() && has == far_index.map(|far| (bridge.index, far)) {
+            return Ok(());
+        }
+        if let Some((until, reason)) = &self.anchors[index].blocked
+            && Instant::now() < *until
+        {
+            return Err(reason.clone());
+        }
+        self.anchors[index] = Anchor::default();
+        let placed = self.place(service, bridge).await;
+        let (device, far_index) = match placed {
+            Ok(placed) => placed,
+            Err(reason) => {
+                // A half-made or unusable anchor must not attract the PSC's frames.
+                if let Err(error) = anchor::remove(&self.netlink, service.psc_mac).await {
+                    tracing::warn!(service = service.engine.name, %error, "an unused anchor stays");
+                }
+                let until = Instant::now() + ADDRESS_TAKEN;
+                self.anchors[index].blocked = Some((until, reason.clone()));
+                return Err(reason);
+            }
+        };
+        self.anchors[index].on = Some((bridge.index, far_index));
+        self.tell(Message::Anchored { service: index, bridge: bridge.name.clone(), device });
+        Ok(())
+    }
+
+    async fn place(&self, service: &config::Service, bridge: &Link) -> Result<(Device, u32), String> {
+        let text = |error: AnchorError| error.to_string();
+        let addresses = anchor::addresses_of_dom0(&self.netlink).await;
+        for address in addresses.map_err(text)? {
+            if service.engine.psc.contains(&address) {
+                return Err(format!(
+                    "the PSC's address {address} is in use by dom0 itself; remove it there (ip address del), or choose another PSC"
+                ));
+            }
+        }
+        let far = anchor::create(&self.netlink, service.psc_mac, bridge).await;
+        let far = far.map_err(text)?;
+        let links = anchor::links(&self.netlink).await.map_err(text)?;
+        let index = links.iter().find(|link| link.name == far);
+        let index = index.ok_or_else(|| AnchorError::Vanished(far.clone()).to_string())?;
+        let filter = anchor_filter(service.psc_mac);
+        let buffer = self.config.capture_buffer;
+        let psc = Psc::new(&service.engine.psc, service.psc_mac);
+        let opened = blocking(move || {
+            let mut device = Device::open(&far, &filter, buffer)?;
+            let taken = anchor::probe(&mut device, &psc);
+            Ok::<_, DeviceError>((device, taken))
+        });
+        match opened.await? {
+            Err(error) => Err(format!("the PSC's interface can't be captured: {error}")),
+            Ok((_, Some((address, mac)))) => Err(format!(
+                "the PSC's address {address} is in use by the machine with MAC {} on {}; take it from there, or choose another PSC",
+                mac_text(mac),
+                bridge.name
+            )),
+            Ok((device, None)) => Ok((device, index.index)),
+        }
+    }
+
+    /// Brings one domain up to date; whether it is usable.
+    async fn domain(
+        &mut self,
+        index: usize,
+        service: &config::Service,
+        domain: &Domain,
+        bridge: &Link,
+        links: &[Link],
+    ) -> bool {
+        let key = (index, domain.id());
+        let decided =
+            usable(service, domain, bridge, links).and_then(|arrival| self.unshared(index, arrival));
+        let opened = match decided {
+            Ok(arrival) => self.open(key, service, arrival, links).await,
+            Err(reason) => Err(reason),
+        };
+        let is_usable = opened.is_ok();
+        if let Err(reason) = opened {
+            self.refuse(key, domain, reason);
+        }
+        self.news(key, domain);
+        is_usable
+    }
+
+    /// Two servers with one address, or two services on one server's port, can't be told apart.
+    fn unshared(&self, index: usize, arrival: Arrival) -> Result<Arrival, String> {
+        let ports = &self.config.services[index].engine.ports;
+        let life = (arrival.domain.uuid, arrival.domain.domid);
+        for ((other, id), given) in &self.given {
+            let GivenState::Open { arrival: open, .. } = &given.state else {
+                continue;
+            };
+            let mut addresses = open.addresses.iter();
+            let Some(shared) = addresses.find(|address| arrival.addresses.contains(address)) else {
+                continue;
+            };
+            let other_service = &self.config.services[*other].engine;
+            if (id.uuid, id.domid) != life {
+                return Err(format!(
+                    "its address {shared} is that of {} too; give each domain its own",
+                    open.domain.name
+                ));
+            }
+            let port = ports.iter().find(|port| other_service.ports.contains(port));
+            if let Some(port) = port.filter(|_| *other != index) {
+                return Err(format!(
+                    "its port {port} serves in service {} already; one port of a domain can serve behind one PSC",
+                    other_service.name
+                ));
+            }
+        }
+        Ok(arrival)
+    }
+
+    /// Opens a usable domain's vif and gives it to the data path, unless that has it already.
+    async fn open(
+        &mut self,
+        key: (usize, DomainId),
+        service: &config::Service,
+        arrival: Arrival,
+        links: &[Link],
+    ) -> Result<(), String> {
+        let link = links.iter().find(|link| link.name == arrival.vif);
+        let link_index = link.map_or(0, |link| link.index);
+        if let Some(Given { state: GivenState::Open { arrival: open, index }, .. }) = self.given.get(&key) {
+            let same_vif = *index == link_index && open.vif == arrival.vif;
+            if same_vif && open.addresses == arrival.addresses && open.mac == arrival.mac {
+                return Ok(());
+            }
+            if open.addresses != arrival.addresses {
+                // Not the server it was: it leaves and comes as another.
+                self.tell(Message::Departed { service: key.0, domain: key.1 });
+            }
+        }
+        let filter = server_filter(&arrival.addresses, &service.engine.ports);
+        let (vif, buffer) = (arrival.vif.clone(), self.config.capture_buffer);
+        let opened = blocking(move || Device::open(&vif, &filter, buffer)).await?;
+        let device = opened.map_err(|error| format!("its vif can't be captured: {error}"))?;
+        let copy = Arrival {
+            domain: arrival.domain.clone(),
+            vif: arrival.vif.clone(),
+            mac: arrival.mac,
+            addresses: arrival.addresses.clone(),
+            mtu: arrival.mtu,
+        };
+        self.given.insert(
+            key,
+            Given {
+                name: arrival.domain.name.clone(),
+                shutdown_request: None,
+                state: GivenState::Open { arrival: copy, index: link_index },
+            },
+        );
+        self.tell(Message::Arrived { service: key.0, arrival, device });
+        Ok(())
+    }
+
+    fn refuse(&mut self, key: (usize, DomainId), domain: &Domain, reason: String) {
+        match self.given.get(&key).map(|given| &given.state) {
+            Some(GivenState::Unusable(before)) if *before == reason => return,
+            Some(GivenState::Open { .. }) => self.tell(Message::Departed { service: key.0, domain: key.1 }),
+            _ => {}
+        }
+        self.given.insert(
+            key,
+            Given {
+                name: domain.name.clone(),
+                shutdown_request: None,
+                state: GivenState::Unusable(reason.clone()),
+            },
+        );
+        self.tell(Message::Unusable {
+            service: key.0,
+            known: KnownDomain { domain: domain.reference(), reason },
+        });
+    }
+
+    /// Passes on a new name, and a new request to shut down.
+    fn news(&mut self, key: (usize, DomainId), domain: &Domain) {
+        let (service, life) = key;
+        let Some(given) = self.given.get_mut(&key) else {
+            return;
+        };
+        let renamed = given.name != domain.name;
+        given.name.clone_from(&domain.name);
+        let request = match (&given.shutdown_request, &domain.shutdown_request) {
+            (None, Some(request)) => Some(request.clone()),
+            _ => None,
+        };
+        given.shutdown_request.clone_from(&domain.shutdown_request);
+        if renamed {
+            self.tell(Message::Renamed { service, domain: life, name: domain.name.clone() });
+        }
+        if let Some(request) = request {
+            self.tell(Message::ShutdownRequested { service, domain: life, request });
+        }
+    }
+
+    /// The data path lost an interface: what it was given counts no more.
+    fn forget(&mut self, lost: LostInterface) {
+        match lost.domain {
+            None => self.anchors[lost.service] = Anchor::default(),
+            Some(domain) => {
+                if let Some(Given { state: GivenState::Open { index, .. }, .. }) =
+                    self.given.get_mut(&(lost.service, domain))
+                {
+                    // No interface has this number, so it is opened again.
+                    *index = 0;
+                }
+            }
+        }
+    }
+
+    /// Tells the data path what hinders, if that changed.
+    fn complain(&mut self, source: Source, problems: Vec<String>) {
+        let known = self.told.get(&source).is_some_and(|told| *told == problems);
+        let nothing = problems.is_empty() && !self.told.contains_key(&source);
+        if known || nothing {
+            return;
+        }
+        self.told.insert(source, problems.clone());
+        self.tell(Message::Problems { source, problems });
+    }
+
+    fn tell(&self, message: Message) {
+        // Without a data path the daemon is stopping.
+        let _ = self.messages.send(message);
+        self.waker.wake();
+    }
+}
+
+/// Runs what may wait on a thread for that.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| format!("dom0d failed inside: {error}"))
+}

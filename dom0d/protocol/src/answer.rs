@@ -6,7 +6,7 @@
 use crate::context::Context;
 use crate::conversation::{Conversation, Held};
 use crate::leg::{Leg, Phase};
-use crate::queue::Slot;
+use crate::queue::{MAX_SERVERS, Slot};
 use crate::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 use crate::{ServerId, Uncovered};
@@ -196,6 +196,8 @@ impl Conversation {
         });
         if ctx.queue.rvms().next().is_some() {
             ctx.order.answered(self.id, self.down.end());
+            // An RVM that was faster has produced this already.
+            ctx.progressed = [true; MAX_SERVERS];
         }
     }
 

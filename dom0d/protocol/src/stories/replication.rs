@@ -38,6 +38,17 @@ fn cause_comes_before_effect() {
 }
 
 #[test]
+fn a_replica_that_answers_first_is_not_kept_waiting() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"a", 1);
+    story.server_sends(1, 1, b"A", 2);
+    story.server_sends(0, 1, b"A", 2);
+    story.servers[1].clear();
+    story.client_sends(2, b"b", 2);
+    assert!(story.servers[1].iter().any(|heard| heard.payload == b"b"));
+}
+
+#[test]
 fn a_different_answer_diverges_and_harms_nobody() {
     let mut story = Story::established(1);
     story.client_sends(1, b"q", 1);

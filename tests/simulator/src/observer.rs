@@ -279,6 +279,13 @@ impl Observer {
                 self.ovm = Some(*to);
                 self.epoch += 1;
             }
+            Seen::Event(EventKind::Reset { client }) => {
+                // The RST itself may leave later.
+                let of_client = self.newest.iter().filter(|((c, _), _)| c == client);
+                for (_, &index) in of_client {
+                    self.conversations[index].reset_to_client = true;
+                }
+            }
             Seen::Event(_) | Seen::Status(_) | Seen::Blemish(_) => {}
         }
     }

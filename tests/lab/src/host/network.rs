@@ -22,6 +22,7 @@ pub(crate) const GUEST_INTERFACE: &str = "eth0";
 pub(crate) fn make_dom0_and_client(config: &LabConfig, dom0: &Host, client: &Host) -> Result<()> {
     make_namespace(dom0)?;
     make_namespace(client)?;
+    dom0.enter(keep_bridge_from_netfilter)??;
     ip(&format!(
         "link add {BRIDGE} netns {dom0} type bridge stp_state 0 forward_delay 0\n\
          link add {UPLINK} netns {dom0} type veth peer name {GUEST_INTERFACE} netns {client}\n",
@@ -93,6 +94,18 @@ fn make_namespace(host: &Host) -> Result<()> {
         Ok::<_, anyhow::Error>(())
     })??;
     ip_inside(host, "link set lo up\n")
+}
+
+/// Debian's dom0 has br_netfilter as a module that nothing loads; where the kernel has it built in,
+/// a new namespace starts with it on.
+fn keep_bridge_from_netfilter() -> Result<()> {
+    for tables in ["arptables", "iptables", "ip6tables"] {
+        let path = Path::new("/proc/sys/net/bridge").join(format!("bridge-nf-call-{tables}"));
+        if path.exists() {
+            fs::write(&path, "0").with_context(|| format!("writing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn set(tree: &str, device: &str, key: &str, value: &str) -> Result<()> {

@@ -403,6 +403,10 @@ impl Connection {
             let bytes = match step {
                 Step::Request { op, size } => request(*op, &payload(seed, self.step, *size)),
                 Step::Shared { key, size } => {
+                    if agreement.unknown[usize::from(*key)] {
+                        self.step += 1;
+                        continue;
+                    }
                     if !agreement.acquire(usize::from(*key), who) {
                         return;
                     }

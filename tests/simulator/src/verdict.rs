@@ -98,6 +98,10 @@ fn servers(world: &mut World) -> Verdict {
         let Some(guest) = world.guest_of(server.server) else {
             continue;
         };
+        // In a conversation in which it diverged it is held to no order any more (rule 2.3).
+        if !serves && world.observer.conversations.iter().any(|c| c.diverged(server.server)) {
+            continue;
+        }
         let guest = &world.guests[guest];
         if guest.health != Health::Running {
             continue;

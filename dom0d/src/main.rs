@@ -21,6 +21,7 @@ mod server;
 mod service;
 mod wake;
 
+use std::io::IsTerminal;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use pcap::{Active, Capture, Linktype};
+use pcap::{Active, Capture, Direction, Linktype};
 
 use super::frame::Mac;
 
@@ -62,6 +62,13 @@ impl Device {
             .capture
             .filter(filter, true)
             .map_err(|error| failed(format!("the filter {filter:?} is refused: {error}")))?;
+        // Not `inbound` in the filter: libpcap runs a new filter over the first frame by itself, where that
+        // word matches nothing, and an ARP question lost costs its asker a second. (A socket does not
+        // see what it sent itself, so this leaves few frames to be dropped here.)
+        device
+            .capture
+            .direction(Direction::In)
+            .map_err(|error| failed(format!("the direction can't be set: {error}")))?;
         // libpcap's non-blocking mode is about reading. A send that blocked on the full queue of a
         // frozen guest would stop everybody.
         let flags = fcntl(device.capture.as_fd(), FcntlArg::F_GETFL)
@@ -127,7 +134,7 @@ pub(crate) struct Lost {
 /// What the anchor's far end must give: frames for the PSC, and neighbours' questions and answers.
 pub(crate) fn anchor_filter(psc_mac: Mac) -> String {
     // `vlan` moves the offsets of all that follows it, so it must come last.
-    format!("inbound and (arp or icmp6 or ether dst {} or vlan)", mac_text(psc_mac))
+    format!("arp or icmp6 or ether dst {} or vlan", mac_text(psc_mac))
 }
 
 /// What a server's vif must give: the service's segments, and neighbours' questions.
@@ -137,7 +144,7 @@ pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
     // Beside plain segments: IPv4 fragments behind the first, and IPv6 with extension headers
     // (hop-by-hop, routing, fragment, destination), of which `tcp` sees nothing.
     format!(
-        "inbound and (arp or icmp6 or (({}) and ({} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60)) or vlan)",
+        "arp or icmp6 or (({}) and ({} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60)) or vlan",
         hosts.join(" or "),
         ports.join(" or ")
     )

@@ -83,13 +83,17 @@ impl Service {
             return Err(OperatorError::OvmInstalled);
         }
         let first = self.ctx.open == 0;
+        let replaced = self.ctx.epoch > 0;
         let id = spec.id;
         let slot = match self.ctx.queue.slot_of(id) {
             Some(slot) => slot,
             None => self.ctx.queue.push(spec, None).ok_or(OperatorError::QueueFull(MAX_SERVERS))?,
         };
         promotion::cut_over(slot, None, Deposed::Fenced, &mut self.ctx);
-        self.ctx.mark_all_stale(StaleReason::NotSeeded);
+        if replaced {
+            // Statements on RVMs' state were about another OVM's.
+            self.ctx.mark_all_stale(StaleReason::NotSeeded);
+        }
         if first {
             // Nothing to recuperate, nothing to report.
             self.ctx.recuperation.reported = true;

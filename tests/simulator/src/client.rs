@@ -219,12 +219,13 @@ impl Client {
             .all(|(c, plan)| c.outcome.is_some() || (plan.ending == Ending::Stay && c.idle()))
     }
 
-    /// A connection waits for the answer to its SYN.
-    pub(crate) fn opening(&self, index: usize) -> bool {
-        self.connections[index].handle.is_some_and(|handle| {
-            let socket = self.stack.sockets.get::<tcp::Socket<'_>>(handle);
-            socket.state() == tcp::State::SynSent
-        })
+    /// A connection has said all it may and waits for a log that another connection uses.
+    pub(crate) fn waits_for_turn(&self, index: usize, agreement: &Agreement) -> bool {
+        let connection = &self.connections[index];
+        let next = self.knobs.plans[index].steps.get(connection.step);
+        connection.answer_ends.is_empty()
+            && matches!(next, Some(Step::Shared { key, .. })
+                if agreement.holders[usize::from(*key)].is_some_and(|who| who != (self.index, index)))
     }
 
     /// A connection's two ends, as the client has them.
@@ -350,10 +351,6 @@ impl Client {
 }
 
 impl Connection {
-    pub(crate) fn waits_to_open(&self) -> bool {
-        self.handle.is_none()
-    }
-
     /// All answers are in and nothing more is planned.
     fn idle(&self) -> bool {
         self.steps_done && self.received == self.expected.len() && self.written == self.to_send.len()

@@ -198,6 +198,19 @@ impl Guest {
             return;
         }
         let stack = &mut self.stack;
+        // smoltcp gives a SYN to the first socket that would take it. A listening socket before one
+        // in SYN-RECEIVED (a reset put it back) would take that one's SYN when it is repeated.
+        let last =
+            self.listening.iter().rposition(|&h| stack.socket(h).state() != tcp::State::Listen).unwrap_or(0);
+        let mut position = 0;
+        self.listening.retain(|&handle| {
+            let stale = position < last && stack.socket(handle).state() == tcp::State::Listen;
+            if stale {
+                stack.socket(handle).close();
+            }
+            position += 1;
+            !stale
+        });
         let free = self.listening.iter().filter(|&&h| stack.socket(h).state() == tcp::State::Listen).count();
         let room = SOCKETS.saturating_sub(self.listening.len());
         for _ in 0..BACKLOG.saturating_sub(free).min(room) {

@@ -166,6 +166,8 @@ pub(crate) struct Conversation {
     /// Order and end of what is sent without a gap, after each growth.
     pub(crate) sent_growth: Vec<(u64, u64)>,
     pub(crate) reset_to_client: bool,
+    /// The client was last told that there is no room.
+    pub(crate) window_shut: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
 }
 
@@ -314,6 +316,7 @@ impl Observer {
                     sent_fin: None,
                     sent_growth: Vec::new(),
                     reset_to_client: false,
+                    window_shut: false,
                     legs: BTreeMap::new(),
                 });
             }
@@ -414,6 +417,7 @@ impl Observer {
         let Some(position) = conversation.view_position(segment.seq) else {
             return;
         };
+        conversation.window_shut = segment.window == 0;
         let before = conversation.sent.contiguous();
         conversation.sent.put(position, segment.payload);
         let after = conversation.sent.contiguous();

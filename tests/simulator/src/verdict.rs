@@ -16,63 +16,66 @@ pub(crate) fn judge(world: &mut World) -> Verdict {
 
 /// Every answer was right, whatever happened; and nobody was cut off without a reason.
 fn connections(world: &mut World) -> Verdict {
-    let promoted = world.promotions > 0;
-    let spinning = world
-        .service
-        .ovm()
-        .and_then(|id| world.guest_of(id))
-        .is_some_and(|g| world.guests[g].health == Health::Spinning);
     let clients = core::mem::take(&mut world.clients);
-    let result = each_connection(world, &clients, promoted, spinning);
+    let result = clients.iter().enumerate().try_for_each(|(c, client)| {
+        (0..client.connections.len()).try_for_each(|n| connection(world, c, client, n))
+    });
     world.clients = clients;
     result
 }
 
-fn each_connection(world: &mut World, clients: &[Client], promoted: bool, spinning: bool) -> Verdict {
-    for (c, client) in clients.iter().enumerate() {
-        for (n, (connection, plan)) in client.connections.iter().zip(&client.knobs.plans).enumerate() {
-            let name = format!(
-                "connection {n} of client {c} (port {}, {} of {} requests answered, {} bytes)",
-                connection.port, connection.answered, connection.issued, connection.received
-            );
-            let harm = match &connection.outcome {
-                Some(Outcome::WrongByte(_)) if world.untrue_served => Some("got a wrong byte"),
-                Some(Outcome::WrongByte(position)) => {
-                    return Err(("client result", format!("{name} got a wrong byte at {position}")));
-                }
-                Some(Outcome::Completed) => {
-                    world.coverage.hit("connection.completed");
-                    if promoted {
-                        world.coverage.hit("connection.completed over a promotion");
-                    }
-                    None
-                }
-                Some(Outcome::Aborted) => {
-                    world.coverage.hit("connection.aborted");
-                    None
-                }
-                Some(Outcome::Reset) => Some("was reset"),
-                Some(Outcome::Truncated) => Some("was closed too early"),
-                None if plan.ending == Ending::Stay && client.finished() => None,
-                // A SYN that nobody answers is evidence of nothing: no replica has seen it.
-                None if spinning && (client.opening(n) || connection.waits_to_open()) => {
-                    world.coverage.hit("harm excused: spun with no conversation");
-                    None
-                }
-                None if forgotten(world, client, n) => {
-                    world.coverage.hit("harm excused: smoltcp forgot to retransmit");
-                    None
-                }
-                None => Some("is stuck"),
-            };
-            let Some(harm) = harm else { continue };
-            match world.excuse {
-                Some(excuse) => world.coverage.hit(&format!("harm excused: {excuse}")),
-                None => return Err(("survival", format!("{name} {harm}"))),
-            }
+fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict {
+    let (connection, plan) = (&client.connections[n], &client.knobs.plans[n]);
+    let name = format!(
+        "connection {n} of client {c} (port {}, {} of {} requests answered, {} bytes)",
+        connection.port, connection.answered, connection.issued, connection.received
+    );
+    let harm = match &connection.outcome {
+        Some(Outcome::WrongByte(position)) if !world.untrue_served => {
+            return Err(("client result", format!("{name} got a wrong byte at {position}")));
         }
+        Some(Outcome::WrongByte(_)) => "got a wrong byte",
+        Some(Outcome::Completed) => {
+            world.coverage.hit("connection.completed");
+            if world.promotions > 0 {
+                world.coverage.hit("connection.completed over a promotion");
+            }
+            return Ok(());
+        }
+        Some(Outcome::Aborted) => {
+            world.coverage.hit("connection.aborted");
+            return Ok(());
+        }
+        None if plan.ending == Ending::Stay && client.finished() => return Ok(()),
+        Some(Outcome::Reset) => "was reset",
+        Some(Outcome::Truncated) => "was closed too early",
+        None => "is stuck",
+    };
+    let stuck = connection.outcome.is_none();
+    match world.excuse.or_else(|| if stuck { why_stuck(world, client, n) } else { None }) {
+        Some(excuse) => {
+            world.coverage.hit(&format!("harm excused: {excuse}"));
+            Ok(())
+        }
+        None => Err(("survival", format!("{name} {harm}"))),
     }
-    Ok(())
+}
+
+/// Reasons for a connection to hang that no evidence can show, or that are not the engine's.
+fn why_stuck(world: &World, client: &Client, index: usize) -> Option<&'static str> {
+    if forgotten(world, client, index) {
+        return Some("smoltcp forgot to retransmit");
+    }
+    if client.waits_for_turn(index, &world.agreement) {
+        // The one that it waits for is judged.
+        return Some("another connection is stuck");
+    }
+    let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
+    let (own, psc) = client.ends(index)?;
+    let conversation = world.observer.conversation_of(own, psc);
+    // The client can't say so much that RVMs could answer it.
+    (world.guests[ovm].health == Health::Hung && conversation.is_some_and(|c| c.window_shut))
+        .then_some("the OVM hung with its window shut")
 }
 
 /// The connection is stuck since a TCP stack at one of its ends does nothing.

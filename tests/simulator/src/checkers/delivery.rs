@@ -67,12 +67,13 @@ impl Checker for Delivery {
             ));
         }
         let is_ovm = observer.ovm == Some(*server);
-        // What a silent client was sent is the daemon's to supply.
-        if acked > conversation.client_acked.max(conversation.sent.contiguous() as i64) && !is_ovm {
+        // What the OVM said to a silent client is the daemon's to supply. The FIN counts one.
+        let ovm = observer.ovm.and_then(|ovm| conversation.legs.get(&ovm));
+        let kept = ovm.map_or(0, |leg| leg.produced.contiguous()).max(conversation.sent.contiguous());
+        if acked > conversation.client_acked.max(kept as i64 + 1) && !is_ovm {
             return Err(format!(
-                "{server:?} is acknowledged up to {acked}, the client acknowledged {} and was sent {} ({segment})",
-                conversation.client_acked,
-                conversation.sent.contiguous()
+                "{server:?} is acknowledged up to {acked}, the client acknowledged {} and the OVM said {kept} ({segment})",
+                conversation.client_acked
             ));
         }
         // One byte beyond a full window is a probe.

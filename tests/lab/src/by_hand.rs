@@ -20,6 +20,8 @@ const UP_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// What can be asked of a lab.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// Install the Debian packages that the lab needs, and build the product
+    Setup,
     /// Build the lab and leave it running, with dom0d started
     Up(UpArguments),
     /// Take the lab down, also what a killed run left behind
@@ -113,6 +115,11 @@ impl Verb {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let name = instance_name()?;
         match self {
+            Verb::Setup => {
+                let progress = |line: &str| println!("{line}");
+                setup::install(&Service::ALL, &progress)?;
+                setup::build(&progress)?;
+            }
             Verb::Up(arguments) => return up(&name, arguments),
             Verb::Down => Lab::remove(&name)?,
             Verb::Status { json } => status(&Lab::find(&name)?, json)?,

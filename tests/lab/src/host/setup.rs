@@ -22,6 +22,7 @@ const PACKAGES: [&str; 15] = [
     "tcpdump",
     "curl",
     "iputils-ping",
+    "socat",
     "xenstore-utils",
     "build-essential",
     "clang",

@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 use super::Service;
 
 /// Packages that the lab, dom0d's build and the tests need whatever the services.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 16] = [
     "iproute2",
     "nftables",
     "ethtool",

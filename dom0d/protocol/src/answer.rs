@@ -5,6 +5,7 @@
 
 use crate::context::Context;
 use crate::conversation::{Conversation, Held};
+use crate::handshake::mtu_mss;
 use crate::leg::{Leg, Phase};
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::seq::{position_of, seq_of};
@@ -79,7 +80,7 @@ impl Conversation {
         leg.phase = Phase::Open;
         leg.iss = segment.seq;
         leg.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
-        leg.mss = mss;
+        leg.mss = mss.min(mtu_mss(slot, &self.key, ctx));
         // For a server that was promoted before it had answered: its time begins here.
         leg.ts_delta = self.told.tsval.wrapping_sub(leg.tsval);
         leg.ts_floor = leg.tsval;
@@ -366,7 +367,8 @@ impl Conversation {
             }
             return;
         }
-        if !segment.flags.has(Flags::ACK) {
+        // Behind its RST there is nothing to hear.
+        if !segment.flags.has(Flags::ACK) || leg.gone.is_some() {
             return;
         }
         self.note_suppressed_acknowledgment(leg, segment, ctx);

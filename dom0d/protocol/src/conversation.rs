@@ -446,7 +446,7 @@ impl Conversation {
         self.close(ctx);
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.take(slot, server) {
-                if self.up_rst.is_none() && leg.gone.is_none() && leg.rcv_nxt < self.up.end() {
+                if leg.gone.is_none() && leg.rcv_nxt < self.up.end() {
                     ctx.mark_stale(slot, StaleReason::MissedBytes);
                 }
                 self.settle_accounts(slot, &leg, ctx);

@@ -27,7 +27,13 @@ impl Conversation {
         }
         self.compare(slot, leg, ctx);
         if let Some(gone) = leg.gone {
-            let alone = self.is_open() && ctx.now >= gone + GONE_GRACE;
+            let taken =
+                ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
+            let alone = match self.is_open() {
+                true => ctx.now >= gone + GONE_GRACE,
+                // It left before it had all that the OVM took.
+                false => leg.rcv_nxt < taken,
+            };
             return if alone { Err(Uncovered::RvmReset) } else { Ok(()) };
         }
         self.feed(slot, leg, ctx);
@@ -74,6 +80,10 @@ impl Conversation {
                 // It closed where the client was sent more.
                 Compared::Equal(_) if leg.fin.is_some_and(|fin| fin < self.down.end()) => {
                     Compared::Diverged(leg.fin.unwrap_or(leg.compared))
+                }
+                // It goes on where the client was sent FIN.
+                Compared::Equal(position) if self.down_fin.is_some_and(|fin| leg.answers.end() > fin) => {
+                    Compared::Diverged(self.down_fin.unwrap_or(position))
                 }
                 compared => compared,
             };

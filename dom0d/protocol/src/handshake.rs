@@ -344,7 +344,7 @@ impl Embryonic {
 }
 
 /// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
-fn mtu_mss(slot: Slot, key: &Key, ctx: &Context) -> u16 {
+pub(crate) fn mtu_mss(slot: Slot, key: &Key, ctx: &Context) -> u16 {
     let headers = if key.psc.is_ipv4() { 40 } else { 60 };
     ctx.queue.get(slot).map_or(u16::MAX, |server| server.mtu.saturating_sub(headers))
 }

@@ -171,7 +171,7 @@ impl Conversation {
             }
         }
         if core::mem::take(&mut recuperating.resend) {
-            let to = self.down.end().min(una + u64::from(self.client.mss));
+            let to = self.down.end().min(una + self.payload_to_client());
             if una < to {
                 ctx.counters.retransmissions += 1;
                 self.send_answer(una, to, ctx);
@@ -182,7 +182,7 @@ impl Conversation {
             let from = recuperating.sender.nxt;
             let bound = ctx.config.limits.inflight_bytes;
             let limit = self.client.edge.min(recuperating.sender.limit(una, bound)).min(self.down.end());
-            let to = limit.min(from + u64::from(self.client.mss));
+            let to = limit.min(from + self.payload_to_client());
             if to <= from {
                 break;
             }
@@ -208,6 +208,12 @@ impl Conversation {
             self.send_to_client(&ack, ctx);
         }
         recuperating.ack_due = false;
+    }
+
+    /// What a full segment to the client carries (RFC 6691: the MSS counts options).
+    fn payload_to_client(&self) -> u64 {
+        let options = if self.client.timestamps { 12 } else { 0 };
+        u64::from(self.client.mss.saturating_sub(options).max(1))
     }
 
     fn send_answer(&mut self, from: u64, to: u64, ctx: &mut Context) {

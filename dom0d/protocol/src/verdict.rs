@@ -21,6 +21,10 @@ pub(crate) struct Suspicion {
     reminders: u32,
     /// (d) RVMs agree on an answer that the OVM does not begin.
     silent_since: Option<Instant>,
+    /// (d) The OVM's window is shut though RVMs that have no more bytes have theirs open.
+    shut_since: Option<Instant>,
+    /// The right edge of that window.
+    shut_at: u64,
     /// (e) RVMs disputed the OVM's close of this conversation.
     pub(crate) close_disputed: bool,
 }
@@ -35,14 +39,15 @@ impl Suspicion {
     }
 
     pub(crate) fn is_pending(&self) -> bool {
-        self.unacked_since.is_some() || self.silent_since.is_some()
+        self.unacked_since.is_some() || self.silent_since.is_some() || self.shut_since.is_some()
     }
 
     pub(crate) fn deadline(&self, timing: &Timing, ctx: &Context) -> Option<Instant> {
         let reminder = timing.unacked_limit / (REMINDERS + 1) * (self.reminders + 1).min(REMINDERS + 1);
         let unacked =
             self.unacked_since.map(|since| ctx.measured_from(since) + reminder.min(timing.unacked_limit));
-        let silent = self.silent_since.map(|since| ctx.measured_from(since) + timing.progress_limit);
+        let silent = self.silent_since.into_iter().chain(self.shut_since);
+        let silent = silent.map(|since| ctx.measured_from(since) + timing.progress_limit);
         unacked
             .into_iter()
             .chain(silent)
@@ -64,6 +69,7 @@ impl Conversation {
         if ovm.gone.is_none() {
             self.judge_acknowledgment(&mut ovm, ctx);
             self.judge_progress(&ovm, ctx);
+            self.judge_window(&ovm, ctx);
         }
         self.legs.put(slot, ovm);
     }
@@ -125,6 +131,36 @@ impl Conversation {
         } else {
             Some(ctx.now)
         };
+    }
+
+    /// A service that hangs in the middle of an upload answers nothing, and its kernel acknowledges all
+    /// that it has room for: what tells is that it takes nothing more where RVMs do.
+    fn judge_window(&mut self, ovm: &Leg, ctx: &mut Context) {
+        let least = u64::from(ovm.mss);
+        let shut = ovm.through && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.shift);
+        let (mut witnesses, mut open) = (0, 0);
+        for server in ctx.queue.iter().filter(|server| shut && ctx.queue.not_promotable(server).is_none()) {
+            witnesses += 1;
+            let leg = self.legs.get(server.slot, server.id).filter(|leg| leg.is_open() && leg.covers());
+            open += usize::from(leg.is_some_and(|rvm| rvm.rcv_nxt >= ovm.rcv_nxt && rvm.edge >= ovm.edge + least));
+        }
+        if open * 2 <= witnesses {
+            self.suspicion.shut_since = None;
+            return;
+        }
+        if self.suspicion.shut_since.is_none() || self.suspicion.shut_at != ovm.edge {
+            self.suspicion.shut_since = Some(ctx.now);
+            self.suspicion.shut_at = ovm.edge;
+        }
+        let since = self.suspicion.shut_since.unwrap_or(ctx.now);
+        if ctx.now.since(ctx.measured_from(since)) < ctx.config.timing.progress_limit {
+            return;
+        }
+        if witnesses == 1 && ctx.last_answer > since {
+            self.suspicion.shut_since = Some(ctx.last_answer);
+        } else {
+            ctx.suspicion.get_or_insert(Evidence::NoProgress);
+        }
     }
 
     /// Legs of promotable RVMs that have an answer at `position`, and how many RVMs are promotable.

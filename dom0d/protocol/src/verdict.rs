@@ -142,7 +142,9 @@ impl Conversation {
         for server in ctx.queue.iter().filter(|server| shut && ctx.queue.not_promotable(server).is_none()) {
             witnesses += 1;
             let leg = self.legs.get(server.slot, server.id).filter(|leg| leg.is_open() && leg.covers());
-            open += usize::from(leg.is_some_and(|rvm| rvm.rcv_nxt >= ovm.rcv_nxt && rvm.edge >= ovm.edge + least));
+            open += usize::from(
+                leg.is_some_and(|rvm| rvm.rcv_nxt >= ovm.rcv_nxt && rvm.edge >= ovm.edge + least),
+            );
         }
         if open * 2 <= witnesses {
             self.suspicion.shut_since = None;

@@ -130,15 +130,18 @@ fn an_answer_that_the_ovm_does_not_begin_is_evidence_after_its_limit() {
 fn a_window_that_stays_shut_where_a_replicas_is_open_is_evidence() {
     let mut story = Story::established(1);
     story.client_sends(1, b"upload", 1);
-    story.server_sends(1, 1, b"", 7);
+    let open = Say { seq: iss(1).wrapping_add(1), ack: at(7), window: 5000, ..Say::default() };
+    story.server_says(1, open);
     story.server_says(0, Say { seq: iss(0) + 1, ack: at(7), window: 0, ..Say::default() });
     story.wait(Duration::from_millis(245));
     assert!(story.effects.is_empty());
     story.wait(Duration::from_millis(10));
-    assert!(story.events.iter().any(|event| matches!(
-        event,
-        EventKind::Suspected { evidence: Evidence::NoProgress, .. }
-    )));
+    assert!(
+        story
+            .events
+            .iter()
+            .any(|event| matches!(event, EventKind::Suspected { evidence: Evidence::NoProgress, .. }))
+    );
 }
 
 #[test]

@@ -169,6 +169,8 @@ pub(crate) struct Conversation {
     /// The client was last told that there is no room.
     pub(crate) window_shut: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
+    /// What former OVMs had said when they were deposed.
+    pub(crate) recorded: Vec<Leg>,
 }
 
 impl Conversation {
@@ -278,6 +280,11 @@ impl Observer {
                 }
             }
             Seen::Cutover { to } => {
+                for conversation in &mut self.conversations {
+                    if let Some(leg) = self.ovm.and_then(|former| conversation.legs.get(&former)) {
+                        conversation.recorded.push(leg.clone());
+                    }
+                }
                 self.ovm = Some(*to);
                 self.epoch += 1;
             }
@@ -318,6 +325,7 @@ impl Observer {
                     reset_to_client: false,
                     window_shut: false,
                     legs: BTreeMap::new(),
+                    recorded: Vec::new(),
                 });
             }
         }

@@ -223,9 +223,8 @@ impl DataPath {
             if now.since(self.looked) >= self.liveness_poll {
                 self.look(now);
             }
-            let mut busy = match self.take_messages(now) {
-                Some(busy) => busy,
-                None => return,
+            let Some(mut busy) = self.take_messages(now) else {
+                return self.farewell();
             };
             for index in 0..self.services.len() {
                 let (service, mut around) = self.split(index);
@@ -236,6 +235,13 @@ impl DataPath {
             let wait = if busy { Duration::ZERO } else { self.wait(now) };
             self.sleep(wait);
         }
+    }
+
+    fn farewell(mut self) {
+        for service in &mut self.services {
+            service.farewell();
+        }
+        self.pass_on();
     }
 
     /// A service, and what it needs of everything else.

@@ -37,7 +37,7 @@ use rtnetlink::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, oneshot, watch};
 use tracing_subscriber::EnvFilter;
-use understudy_api::config::{Config, DEFAULT_PATH};
+use understudy_api::config::{Config, ConfigError, DEFAULT_PATH};
 use uuid::Uuid;
 
 use crate::command::Commands;
@@ -101,9 +101,15 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         Some(text) => EnvFilter::try_new(text).context("--log")?,
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG)),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let config = Config::load(&arguments.config)
-        .with_context(|| format!("configuration {}", arguments.config.display()))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    let config = Config::load(&arguments.config).map_err(|error| match error {
+        ConfigError::Unreadable { .. } => anyhow::Error::new(error),
+        other => anyhow::anyhow!("{}: {other}", arguments.config.display()),
+    })?;
     preflight::check()?;
     if let Some(lab) = &arguments.lab {
         find_xenstored(lab)?;

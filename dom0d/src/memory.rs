@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::command::DomainRef;
+use crate::hypervisor::DomainId;
 
 /// Domains remembered per service and list; the oldest are forgotten first.
 const DOMAINS: usize = 256;
@@ -37,6 +38,20 @@ pub(crate) struct ServiceMemory {
     seen: Vec<Uuid>,
     /// Domains that an operator detached.
     detached: Vec<Uuid>,
+    /// A client has been served: a domain that appears now has missed something.
+    pub(crate) served: bool,
+    /// Left by a clean end: who was promotable and had everything. The PSC is gone while no dom0d runs
+    /// (on the `pcap` plane), so nothing can be missed meanwhile. Good for the next start only.
+    in_step: Option<InStep>,
+}
+
+/// RVMs that had everything that their OVM had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct InStep {
+    /// The OVM.
+    pub(crate) ovm: DomainId,
+    /// The RVMs.
+    pub(crate) rvms: Vec<DomainId>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +81,16 @@ impl ServiceMemory {
     /// Whether a domain has been in the queue.
     pub(crate) fn has_seen(&self, uuid: Uuid) -> bool {
         self.seen.contains(&uuid)
+    }
+
+    /// A clean end: what the next start may rely on.
+    pub(crate) fn set_in_step(&mut self, in_step: InStep) {
+        self.in_step = Some(in_step);
+    }
+
+    /// What a clean end left, for once.
+    pub(crate) fn take_in_step(&mut self) -> Option<InStep> {
+        self.in_step.take()
     }
 
     /// Notes that a domain has been in the queue; `true` if it never was before.

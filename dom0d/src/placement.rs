@@ -141,11 +141,12 @@ impl Placement {
         let links = anchor::links(&self.netlink).await;
         let links = links.map_err(|error| error.to_string())?;
         let bridge = bridge(service, &domains, &links)?;
-        self.anchor(index, service, bridge, &links).await?;
         let mut all_usable = !domains.is_empty();
         for domain in domains {
             all_usable &= self.domain(index, service, domain, bridge, &links).await;
         }
+        // Last, so that clients find a service with its replicas in place.
+        self.anchor(index, service, bridge, &links).await?;
         Ok(all_usable)
     }
 

@@ -162,7 +162,8 @@ pub enum AttachAs {
     #[default]
     Known,
     /// A replica whose state equals the OVM's, by the operator's standing word. Only at a domain's
-    /// first appearance; one that rebooted, was evicted or deposed needs a new statement.
+    /// first appearance, and only until the service has served its first client; one that comes later,
+    /// rebooted, was evicted or deposed has missed something and needs a statement of its own.
     AssumeIdentical,
 }
 
@@ -380,10 +381,8 @@ const DEFAULT_CAPTURE_BUFFER_MIB: u32 = 32;
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Unreadable {
-            path: path.to_owned(),
-            error,
-        })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
         text.parse()
     }
 }
@@ -392,8 +391,7 @@ impl FromStr for Config {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let raw: RawConfig =
-            toml::from_str(text).map_err(|error| ConfigError::Syntax(Box::new(error)))?;
+        let raw: RawConfig = toml::from_str(text).map_err(|error| ConfigError::Syntax(Box::new(error)))?;
         let mut problems = Problems::default();
 
         let liveness_poll_ms = raw.liveness_poll_ms.unwrap_or(1);
@@ -405,10 +403,7 @@ impl FromStr for Config {
             problems.file("capture_buffer_mib", "must lie between 1 and 1024");
         }
         if raw.services.is_empty() {
-            problems.file(
-                "service",
-                "there is none; describe each service in a [[service]] table",
-            );
+            problems.file("service", "there is none; describe each service in a [[service]] table");
         }
 
         let mut services = Vec::with_capacity(raw.services.len());
@@ -421,9 +416,7 @@ impl FromStr for Config {
             return Err(ConfigError::Invalid(problems.found));
         }
         Ok(Self {
-            control_socket: raw
-                .control_socket
-                .unwrap_or_else(|| DEFAULT_CONTROL_SOCKET.into()),
+            control_socket: raw.control_socket.unwrap_or_else(|| DEFAULT_CONTROL_SOCKET.into()),
             liveness_poll: Duration::from_millis(liveness_poll_ms),
             capture_buffer: capture_buffer_mib << 20,
             services,
@@ -440,28 +433,16 @@ struct Problems {
 
 impl Problems {
     fn file(&mut self, key: &'static str, message: impl Into<String>) {
-        self.found.push(Problem {
-            service: None,
-            key,
-            message: message.into(),
-        });
+        self.found.push(Problem { service: None, key, message: message.into() });
     }
 
     fn at(&mut self, key: &'static str, message: impl Into<String>) {
-        self.found.push(Problem {
-            service: self.service.clone(),
-            key,
-            message: message.into(),
-        });
+        self.found.push(Problem { service: self.service.clone(), key, message: message.into() });
     }
 
     fn service(&mut self, index: usize, raw: RawService) -> Service {
         let named = is_service_name(&raw.name);
-        self.service = Some(if named {
-            raw.name.clone()
-        } else {
-            format!("#{}", index + 1)
-        });
+        self.service = Some(if named { raw.name.clone() } else { format!("#{}", index + 1) });
         if !named {
             self.at(
                 "name",
@@ -492,10 +473,7 @@ impl Problems {
         let allow = raw.allow.iter().filter_map(|text| {
             let allowed = text.parse().ok();
             if allowed.is_none() {
-                self.at(
-                    "allow",
-                    format!("{text:?} is none of \"dhcp\", \"udp/PORT\", \"tcp/PORT\""),
-                );
+                self.at("allow", format!("{text:?} is none of \"dhcp\", \"udp/PORT\", \"tcp/PORT\""));
             }
             allowed
         });
@@ -537,10 +515,7 @@ impl Problems {
     fn psc(&mut self, texts: &[String]) -> Vec<IpAddr> {
         let psc = self.parse_addresses("psc", texts);
         if texts.is_empty() {
-            self.at(
-                "psc",
-                "names no address; give an IPv4 address, an IPv6 address or one of each",
-            );
+            self.at("psc", "names no address; give an IPv4 address, an IPv6 address or one of each");
         }
         for (family, v4) in [("IPv4", true), ("IPv6", false)] {
             if psc.iter().filter(|address| address.is_ipv4() == v4).count() > 1 {
@@ -592,20 +567,14 @@ impl Problems {
             }
         });
         if !complete || parts.next().is_some() || mac[0] & 1 == 1 || mac == [0; 6] {
-            self.at(
-                "psc_mac",
-                format!("{text:?} is no unicast MAC address, as 02:00:00:00:00:01 is"),
-            );
+            self.at("psc_mac", format!("{text:?} is no unicast MAC address, as 02:00:00:00:00:01 is"));
         }
         mac
     }
 
     fn selector(&mut self, key: &'static str, text: &str) -> Selector {
         if text.trim().is_empty() {
-            self.at(
-                key,
-                "is empty; give a domain's name, UUID or a name pattern",
-            );
+            self.at(key, "is empty; give a domain's name, UUID or a name pattern");
         }
         Selector::new(text)
     }
@@ -652,15 +621,17 @@ impl Problems {
                     self.at("addresses", format!("{address} of {domain} is the service's PSC; the PSC is dom0d's alone, give the guest an address of its own"));
                 }
                 if let Some(other) = seen.insert(address, domain.clone()) {
-                    self.at(
-                        "addresses",
-                        format!("{address} is given to {other} and to {domain}"),
-                    );
+                    self.at("addresses", format!("{address} is given to {other} and to {domain}"));
                 }
             }
             for (family, v4) in [("IPv4", true), ("IPv6", false)] {
                 if addresses.iter().filter(|a| a.is_ipv4() == v4).count() > 1 {
-                    self.at("addresses", format!("{domain} has two {family} addresses; name the one that the service listens on"));
+                    self.at(
+                        "addresses",
+                        format!(
+                            "{domain} has two {family} addresses; name the one that the service listens on"
+                        ),
+                    );
                 }
             }
             all.push((selector, addresses));
@@ -678,24 +649,15 @@ impl Problems {
                     RawPrefix::Bytes(bytes) => bytes,
                 };
                 if !(1..=64).contains(&prefix.len()) {
-                    self.at(
-                        "masks",
-                        format!("a prefix has {} bytes; it must have 1 to 64", prefix.len()),
-                    );
+                    self.at("masks", format!("a prefix has {} bytes; it must have 1 to 64", prefix.len()));
                 }
                 if !(1..=256).contains(&pattern.length) {
                     self.at(
                         "masks",
-                        format!(
-                            "a length is {}; it must lie between 1 and 256",
-                            pattern.length
-                        ),
+                        format!("a length is {}; it must lie between 1 and 256", pattern.length),
                     );
                 }
-                Mask {
-                    prefix,
-                    length: pattern.length,
-                }
+                Mask { prefix, length: pattern.length }
             }
         }
     }
@@ -719,21 +681,12 @@ impl Problems {
         }
     }
 
-    fn wait(
-        &mut self,
-        key: &'static str,
-        ms: Option<u64>,
-        default: Duration,
-        least: u64,
-    ) -> Duration {
+    fn wait(&mut self, key: &'static str, ms: Option<u64>, default: Duration, least: u64) -> Duration {
         match ms {
             None => default,
             Some(ms) => {
                 if !(least..=LONGEST_WAIT_MS).contains(&ms) {
-                    self.at(
-                        key,
-                        format!("is {ms}; it must lie between {least} and {LONGEST_WAIT_MS} ms"),
-                    );
+                    self.at(key, format!("is {ms}; it must lie between {least} and {LONGEST_WAIT_MS} ms"));
                 }
                 Duration::from_millis(ms)
             }
@@ -755,18 +708,8 @@ impl Problems {
                 default.progress_limit,
                 1,
             ),
-            close_hold: self.wait(
-                "timing.close_hold_ms",
-                raw.close_hold_ms,
-                default.close_hold,
-                0,
-            ),
-            lag_limit: self.wait(
-                "timing.lag_limit_ms",
-                raw.lag_limit_ms,
-                default.lag_limit,
-                1,
-            ),
+            close_hold: self.wait("timing.close_hold_ms", raw.close_hold_ms, default.close_hold, 0),
+            lag_limit: self.wait("timing.lag_limit_ms", raw.lag_limit_ms, default.lag_limit, 1),
             promotion_window: self.wait(
                 "timing.promotion_window_ms",
                 raw.promotion_window_ms,
@@ -774,18 +717,8 @@ impl Problems {
                 0,
             ),
             linger: self.wait("timing.linger_ms", raw.linger_ms, default.linger, 1),
-            idle_probe: self.wait(
-                "timing.idle_probe_ms",
-                raw.idle_probe_ms,
-                default.idle_probe,
-                1_000,
-            ),
-            starvation: self.wait(
-                "timing.starvation_ms",
-                raw.starvation_ms,
-                default.starvation,
-                5,
-            ),
+            idle_probe: self.wait("timing.idle_probe_ms", raw.idle_probe_ms, default.idle_probe, 1_000),
+            starvation: self.wait("timing.starvation_ms", raw.starvation_ms, default.starvation, 5),
         }
     }
 
@@ -819,10 +752,7 @@ impl Problems {
                     if let Some(other) = pscs.get(address)
                         && *other != service.engine.name
                     {
-                        self.at(
-                            "addresses",
-                            format!("{address} of {domain} is the PSC of service {other}"),
-                        );
+                        self.at("addresses", format!("{address} of {domain} is the PSC of service {other}"));
                     }
                 }
             }
@@ -841,9 +771,10 @@ pub fn psc_mac(address: IpAddr) -> [u8; 6] {
         }
         IpAddr::V6(v6) => {
             // FNV-1a: stable over releases, which std's hasher is not.
-            let hash = v6.octets().iter().fold(0x811c_9dc5_u32, |hash, &byte| {
-                (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-            });
+            let hash = v6
+                .octets()
+                .iter()
+                .fold(0x811c_9dc5_u32, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
             let [a, b, c, d] = hash.to_be_bytes();
             [0x0e, 0x75, a, b, c, d]
         }
@@ -852,9 +783,7 @@ pub fn psc_mac(address: IpAddr) -> [u8; 6] {
 
 fn is_service_name(name: &str) -> bool {
     (1..=40).contains(&name.len())
-        && name
-            .bytes()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'))
+        && name.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'))
 }
 
 /// The kernel's rule (dev_valid_name).

@@ -8,6 +8,7 @@ pub(crate) mod xen;
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// A domain as the hypervisor sees it. Frozen inside, stalled or idle do not show here.
@@ -50,7 +51,7 @@ pub(crate) trait Hypervisor: Send {
 }
 
 /// One life of one domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct DomainId {
     /// The identity, checked before anything is done: domids are reused.
     pub(crate) uuid: Uuid,

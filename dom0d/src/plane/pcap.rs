@@ -223,7 +223,7 @@ impl PcapPlane {
         }
     }
 
-    fn from_network(&mut self, now: Instant, frame: Frame) -> Meaning {
+    fn network_frame(&mut self, now: Instant, frame: Frame) -> Meaning {
         match frame.content {
             Content::Ip(range) => {
                 if frame.destination != self.psc.mac {
@@ -239,7 +239,7 @@ impl PcapPlane {
                 }
                 return Meaning::Packet(Origin::Client(LinkAddress(frame.source)), range);
             }
-            Content::Arp(arp) => self.arp_from_network(now, arp),
+            Content::Arp(arp) => self.network_arp(now, arp),
             Content::Solicitation(solicitation) => {
                 if let Some(link) = solicitation.link {
                     self.learn(solicitation.source.into(), link, None);
@@ -262,7 +262,7 @@ impl PcapPlane {
         Meaning::Done
     }
 
-    fn arp_from_network(&mut self, now: Instant, arp: Arp) {
+    fn network_arp(&mut self, now: Instant, arp: Arp) {
         if !arp.sender.is_unspecified() && self.psc.v4 == Some(arp.sender) {
             return self.defend(now, arp.sender_mac);
         }
@@ -299,7 +299,7 @@ impl PcapPlane {
         self.announce();
     }
 
-    fn from_server(&mut self, now: Instant, server: ServerId, frame: Frame) -> Meaning {
+    fn server_frame(&mut self, now: Instant, server: ServerId, frame: Frame) -> Meaning {
         let is_rvm = self.ovm != Some(server);
         match frame.content {
             Content::Ip(range) => {
@@ -321,18 +321,16 @@ impl PcapPlane {
                     );
                 }
             }
-            Content::Solicitation(solicitation) if is_rvm => {
-                if !solicitation.source.is_unspecified() {
-                    self.question(
-                        now,
-                        Question {
-                            server,
-                            asker: solicitation.source.into(),
-                            asker_mac: solicitation.link.unwrap_or(frame.source),
-                            target: solicitation.target.into(),
-                        },
-                    );
-                }
+            Content::Solicitation(solicitation) if is_rvm && !solicitation.source.is_unspecified() => {
+                self.question(
+                    now,
+                    Question {
+                        server,
+                        asker: solicitation.source.into(),
+                        asker_mac: solicitation.link.unwrap_or(frame.source),
+                        target: solicitation.target.into(),
+                    },
+                );
             }
             Content::Tagged => self.counters.tagged_refused += 1,
             Content::Malformed => self.counters.malformed += 1,
@@ -470,8 +468,8 @@ impl Plane for PcapPlane {
             };
             idle = 0;
             let meaning = match from {
-                None => self.from_network(now, frame),
-                Some(server) => self.from_server(now, server, frame),
+                None => self.network_frame(now, frame),
+                Some(server) => self.server_frame(now, server, frame),
             };
             if let Meaning::Packet(origin, range) = meaning {
                 break (origin, range);

@@ -2,20 +2,21 @@
 //!
 //! Everything here runs on the data-path thread and never waits.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod joining;
+mod overview;
+
+use std::collections::BTreeMap;
 use std::sync::mpsc;
 
-use understudy_api::config::{self, AttachAs, Fence, OnShutdownRequest};
-use understudy_protocol::{
-    Effect, EventKind, Evidence, Instant, OperatorError, Seeding, ServerId, Service as Engine, StaleReason,
-};
+use understudy_api::config::{self, Fence, OnShutdownRequest};
+use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, Service as Engine, StaleReason};
 
-use crate::command::{DomainRef, KnownDomain, ServiceReport};
+use crate::command::{DomainRef, KnownDomain};
 use crate::event::{DaemonEvent, Happening};
 use crate::fencing::Job;
 use crate::hypervisor::{DomainId, DomainState};
 use crate::liveness::PausePolicy;
-use crate::memory::ServiceMemory;
+use crate::memory::{InStep, ServiceMemory};
 use crate::plane::device::Device;
 use crate::plane::pcap::{PcapPlane, Psc};
 use crate::plane::rules::{Part, RuleSet};
@@ -58,6 +59,9 @@ pub(crate) struct Service {
     /// The memory changed since this was last cleared.
     pub(crate) memory_changed: bool,
     bridge: Option<String>,
+    in_step: Option<InStep>,
+    /// A segment of a client came, in this process.
+    clients_seen: bool,
     names: BTreeMap<ServerId, DomainRef>,
     unusable: BTreeMap<DomainId, KnownDomain>,
     /// Servers to be reported as fenced when rules of this version are in force.
@@ -66,8 +70,14 @@ pub(crate) struct Service {
 
 impl Service {
     /// A service without a place and without servers.
-    pub(crate) fn new(index: usize, mut config: config::Service, seed: u64, memory: ServiceMemory) -> Self {
+    pub(crate) fn new(
+        index: usize,
+        mut config: config::Service,
+        seed: u64,
+        mut memory: ServiceMemory,
+    ) -> Self {
         config.engine.seed = seed;
+        let in_step = memory.take_in_step();
         Self {
             index,
             engine: Engine::new(config.engine.clone()),
@@ -76,7 +86,10 @@ impl Service {
             servers: BTreeMap::new(),
             memory,
             rules_changed: false,
-            memory_changed: false,
+            // What a clean end left must not count again after an unclean one.
+            memory_changed: in_step.is_some(),
+            in_step,
+            clients_seen: false,
             bridge: None,
             names: BTreeMap::new(),
             unusable: BTreeMap::new(),
@@ -225,113 +238,6 @@ impl Service {
         }
     }
 
-    /// Puts those that wait into the queue, as the configuration says: the OVM first.
-    fn join(&mut self, now: Instant, around: &mut Surroundings<'_>) {
-        let mut waiting: Vec<ServerId> = self
-            .servers
-            .iter()
-            .filter(|(_, server)| server.place == Place::Waiting)
-            .map(|(&id, _)| id)
-            .collect();
-        if self.engine.ovm().is_none() {
-            let Some(ovm) = waiting.iter().copied().find(|&id| self.serves_first(id)) else {
-                return;
-            };
-            match self.engine.install_ovm(now, self.servers[&ovm].spec(ovm)) {
-                Ok(()) => self.queued(now, ovm, around),
-                Err(error) => return self.held(now, ovm, error, around),
-            }
-            waiting.retain(|&id| id != ovm);
-        }
-        for id in waiting {
-            let spec = self.servers[&id].spec(id);
-            let known = self.memory.has_seen(self.servers[&id].domain.uuid);
-            let mut attached = Err(OperatorError::NothingLeft);
-            if self.config.attach == AttachAs::AssumeIdentical && !known {
-                let seeding = Seeding::AssumeIdentical;
-                attached = self.engine.attach(now, spec.clone(), seeding);
-            }
-            // Not at a moment without conversations: then it is fed, and seeded by a later word.
-            if attached.is_err() {
-                attached = self.engine.attach(now, spec, Seeding::Unseeded);
-            }
-            match attached {
-                Ok(()) => self.queued(now, id, around),
-                Err(error) => self.held(now, id, error, around),
-            }
-        }
-    }
-
-    /// Whether a server is the one to serve first.
-    fn serves_first(&self, id: ServerId) -> bool {
-        let domain = &self.servers[&id].domain;
-        self.memory.is_promoted(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
-    }
-
-    fn queued(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
-        self.server_mut(id, |server| {
-            server.place = Place::Queued;
-        });
-        let server = &self.servers[&id];
-        let uuid = server.domain.uuid;
-        if !server.running {
-            self.engine.handle_running(now, id, false);
-        }
-        self.memory_changed |= self.memory.see(uuid);
-        self.rules_changed = true;
-        self.plane.set_ovm(self.engine.ovm());
-        self.drain(now, around);
-    }
-
-    fn held(&mut self, now: Instant, id: ServerId, error: OperatorError, around: &mut Surroundings<'_>) {
-        let reason = error.to_string();
-        let event =
-            DaemonEvent::NotAttached { domain: self.servers[&id].domain.clone(), reason: reason.clone() };
-        self.server_mut(id, |server| server.place = Place::Held(reason));
-        self.rules_changed = true;
-        self.daemon_event(now, event, around);
-    }
-
-    /// Puts a server into the queue under a new id, as the engine wants it for each time.
-    pub(crate) fn attach(
-        &mut self,
-        now: Instant,
-        id: ServerId,
-        seeding: Seeding,
-        around: &mut Surroundings<'_>,
-    ) -> Result<ServerId, OperatorError> {
-        let new = ServerId(*around.next_server);
-        self.engine.attach(now, self.servers[&id].spec(new), seeding)?;
-        *around.next_server += 1;
-        if let Some(mut server) = self.servers.remove(&id) {
-            server.fenced = false;
-            self.remember_name(new, &server.domain);
-            self.servers.insert(new, server);
-        }
-        self.plane.rename_server(id, new);
-        let uuid = self.servers[&new].domain.uuid;
-        self.memory.set_detached(uuid, false);
-        self.memory_changed = true;
-        self.queued(now, new, around);
-        Ok(new)
-    }
-
-    /// Makes a server the OVM of a service that has none, by an operator's word alone.
-    pub(crate) fn install(
-        &mut self,
-        now: Instant,
-        id: ServerId,
-        around: &mut Surroundings<'_>,
-    ) -> Result<(), OperatorError> {
-        self.engine.install_ovm(now, self.servers[&id].spec(id))?;
-        let domain = self.servers[&id].domain.clone();
-        self.memory.promote(&domain);
-        self.memory_changed = true;
-        self.queued(now, id, around);
-        self.join(now, around);
-        Ok(())
-    }
-
     /// Looks at every server's domain, and tells the engine what is to be told.
     pub(crate) fn look(
         &mut self,
@@ -397,9 +303,13 @@ impl Service {
         let mut any = false;
         while let Some(inbound) = self.plane.receive(now) {
             any = true;
+            let first = !self.clients_seen && matches!(inbound.from, Origin::Client(_));
             match inbound.from {
                 Origin::Client(link) => self.engine.handle_client(now, link, inbound.packet),
                 Origin::Server(id) => self.engine.handle_server(now, id, inbound.packet),
+            }
+            if first {
+                self.see_client();
             }
             self.drain(now, around);
         }
@@ -425,10 +335,11 @@ impl Service {
     pub(crate) fn drain(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
         while let Some(effect) = self.engine.poll_effect() {
             match effect {
-                Effect::Cutover { to, .. } => {
+                Effect::Cutover { from, to, .. } => {
                     self.plane.set_ovm(Some(to));
                     self.rules_changed = true;
-                    if let Some(server) = self.servers.get(&to) {
+                    // The first OVM is the configuration's choice, which may change.
+                    if let Some(server) = self.servers.get(&to).filter(|_| from.is_some()) {
                         self.memory.promote(&server.domain);
                         self.memory_changed = true;
                     }
@@ -512,32 +423,6 @@ impl Service {
         }
     }
 
-    /// The server with this name or UUID: the newest life of it.
-    pub(crate) fn find(&self, domain: &str) -> Option<ServerId> {
-        let matching = self
-            .servers
-            .iter()
-            .filter(|(_, server)| server.domain.name == domain || server.domain.uuid.to_string() == domain);
-        matching
-            .max_by_key(|(id, server)| (self.plane.has_server(**id), server.domain.domid))
-            .map(|(&id, _)| id)
-    }
-
-    /// The domain with this name or UUID that matches and can't be used.
-    pub(crate) fn find_unusable(&self, domain: &str) -> Option<&KnownDomain> {
-        self.unusable
-            .values()
-            .find(|known| known.domain.name == domain || known.domain.uuid.to_string() == domain)
-    }
-
-    /// Names of all domains that match.
-    pub(crate) fn domain_names(&self) -> Vec<String> {
-        let servers = self.servers.values().map(|server| &server.domain.name);
-        let unusable = self.unusable.values().map(|known| &known.domain.name);
-        let names: BTreeSet<&String> = servers.chain(unusable).collect();
-        names.into_iter().cloned().collect()
-    }
-
     /// The server that is this life of a domain.
     pub(crate) fn find_life(&self, life: DomainId) -> Option<ServerId> {
         let mut servers = self.servers.iter();
@@ -576,75 +461,6 @@ impl Service {
 
     fn report(&self, at: Instant, happening: Happening, around: &Surroundings<'_>) {
         around.reporter.report(at, Some(self.name()), happening, |id| self.domain(id).cloned());
-    }
-
-    /// What hinders the service right now, as far as the data path can tell.
-    fn hindrances(&self) -> Vec<String> {
-        let mut found = Vec::new();
-        let name = self.name();
-        if !self.plane.is_anchored() {
-            found.push("the PSC has no place on a bridge yet, so clients can't find it".to_owned());
-        }
-        match self.engine.ovm().map(|id| (id, self.servers.get(&id))) {
-            None => found.push(match self.memory.promoted() {
-                Some(promoted) => format!(
-                    "waits for {promoted}, the OVM since the last promotion; to serve from another domain whatever its state: understudy failover {name} --to DOMAIN --force"
-                ),
-                None => format!(
-                    "waits for the OVM {}; start that domain (xl create)",
-                    self.config.ovm
-                ),
-            }),
-            Some((id, server)) => {
-                let who = server.map_or("the OVM", |server| &server.domain.name);
-                let runs = server.is_some_and(|server| server.running);
-                if !self.plane.has_server(id) {
-                    found.push(format!(
-                        "the OVM {who} is gone and nothing was promotable; serve from another domain: understudy failover {name} --to DOMAIN --force"
-                    ));
-                } else if !runs {
-                    found.push(format!("the OVM {who} does not run (paused, suspended or down): understudy resume {name} {who}, or understudy failover {name}"));
-                }
-            }
-        }
-        found
-    }
-
-    /// Everything an operator may want to see.
-    pub(crate) fn status(&mut self, mut problems: Vec<String>) -> ServiceReport {
-        let hindrances = self.hindrances();
-        let status = self.engine.status();
-        let in_queue = |id: &ServerId| status.servers.iter().any(|server| server.server == *id);
-        let servers = self
-            .servers
-            .iter()
-            .filter(|(id, _)| in_queue(id))
-            .map(|(id, server)| (id.0, server.domain.clone()))
-            .collect();
-        let absent = self.servers.iter().filter(|(id, _)| !in_queue(id));
-        let known = absent
-            .map(|(_, server)| KnownDomain {
-                domain: server.domain.clone(),
-                reason: server.absence().unwrap_or_default(),
-            })
-            .chain(self.unusable.values().cloned())
-            .collect();
-        let serving = hindrances.is_empty();
-        problems.splice(0..0, hindrances);
-        ServiceReport {
-            name: self.name().to_owned(),
-            psc: self.config.engine.psc.clone(),
-            psc_mac: mac_text(self.config.psc_mac),
-            ports: self.config.engine.ports.clone(),
-            plane: "pcap",
-            bridge: self.bridge.clone(),
-            serving,
-            problems,
-            status,
-            servers,
-            known,
-            plane_counters: self.plane.counters(),
-        }
     }
 }
 

@@ -1,0 +1,149 @@
+//! Who joins a service's queue, as what, and when?
+
+use understudy_api::config::AttachAs;
+use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
+
+use super::{Service, Surroundings};
+use crate::event::DaemonEvent;
+use crate::memory::InStep;
+use crate::plane::Plane;
+use crate::server::{Place, Server};
+
+impl Service {
+    /// Puts those that wait into the queue, as the configuration says: the OVM first.
+    pub(super) fn join(&mut self, now: Instant, around: &mut Surroundings<'_>) {
+        let mut waiting: Vec<ServerId> = self
+            .servers
+            .iter()
+            .filter(|(_, server)| server.place == Place::Waiting)
+            .map(|(&id, _)| id)
+            .collect();
+        if self.engine.ovm().is_none() {
+            let Some(ovm) = waiting.iter().copied().find(|&id| self.serves_first(id)) else {
+                return;
+            };
+            match self.engine.install_ovm(now, self.servers[&ovm].spec(ovm)) {
+                Ok(()) => self.queued(now, ovm, around),
+                Err(error) => return self.held(now, ovm, error, around),
+            }
+            waiting.retain(|&id| id != ovm);
+        }
+        for id in waiting {
+            let spec = self.servers[&id].spec(id);
+            let mut attached = Err(OperatorError::NothingLeft);
+            if self.is_identical(id) {
+                attached = self.engine.attach(now, spec.clone(), Seeding::AssumeIdentical);
+            }
+            // Also if that is refused, at a moment with conversations: it is fed, and seeded by a later word.
+            if attached.is_err() {
+                attached = self.engine.attach(now, spec, Seeding::Unseeded);
+            }
+            match attached {
+                Ok(()) => self.queued(now, id, around),
+                Err(error) => self.held(now, id, error, around),
+            }
+        }
+    }
+
+    /// Whether a server that appears has the OVM's state: by the operator's standing word before any
+    /// client was served, or since it had when the last dom0d ended and no client has come since.
+    fn is_identical(&self, id: ServerId) -> bool {
+        let server = &self.servers[&id];
+        let new = !self.memory.served && !self.memory.has_seen(server.domain.uuid);
+        let ovm = self.engine.ovm().and_then(|id| self.servers.get(&id));
+        let in_step = self.in_step.as_ref().is_some_and(|left| {
+            Some(left.ovm) == ovm.map(Server::life) && left.rvms.contains(&server.life())
+        });
+        (self.config.attach == AttachAs::AssumeIdentical && new) || (in_step && !self.clients_seen)
+    }
+
+    /// A clean end: writes down who has everything.
+    pub(crate) fn farewell(&mut self) {
+        let status = self.engine.status();
+        let life = |id: ServerId| self.servers.get(&id).map(Server::life);
+        if let Some(ovm) = self.engine.ovm().and_then(life) {
+            let in_step = status.servers.iter().filter(|s| s.not_promotable.is_none() && s.behind_bytes == 0);
+            let rvms = in_step.filter_map(|server| life(server.server)).collect();
+            self.memory.set_in_step(InStep { ovm, rvms });
+            self.memory_changed = true;
+        }
+    }
+
+    /// Notes the first segment of a client.
+    pub(super) fn see_client(&mut self) {
+        let counters = self.engine.status().counters;
+        self.clients_seen = counters.get("client_segments").is_some_and(|&segments| segments > 0);
+        self.memory_changed |= self.clients_seen && !self.memory.served;
+        self.memory.served |= self.clients_seen;
+    }
+
+    /// Whether a server is the one to serve first.
+    fn serves_first(&self, id: ServerId) -> bool {
+        let domain = &self.servers[&id].domain;
+        self.memory.is_promoted(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
+    }
+
+    fn queued(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
+        self.server_mut(id, |server| {
+            server.place = Place::Queued;
+        });
+        let server = &self.servers[&id];
+        let uuid = server.domain.uuid;
+        if !server.running {
+            self.engine.handle_running(now, id, false);
+        }
+        self.memory_changed |= self.memory.see(uuid);
+        self.rules_changed = true;
+        self.plane.set_ovm(self.engine.ovm());
+        self.drain(now, around);
+    }
+
+    fn held(&mut self, now: Instant, id: ServerId, error: OperatorError, around: &mut Surroundings<'_>) {
+        let reason = error.to_string();
+        let event =
+            DaemonEvent::NotAttached { domain: self.servers[&id].domain.clone(), reason: reason.clone() };
+        self.server_mut(id, |server| server.place = Place::Held(reason));
+        self.rules_changed = true;
+        self.daemon_event(now, event, around);
+    }
+
+    /// Puts a server into the queue under a new id, as the engine wants it for each time.
+    pub(crate) fn attach(
+        &mut self,
+        now: Instant,
+        id: ServerId,
+        seeding: Seeding,
+        around: &mut Surroundings<'_>,
+    ) -> Result<ServerId, OperatorError> {
+        let new = ServerId(*around.next_server);
+        self.engine.attach(now, self.servers[&id].spec(new), seeding)?;
+        *around.next_server += 1;
+        if let Some(mut server) = self.servers.remove(&id) {
+            server.fenced = false;
+            self.remember_name(new, &server.domain);
+            self.servers.insert(new, server);
+        }
+        self.plane.rename_server(id, new);
+        let uuid = self.servers[&new].domain.uuid;
+        self.memory.set_detached(uuid, false);
+        self.memory_changed = true;
+        self.queued(now, new, around);
+        Ok(new)
+    }
+
+    /// Makes a server the OVM of a service that has none, by an operator's word alone.
+    pub(crate) fn install(
+        &mut self,
+        now: Instant,
+        id: ServerId,
+        around: &mut Surroundings<'_>,
+    ) -> Result<(), OperatorError> {
+        self.engine.install_ovm(now, self.servers[&id].spec(id))?;
+        let domain = self.servers[&id].domain.clone();
+        self.memory.promote(&domain);
+        self.memory_changed = true;
+        self.queued(now, id, around);
+        self.join(now, around);
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! What does an operator see of a service, and by what words is a domain found?
+
+use std::collections::BTreeSet;
+
+use understudy_protocol::ServerId;
+
+use super::Service;
+use crate::command::{KnownDomain, ServiceReport};
+use crate::plane::{Plane, mac_text};
+
+impl Service {
+    /// The server with this name or UUID: the newest life of it.
+    pub(crate) fn find(&self, domain: &str) -> Option<ServerId> {
+        let matching = self
+            .servers
+            .iter()
+            .filter(|(_, server)| server.domain.name == domain || server.domain.uuid.to_string() == domain);
+        matching
+            .max_by_key(|(id, server)| (self.plane.has_server(**id), server.domain.domid))
+            .map(|(&id, _)| id)
+    }
+
+    /// The domain with this name or UUID that matches and can't be used.
+    pub(crate) fn find_unusable(&self, domain: &str) -> Option<&KnownDomain> {
+        self.unusable
+            .values()
+            .find(|known| known.domain.name == domain || known.domain.uuid.to_string() == domain)
+    }
+
+    /// Names of all domains that match.
+    pub(crate) fn domain_names(&self) -> Vec<String> {
+        let servers = self.servers.values().map(|server| &server.domain.name);
+        let unusable = self.unusable.values().map(|known| &known.domain.name);
+        let names: BTreeSet<&String> = servers.chain(unusable).collect();
+        names.into_iter().cloned().collect()
+    }
+
+    /// What hinders the service right now, as far as the data path can tell.
+    fn hindrances(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let name = self.name();
+        if !self.plane.is_anchored() {
+            found.push("the PSC has no place on a bridge yet, so clients can't find it".to_owned());
+        }
+        match self.engine.ovm().map(|id| (id, self.servers.get(&id))) {
+            None => found.push(match self.memory.promoted() {
+                Some(promoted) => format!(
+                    "waits for {promoted}, the OVM since the last promotion; to serve from another domain whatever its state: understudy failover {name} --to DOMAIN --force"
+                ),
+                None => format!(
+                    "waits for the OVM {}; start that domain (xl create)",
+                    self.config.ovm
+                ),
+            }),
+            Some((id, server)) => {
+                let who = server.map_or("the OVM", |server| &server.domain.name);
+                let runs = server.is_some_and(|server| server.running);
+                if !self.plane.has_server(id) {
+                    found.push(format!(
+                        "the OVM {who} is gone and nothing was promotable; serve from another domain: understudy failover {name} --to DOMAIN --force"
+                    ));
+                } else if !runs {
+                    found.push(format!("the OVM {who} does not run (paused, suspended or down): understudy resume {name} {who}, or understudy failover {name}"));
+                }
+            }
+        }
+        found
+    }
+
+    /// Everything an operator may want to see.
+    pub(crate) fn status(&mut self, mut problems: Vec<String>) -> ServiceReport {
+        let hindrances = self.hindrances();
+        let status = self.engine.status();
+        let in_queue = |id: &ServerId| status.servers.iter().any(|server| server.server == *id);
+        let servers = self
+            .servers
+            .iter()
+            .filter(|(id, _)| in_queue(id))
+            .map(|(id, server)| (id.0, server.domain.clone()))
+            .collect();
+        let absent = self.servers.iter().filter(|(id, _)| !in_queue(id));
+        let known = absent
+            .map(|(_, server)| KnownDomain {
+                domain: server.domain.clone(),
+                reason: server.absence().unwrap_or_default(),
+            })
+            .chain(self.unusable.values().cloned())
+            .collect();
+        let serving = hindrances.is_empty();
+        problems.splice(0..0, hindrances);
+        ServiceReport {
+            name: self.name().to_owned(),
+            psc: self.config.engine.psc.clone(),
+            psc_mac: mac_text(self.config.psc_mac),
+            ports: self.config.engine.ports.clone(),
+            plane: "pcap",
+            bridge: self.bridge.clone(),
+            serving,
+            problems,
+            status,
+            servers,
+            known,
+            plane_counters: self.plane.counters(),
+        }
+    }
+}

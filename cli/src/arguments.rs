@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use understudy_api::config::{DEFAULT_CONTROL_SOCKET, DEFAULT_PATH};
 use understudy_api::{MAX_DRAIN_TIMEOUT_MS, time};
 
@@ -128,6 +128,23 @@ pub(crate) enum Order {
         domain: String,
     },
 
+    /// Tell dom0d to look for domains at once: a domain or vif came or is about to leave
+    ///
+    /// For hooks of toolstacks, and only a hint: dom0d watches xenstore anyway. Waits a second at most.
+    Notify {
+        /// What happens
+        event: What,
+        /// The domain's number
+        #[arg(long, value_name = "N")]
+        domid: Option<u16>,
+        /// The vif's backend interface in dom0; empty stands for none, as hooks may not know it
+        #[arg(long, value_name = "NAME")]
+        vif: Option<String>,
+        /// The domain's name; empty stands for none
+        #[arg(long, value_name = "NAME")]
+        domain: Option<String>,
+    },
+
     /// What happened
     Events {
         /// Go on with what happens, until interrupted
@@ -144,6 +161,15 @@ pub(crate) enum Order {
         #[arg(default_value = DEFAULT_PATH)]
         path: PathBuf,
     },
+}
+
+/// What [`Order::Notify`] tells.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum What {
+    /// It came
+    Online,
+    /// It is about to leave
+    Offline,
 }
 
 fn drain_timeout(text: &str) -> Result<Duration, String> {
@@ -195,6 +221,9 @@ mod tests {
             "conversations --limit 0",
             "events --since yesterday",
             "failover --force=maybe",
+            "notify",
+            "notify add",
+            "notify online --domid 65536",
             "",
         ] {
             let words = ["understudy"].into_iter().chain(line.split_whitespace());

@@ -12,12 +12,15 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
-use understudy_api::Failure;
+use understudy_api::{Failure, Notice, Noticed};
 
 use crate::failed::Failed;
 
 /// Longer than dom0d lets any answer take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(40);
+
+/// Longest wait for dom0d to take a notice: hooks that tell hold up toolstacks.
+const NOTICE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Longest answer: a page of 1,000 conversations has some 1 MiB.
 const ANSWER_BYTES: usize = 64 << 20;
@@ -34,7 +37,7 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Asks.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failed> {
-        self.exchange(Method::GET, path, Bytes::new()).await
+        self.exchange(ANSWER_LIMIT, Method::GET, path, Bytes::new()).await
     }
 
     /// Orders.
@@ -43,8 +46,22 @@ impl Daemon {
         path: &str,
         order: &impl Serialize,
     ) -> Result<T, Failed> {
-        let body = serde_json::to_vec(order).map_err(|error| self.broken(&error.to_string()))?;
-        self.exchange(Method::POST, path, body.into()).await
+        self.post_within(ANSWER_LIMIT, path, order).await
+    }
+
+    /// Tells.
+    pub(crate) async fn notify(&self, notice: &Notice) -> Result<Noticed, Failed> {
+        self.post_within(NOTICE_LIMIT, "/v1/notify", notice).await
+    }
+
+    async fn post_within<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failed> {
+        let body = serde_json::to_vec(body).map_err(|error| self.broken(&error.to_string()))?;
+        self.exchange(limit, Method::POST, path, body.into()).await
     }
 
     /// Begins to read events.
@@ -59,6 +76,7 @@ impl Daemon {
 
     async fn exchange<T: DeserializeOwned>(
         &self,
+        limit: Duration,
         method: Method,
         path: &str,
         body: Bytes,
@@ -71,11 +89,11 @@ impl Daemon {
             let body = self.body(answer).await?;
             serde_json::from_slice(&body).map_err(|error| self.broken(&error.to_string()))
         };
-        tokio::time::timeout(ANSWER_LIMIT, exchange).await.unwrap_or_else(|_| {
+        tokio::time::timeout(limit, exchange).await.unwrap_or_else(|_| {
             Err(Failed::Unreachable(format!(
                 "dom0d does not answer on {} (waited {} s); see its log, and restart it if it hangs",
                 self.socket.display(),
-                ANSWER_LIMIT.as_secs()
+                limit.as_secs()
             )))
         })
     }

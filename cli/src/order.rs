@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use understudy_api::{
-    Attach, Attached, Conversations, DEFAULT_DRAIN_TIMEOUT_MS, Done, Event, Failover, OnDomain, Promoted,
-    Services, Status, Switchover,
+    Attach, Attached, Conversations, DEFAULT_DRAIN_TIMEOUT_MS, Done, Event, Failover, Notice, NoticeEvent,
+    OnDomain, Promoted, Services, Status, Switchover,
 };
 
-use crate::arguments::{Arguments, Order};
+use crate::arguments::{Arguments, Order, What};
 use crate::check_config::check_config;
 use crate::daemon::{Daemon, Events, percent_encoded};
 use crate::failed::Failed;
@@ -70,6 +70,16 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             let (service, path) = path_of(daemon, service, "resume").await?;
             let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
             output.result(&done, || format!("{service}: {} runs\n", done.domain.name))
+        }
+        Order::Notify { event, domid, vif, domain } => {
+            let event = match event {
+                What::Online => NoticeEvent::Online,
+                What::Offline => NoticeEvent::Offline,
+            };
+            let named = |name: &String| !name.is_empty();
+            let notice = Notice { event, vif: vif.filter(named), domid, domain: domain.filter(named) };
+            let noticed = daemon.notify(&notice).await?;
+            output.result(&noticed, || "dom0d looks for domains now\n".to_owned())
         }
         Order::Events { follow, since } => events(daemon, follow, since, output).await,
         Order::CheckConfig { path } => check_config(&path, output),

@@ -11,6 +11,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Instant;
 
 const DOMAIN: &str = r#"{"name":"redis-2","uuid":"00000000-0000-0000-0000-000000000002","domid":2}"#;
 
@@ -254,6 +255,45 @@ fn a_drain_is_waited_for() {
             _ => assert!(stderr(&output).contains("3 conversations were still open")),
         }
     }
+}
+
+#[test]
+fn a_hook_s_notice_names_what_the_hook_knows() {
+    let directory = Directory::new();
+    let requests = listen(&directory, |_| (200, "{}".to_owned()));
+    let output = directory.run(&["notify", "online", "--domid", "7", "--vif=-v $(x)"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stdout(&output), "dom0d looks for domains now\n");
+    let told = r#"POST /v1/notify {"event":"online","vif":"-v $(x)","domid":7,"domain":null}"#;
+    assert_eq!(requests.recv().unwrap(), told);
+
+    let output = directory.run(&["--json", "notify", "offline", "--domid", "7", "--vif=", "--domain="]);
+    assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(0), "{}\n"), "{}", stderr(&output));
+    let told = r#"POST /v1/notify {"event":"offline","vif":null,"domid":7,"domain":null}"#;
+    assert_eq!(requests.recv().unwrap(), told);
+
+    directory.run(&["notify", "offline", "--domain=a b"]);
+    let told = r#"POST /v1/notify {"event":"offline","vif":null,"domid":null,"domain":"a b"}"#;
+    assert_eq!(requests.recv().unwrap(), told);
+}
+
+#[test]
+fn a_notice_waits_for_nobody() {
+    let directory = Directory::new();
+    let notify = || {
+        let begin = Instant::now();
+        let output = directory.run(&["notify", "online", "--domid", "7", "--vif="]);
+        assert_eq!(output.status.code(), Some(3));
+        assert_eq!((stdout(&output).as_str(), stderr(&output).lines().count()), ("", 1));
+        (stderr(&output), begin.elapsed())
+    };
+    assert!(notify().0.contains("dom0d is not running"));
+
+    // Connections are taken by the kernel, and nobody ever answers.
+    let _listener = UnixListener::bind(directory.0.join("control.sock")).unwrap();
+    let (error, took) = notify();
+    assert!(error.contains("does not answer") && error.contains("waited 1 s"), "{error}");
+    assert!((1..10).contains(&took.as_secs()), "{took:?}");
 }
 
 #[test]

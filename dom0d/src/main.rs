@@ -43,7 +43,7 @@ use uuid::Uuid;
 use crate::command::Commands;
 use crate::control::ControlSocket;
 use crate::datapath::{DataPath, Message, Neighbourhood};
-use crate::discovery::Found;
+use crate::discovery::{Found, Relist};
 use crate::event::{EVENTS_KEPT, Events};
 use crate::hypervisor::HypervisorKind;
 use crate::memory::Memory;
@@ -180,9 +180,10 @@ async fn run(
     let (lost, lost_interfaces) = tokio::sync::mpsc::unbounded_channel();
     let mut threads = start_threads(&config, hypervisor, &events, lost, memory_path)?;
     let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
-    let control = tokio::spawn(control::serve(socket, commands, &events));
+    let relist = Relist::default();
+    let control = tokio::spawn(control::serve(socket, commands, relist.clone(), &events));
     let (found, domains) = watch::channel(Found::default());
-    let discovery = tokio::spawn(discovery::watch_domains(found));
+    let discovery = tokio::spawn(discovery::watch_domains(found, relist));
     let placement =
         Placement::new(Arc::clone(&config), netlink.clone(), threads.messages.clone(), threads.waker.clone());
     let placement = tokio::spawn(placement.run(domains, lost_interfaces));

@@ -13,7 +13,7 @@ pub mod words;
 pub use event::{EVENTS_LOST, Event};
 pub use order::{
     Attach, Attached, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure, MAX_DRAIN_TIMEOUT_MS,
-    OnDomain, Promoted, Refusal, Switchover,
+    Notice, NoticeEvent, Noticed, OnDomain, Promoted, Refusal, Switchover,
 };
 pub use status::{
     Conversation, Conversations, Domain, KnownDomain, Leg, Server, Service, Services, Status,

@@ -1,4 +1,5 @@
-//! What operators can order (`POST /v1/services/{s}/…`), what is answered, and how a refusal looks.
+//! What operators can order (`POST /v1/services/{s}/…`) and hooks can tell (`POST /v1/notify`), what is
+//! answered, and how a refusal looks.
 
 use serde::{Deserialize, Serialize};
 use understudy_protocol::ServerId;
@@ -57,6 +58,38 @@ pub struct Failover {
     #[serde(default)]
     pub force: bool,
 }
+
+/// Body of `/v1/notify`: a domain or a vif came, or is about to leave. It is only a hint to look at xenstore
+/// at once, so nothing that it names need exist.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Notice {
+    /// What happens.
+    pub event: NoticeEvent,
+    /// The vif's backend interface in dom0.
+    #[serde(default)]
+    pub vif: Option<String>,
+    /// The domain's number.
+    #[serde(default)]
+    pub domid: Option<u16>,
+    /// The domain's name.
+    #[serde(default)]
+    pub domain: Option<String>,
+}
+
+/// What a [`Notice`] tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NoticeEvent {
+    /// It came.
+    Online,
+    /// It is about to leave.
+    Offline,
+}
+
+/// Answer to `/v1/notify`: dom0d lists the domains anew soon; what it finds is in the events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Noticed {}
 
 /// Answer to `…/attach`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

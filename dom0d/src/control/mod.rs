@@ -24,14 +24,15 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use understudy_api::{
-    Attach, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, MAX_DRAIN_TIMEOUT_MS, OnDomain, Services, Status,
-    Switchover, time,
+    Attach, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, MAX_DRAIN_TIMEOUT_MS, Notice, Noticed, OnDomain,
+    Services, Status, Switchover, time,
 };
 
 use self::error::ApiError;
 use self::history::{HISTORY_KEPT, History};
 pub(crate) use self::socket::ControlSocket;
 use crate::command::{Command, Commands, Reply, Statement};
+use crate::discovery::Relist;
 use crate::event::Events;
 
 /// Longest request body. The longest honest one names two domains.
@@ -59,13 +60,14 @@ const LIVE_LIMIT: Duration = Duration::from_secs(2);
 pub(crate) fn serve(
     socket: ControlSocket,
     commands: Commands,
+    relist: Relist,
     events: &Events,
 ) -> impl Future<Output = std::io::Result<()>> + Send + use<> {
     let history = History::new(HISTORY_KEPT);
     let received = events.subscribe();
     async move {
         let ControlSocket { listener, file } = socket;
-        let app = router(commands, Arc::clone(&history));
+        let app = router(commands, relist, Arc::clone(&history));
         let serving = axum::serve(listener, app);
         let served = tokio::select! {
             served = serving.into_future() => served,
@@ -80,12 +82,13 @@ pub(crate) fn serve(
 #[derive(Clone)]
 struct Control {
     commands: Commands,
+    relist: Relist,
     history: Arc<History>,
     followers: Arc<Semaphore>,
 }
 
-fn router(commands: Commands, history: Arc<History>) -> Router {
-    let control = Control { commands, history, followers: Arc::new(Semaphore::new(FOLLOWERS)) };
+fn router(commands: Commands, relist: Relist, history: Arc<History>) -> Router {
+    let control = Control { commands, relist, history, followers: Arc::new(Semaphore::new(FOLLOWERS)) };
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/services", get(services))
@@ -96,6 +99,7 @@ fn router(commands: Commands, history: Arc<History>) -> Router {
         .route("/v1/services/{service}/failover", post(failover))
         .route("/v1/services/{service}/pause", post(pause))
         .route("/v1/services/{service}/resume", post(resume))
+        .route("/v1/notify", post(notify))
         .route("/v1/events", get(events))
         .route("/metrics", get(scrape))
         .route("/livez", get(livez))
@@ -259,6 +263,15 @@ async fn resume(
     let command = |reply| Command::Resume { service, domain, reply };
     let domain = control.ask(ANSWER_LIMIT, command).await?;
     Ok(Json(Done { domain: view::domain(&domain) }))
+}
+
+// ---- hints ----------------------------------------------------------------------------------------
+
+/// Answers before anything is done: whoever tells is a toolstack's hook, and any number may tell at a time.
+async fn notify(State(control): State<Control>, Order(notice): Order<Notice>) -> Json<Noticed> {
+    tracing::debug!(?notice, "told to look at xenstore");
+    control.relist.ask();
+    Json(Noticed {})
 }
 
 // ---- events ---------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ struct Daemon {
     directory: PathBuf,
     events: Events,
     asked: mpsc::Receiver<String>,
+    relist: Relist,
     server: JoinHandle<std::io::Result<()>>,
 }
 
@@ -51,8 +52,9 @@ impl Daemon {
         let commands = Commands::new(sender, Waker::new().unwrap());
         let (events, _) = tokio::sync::broadcast::channel(crate::event::EVENTS_KEPT);
         let socket = ControlSocket::listen(&directory.join("control.sock")).unwrap();
-        let server = tokio::spawn(serve(socket, commands, &events));
-        Self { directory, events, asked, server }
+        let relist = Relist::default();
+        let server = tokio::spawn(serve(socket, commands, relist.clone(), &events));
+        Self { directory, events, asked, relist, server }
     }
 
     fn socket(&self) -> PathBuf {
@@ -322,6 +324,32 @@ async fn orders_reach_the_data_path() {
 
     let (status, body) = daemon.post("/v1/services/redis/pause", r#"{"domain":"redis-2"}"#).await;
     assert_eq!((status, &body["domain"]["uuid"]), (200, &json!(Uuid::from_u128(2))));
+}
+
+#[tokio::test]
+async fn a_hook_s_notice_asks_for_a_new_list_and_for_nothing_else() {
+    let daemon = Daemon::start();
+    for bad in [
+        r#"{}"#,
+        r#"{"event":"add"}"#,
+        r#"{"event":"online","domid":65536}"#,
+        r#"{"event":"online","mac":""}"#,
+    ] {
+        let (status, body) = daemon.post("/v1/notify", bad).await;
+        assert_eq!((status, &body["error"]["code"]), (400, &json!("bad_request")), "{bad}");
+    }
+    assert!(!daemon.relist.is_asked().await);
+    for notice in [
+        r#"{"event":"online","vif":"vif7.0","domid":7,"domain":null}"#,
+        r#"{"event":"offline","vif":null,"domid":null,"domain":"a b"}"#,
+        r#"{"event":"online"}"#,
+    ] {
+        assert_eq!(daemon.post("/v1/notify", notice).await, (200, json!({})), "{notice}");
+    }
+    assert!(daemon.relist.is_asked().await);
+    assert!(!daemon.relist.is_asked().await, "several notices are one");
+    assert!(daemon.asked.try_recv().is_err(), "the data path is left alone");
+    assert_eq!(daemon.get("/v1/notify").await.0, 405);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::command::DomainRef;
 use crate::hypervisor::DomainId;
 
-pub(crate) use xenstore::{Found, watch_domains};
+pub(crate) use xenstore::{Found, Relist, watch_domains};
 
 /// All domains but dom0 at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use xenstore_rs::AsyncWatch;
 use xenstore_rs::tokio::XsTokio;
 
@@ -44,21 +44,47 @@ const KEEPALIVE: Duration = Duration::from_secs(2);
 /// whose path is not UTF-8.
 const RELIST: u32 = 15;
 
+/// Shortest time from one list to the next that is made only because somebody asked ([`Relist`]).
+const ASKED: Duration = Duration::from_millis(100);
+
 /// Longest wait for a watch to be set.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Waits before xenstored is tried again: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
+/// How others ask for a new list, when they have heard of a change that no event may tell.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Relist(Arc<Notify>);
+
+impl Relist {
+    /// Asks. What is asked until the list is made is asked once; nobody waits.
+    pub(crate) fn ask(&self) {
+        self.0.notify_one();
+    }
+
+    /// Whether somebody has asked; not any more once this was called.
+    #[cfg(test)]
+    pub(crate) async fn is_asked(&self) -> bool {
+        timeout(Duration::ZERO, self.0.notified()).await.is_ok()
+    }
+
+    /// Resolves once somebody has asked, but not too soon after the last list.
+    async fn asked(&self, last: Instant) {
+        sleep_until(last + ASKED).await;
+        self.0.notified().await;
+    }
+}
+
 /// Publishes the domains of this host, until the receivers are gone.
-pub(crate) async fn watch_domains(found: watch::Sender<Found>) {
+pub(crate) async fn watch_domains(found: watch::Sender<Found>, relist: Relist) {
     let mut wait = BACKOFF.0;
     while !found.is_closed() {
         let error = match connect().await {
             Ok(mut connection) => {
                 wait = BACKOFF.0;
                 tokio::select! {
-                    error = connection.follow(&found) => error,
+                    error = connection.follow(&found, &relist) => error,
                     () = found.closed() => return,
                 }
             }
@@ -126,7 +152,7 @@ impl Connection {
     }
 
     /// Lists after each change; returns why the connection is of no use any more.
-    async fn follow(&mut self, found: &watch::Sender<Found>) -> io::Error {
+    async fn follow(&mut self, found: &watch::Sender<Found>, relist: &Relist) -> io::Error {
         loop {
             let snapshot = match list(&self.xenstore).await {
                 Ok(snapshot) => snapshot,
@@ -136,16 +162,23 @@ impl Connection {
                 return error;
             }
             publish(found, snapshot);
-            if let Err(error) = self.wait_for_change().await {
+            if let Err(error) = self.wait_for_change(relist).await {
                 return error;
             }
         }
     }
 
-    /// Returns when the list must be made anew: after an event, and at the latest after [`RELIST`].
-    async fn wait_for_change(&self) -> io::Result<()> {
+    /// Returns when the list must be made anew: after an event, when asked, and at the latest after [`RELIST`].
+    async fn wait_for_change(&self, relist: &Relist) -> io::Result<()> {
+        let last = Instant::now();
         for _ in 0..RELIST {
-            if timeout(KEEPALIVE, self.changed.notified()).await.is_ok() {
+            let reason = async {
+                tokio::select! {
+                    () = self.changed.notified() => {}
+                    () = relist.asked(last) => {}
+                }
+            };
+            if timeout(KEEPALIVE, reason).await.is_ok() {
                 sleep(SETTLE).await;
                 return Ok(());
             }
@@ -208,5 +241,30 @@ fn log_changes(before: Option<&Snapshot>, after: &Snapshot) {
     }
     if after.garbage > before.garbage {
         tracing::warn!(nodes = after.garbage, "xenstore has nodes that make no sense; they are skipped");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn any_number_of_askers_costs_one_list() {
+        let relist = Relist::default();
+        let asked_within = async |limit, last| timeout(limit, relist.asked(last)).await.is_ok();
+        let long_ago = Instant::now();
+        sleep(ASKED).await;
+        for _ in 0..10_000 {
+            relist.clone().ask();
+        }
+        assert!(asked_within(KEEPALIVE, long_ago).await, "the first is heard");
+        assert!(!asked_within(ASKED, long_ago).await, "and stands for all");
+
+        relist.ask();
+        let later = Instant::now() + Duration::from_secs(3_600);
+        assert!(!asked_within(ASKED, later).await, "a flood gets one list per while");
+        let last = Instant::now();
+        assert!(asked_within(KEEPALIVE, last).await, "what was asked too soon is not forgotten");
+        assert!(last.elapsed() >= ASKED);
     }
 }

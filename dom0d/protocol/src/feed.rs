@@ -192,6 +192,11 @@ impl Conversation {
         if leg.sender.nxt != position || position != self.up.end() || !ctx.permits(slot, mark, self.id) {
             return;
         }
+        self.send_fin(leg, guest, position, ctx);
+        leg.sender.sent(position + 1, ctx.now);
+    }
+
+    fn send_fin(&mut self, leg: &mut Leg, guest: SocketAddr, position: u64, ctx: &mut Context) {
         leg.told = self.told_to(leg);
         leg.ack_due = false;
         let fin = Segment {
@@ -200,7 +205,6 @@ impl Conversation {
             ..self.segment_to_leg(leg, guest)
         };
         ctx.send_to_server(leg.server, fin.emit());
-        leg.sender.sent(position + 1, ctx.now);
     }
 
     /// Sends the segment at SND.UNA again, at once.
@@ -214,6 +218,10 @@ impl Conversation {
         if from < to && from >= self.up.base() {
             ctx.counters.retransmissions += 1;
             self.send_data(leg, guest, from, to, ctx);
+        } else if self.up_fin.is_some_and(|(fin, _)| fin == from && (leg.through || fin < leg.sender.highest))
+        {
+            ctx.counters.retransmissions += 1;
+            self.send_fin(leg, guest, from, ctx);
         }
     }
 

@@ -141,6 +141,7 @@ impl Conversation {
             self.note_answer(before, ctx);
             if leg.answers.end() < self.down.end() {
                 // A gap closed, and behind it lie answers that only the old OVM gave.
+                ctx.order.answered(self.id, self.down.end());
                 ctx.recuperation.mark = ctx.order.length();
             }
             if let Some(slot) = ctx.queue.slot_of(leg.server) {

@@ -77,7 +77,7 @@ impl Conversation {
     fn judge_acknowledgment(&mut self, ovm: &mut Leg, ctx: &mut Context) {
         let acknowledged = ovm.rcv_nxt;
         // What the daemon still withholds from a new OVM is not held against it.
-        let given = if ovm.through { self.up.end() } else { self.up.end().min(ovm.sender.highest) };
+        let given = if ovm.through { self.up_end() } else { self.up_end().min(ovm.sender.highest) };
         let within_window = given.min(ovm.edge) > acknowledged;
         let witnessed = within_window
             && ctx.roster().any(|(slot, server)| {
@@ -114,8 +114,12 @@ impl Conversation {
 
     fn judge_progress(&mut self, ovm: &Leg, ctx: &mut Context) {
         let position = self.down.end();
-        // If the client lacks something, the OVM may be waiting for the network, not for itself.
-        let idle = self.client.acked >= position && self.client.edge > position && self.down_fin.is_none();
+        // If the client lacks something, the OVM may be waiting for the network, not for itself; and if
+        // the OVM lacks something, that is (c)'s to judge.
+        let idle = self.client.acked >= position
+            && self.client.edge > position
+            && self.down_fin.is_none()
+            && ovm.rcv_nxt >= self.up_end().min(ovm.edge);
         let since = self.suspicion.silent_since.unwrap_or(ctx.now);
         let (ahead, witnesses) = self.ahead(position, ovm, ctx);
         self.suspicion.silent_since = if !idle || ahead.iter().flatten().count() * 2 <= witnesses {

@@ -76,9 +76,7 @@ impl Conversation {
 
     fn judge_acknowledgment(&mut self, ovm: &mut Leg, ctx: &mut Context) {
         let acknowledged = ovm.rcv_nxt;
-        // What the daemon still withholds from a new OVM is not held against it.
-        let given = if ovm.through { self.up_end() } else { self.up_end().min(ovm.sender.highest) };
-        let within_window = given.min(ovm.edge) > acknowledged;
+        let within_window = self.given_to(ovm) > acknowledged;
         let witnessed = within_window
             && ctx.roster().any(|(slot, server)| {
                 server != ovm.server
@@ -112,6 +110,13 @@ impl Conversation {
         }
     }
 
+    /// End of what the OVM was given and has room for. What the daemon still withholds from a new OVM is
+    /// not held against it.
+    fn given_to(&self, ovm: &Leg) -> u64 {
+        let given = if ovm.through { self.up_end() } else { self.up_end().min(ovm.sender.highest) };
+        given.min(ovm.edge)
+    }
+
     fn judge_progress(&mut self, ovm: &Leg, ctx: &mut Context) {
         let position = self.down.end();
         // If the client lacks something, the OVM may be waiting for the network, not for itself; and if
@@ -119,7 +124,7 @@ impl Conversation {
         let idle = self.client.acked >= position
             && self.client.edge > position
             && self.down_fin.is_none()
-            && ovm.rcv_nxt >= self.up_end().min(ovm.edge);
+            && ovm.rcv_nxt >= self.given_to(ovm);
         let since = self.suspicion.silent_since.unwrap_or(ctx.now);
         let (ahead, witnesses) = self.ahead(position, ovm, ctx);
         self.suspicion.silent_since = if !idle || ahead.iter().flatten().count() * 2 <= witnesses {

@@ -21,6 +21,9 @@ chroot "$root" systemctl --quiet enable lab-keys.service lab-network.service ssh
 chroot "$root" systemctl --quiet disable xendomains.service 2>/dev/null || true
 # Nothing here runs long enough for these, and each costs seconds in emulation.
 chroot "$root" systemctl --quiet mask \
+    systemd-udev-trigger.service getty-static.service getty.target systemd-sysusers.service \
+    systemd-journal-flush.service modprobe@configfs.service modprobe@dm_mod.service \
+    modprobe@efi_pstore.service modprobe@fuse.service systemd-remount-fs.service \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
     e2scrub_reap.service fstrim.timer xendomains.service getty@.service \
     serial-getty@.service console-getty.service systemd-update-utmp.service \

@@ -164,6 +164,12 @@ impl Handshakes {
         true
     }
 
+    /// Another server's SYN-ACK stands already: the client may have accepted it.
+    pub(crate) fn is_answered_by_other(&self, key: &Key, server: ServerId) -> bool {
+        let answer = self.by_key.get(key).and_then(|embryonic| embryonic.answer);
+        answer.is_some_and(|answer| answer.server != server)
+    }
+
     /// Whether a segment acknowledges the SYN of a handshake, as a refusal does.
     pub(crate) fn acknowledges(&self, key: &Key, segment: &Segment<'_>) -> bool {
         self.by_key.get(key).is_some_and(|embryonic| {

@@ -311,6 +311,9 @@ impl Service {
             }
             return false;
         }
+        if segment.flags.has(Flags::SYN) && self.handshakes.is_answered_by_other(key, server) {
+            return true;
+        }
         if segment.flags.has(Flags::SYN) && self.handshakes.handle_syn_ack(key, server, segment) {
             self.send_as_is(*key, segment);
             return true;

@@ -416,7 +416,12 @@ impl Observer {
             return;
         }
         if segment.syn {
-            if conversation.view.is_none() {
+            // A client that was still waiting for a SYN-ACK took no notice of the reset.
+            let anew = conversation.reset_to_client && conversation.client_acked == 0;
+            if conversation.view.is_none() || anew {
+                conversation.reset_to_client = false;
+                conversation.sent_fin = None;
+                conversation.recorded.clear();
                 let scale = segment.window_scale.unwrap_or(0).min(14);
                 conversation.view = Some((segment.seq, scale));
             }

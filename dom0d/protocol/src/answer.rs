@@ -4,7 +4,7 @@
 //! server: what it acknowledged, what it answered.
 
 use crate::context::Context;
-use crate::conversation::{Conversation, Held};
+use crate::conversation::{Conversation, Held, text_before};
 use crate::handshake::mtu_mss;
 use crate::leg::{Leg, Phase};
 use crate::queue::{MAX_SERVERS, Slot};
@@ -110,7 +110,8 @@ impl Conversation {
         if segment.flags.has(Flags::ACK) {
             self.note_ovm_acknowledgment(leg, segment, ctx);
         }
-        let Some(payload) = self.record_answer(start, segment.payload, ctx) else { return };
+        let text = text_before(leg.fin, start, segment.payload);
+        let Some(payload) = self.record_answer(start, text, ctx) else { return };
         let mut flags = segment.flags;
         if flags.has(Flags::FIN) {
             let position = start + segment.payload.len() as u64;
@@ -121,14 +122,7 @@ impl Conversation {
                 self.pass_fin(position);
             }
         }
-        self.forward_to_client(
-            leg,
-            start,
-            segment,
-            flags,
-            payload.as_deref().unwrap_or(segment.payload),
-            ctx,
-        );
+        self.forward_to_client(leg, start, segment, flags, payload.as_deref().unwrap_or(text), ctx);
     }
 
     fn note_ovm_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
@@ -373,9 +367,10 @@ impl Conversation {
         }
         self.note_suppressed_acknowledgment(leg, segment, ctx);
         let before = leg.answers.end();
-        if !segment.payload.is_empty() {
+        let text = text_before(leg.fin, start, segment.payload);
+        if !text.is_empty() {
             let limit = ctx.config.limits.conversation_bytes as usize;
-            let inserted = leg.answers.insert(start, segment.payload, 0, limit);
+            let inserted = leg.answers.insert(start, text, 0, limit);
             if inserted.refused {
                 ctx.counters.conversation_bytes += 1;
             }
@@ -387,7 +382,7 @@ impl Conversation {
             }
             // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).
             leg.ack_due |= grown == 0;
-        } else if start < leg.answers.end() {
+        } else if start < leg.answers.end() || !segment.payload.is_empty() {
             // A keepalive or a window probe.
             leg.ack_due = true;
         }

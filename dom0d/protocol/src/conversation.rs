@@ -241,12 +241,12 @@ impl Conversation {
     /// be passed on either, and the client will send it again.
     fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> bool {
         let end = start + segment.payload.len() as u64;
-        if !segment.payload.is_empty() {
+        let text = text_before(self.up_fin.map(|(fin, _)| fin), start, segment.payload);
+        if !text.is_empty() {
             let before = self.up.end();
             let mark = ctx.order.mark();
             let room = self.told.edge.max(self.told.acked).saturating_sub(start);
-            let taken =
-                &segment.payload[..segment.payload.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
+            let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
             let limit = ctx.config.limits.conversation_bytes as usize;
             let inserted = self.up.insert(start, taken, mark, limit);
             if inserted.refused {
@@ -661,4 +661,10 @@ impl Conversation {
             ..Options::default()
         }
     }
+}
+
+/// Text behind a FIN is ignored (RFC 9293 §3.10.7.4); some keepalives carry a byte in the FIN's place.
+pub(crate) fn text_before(fin: Option<u64>, start: u64, text: &[u8]) -> &[u8] {
+    let room = fin.map_or(u64::MAX, |fin| fin.saturating_sub(start));
+    &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))]
 }

@@ -352,7 +352,7 @@ impl Client {
 
 impl Connection {
     /// All answers are in and nothing more is planned.
-    fn idle(&self) -> bool {
+    pub(crate) fn idle(&self) -> bool {
         self.steps_done && self.received == self.expected.len() && self.written == self.to_send.len()
     }
 

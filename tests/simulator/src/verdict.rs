@@ -46,7 +46,7 @@ fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict
             world.coverage.hit("connection.aborted");
             return Ok(());
         }
-        None if plan.ending == Ending::Stay && client.finished() => return Ok(()),
+        None if plan.ending == Ending::Stay && connection.idle() => return Ok(()),
         Some(Outcome::Reset) => "was reset",
         Some(Outcome::Truncated) => "was closed too early",
         None => "is stuck",

@@ -222,7 +222,7 @@ fn missing_tool(lab: &str) -> Result<()> {
 }
 
 /// Runs dom0d in dom0 in a way that must fail within ten seconds; returns what it said.
-fn refused(
+pub(super) fn refused(
     lab: &Lab,
     config: &std::path::Path,
     prepare: impl Fn(&mut Command),
@@ -239,6 +239,7 @@ fn refused(
         .arg(config)
         .arg("--lab")
         .arg(lab.directory())
+        .env("XENSTORED_PATH", lab.directory().join("xenstored.sock"))
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped());
     prepare(&mut command);

@@ -12,6 +12,7 @@ use crate::client::redis::session::Session;
 use crate::host::{Fault, Service};
 use crate::stage::Stage;
 use crate::stage::failover::Failover;
+use crate::stage::repair::repair;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -110,8 +111,8 @@ fn seeded_again(lab: &str) -> Result<()> {
     let first = load.finish()?;
     stage.expect_unharmed(&first)?;
 
+    repair(&stage.lab, Fault::Freeze, "guest-1")?;
     stage.lab.copy_state("guest-2", "guest-1")?;
-    stage.lab.thaw("guest-1")?;
     stage.operator.order(&["attach", "redis", "guest-1", "--assume-identical"])?;
     stage.until("guest-1 promotable", Duration::from_secs(10), |status| {
         status.services[0].promotable() == 1

@@ -8,9 +8,9 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
@@ -88,6 +88,7 @@ struct Orders {
     answers: AtomicU64,
     outstanding: AtomicU64,
     broken: AtomicU64,
+    first_error: Mutex<Option<String>>,
 }
 
 const RUN: u8 = 0;
@@ -112,6 +113,11 @@ impl Running {
         self.orders.broken.load(Ordering::Relaxed)
     }
 
+    /// How the first connection broke, if one did.
+    pub(crate) fn first_error(&self) -> Option<String> {
+        self.orders.first_error.lock().ok()?.clone()
+    }
+
     /// Blocks until `more` further answers came.
     pub(crate) fn wait_answers(&self, more: u64, limit: Duration) -> Result<()> {
         let (from, deadline) = (self.answers(), Instant::now() + limit);
@@ -121,9 +127,10 @@ impl Running {
             }
             if Instant::now() > deadline {
                 bail!(
-                    "only {} of {more} answers came within {limit:?}, {} connections are broken",
+                    "only {} of {more} answers came within {limit:?}, {} connections are broken; the first: {}",
                     self.answers() - from,
-                    self.broken()
+                    self.broken(),
+                    self.first_error().unwrap_or_else(|| "none".to_owned())
                 );
             }
             sleep(Duration::from_millis(1));
@@ -139,7 +146,11 @@ impl Running {
         sleep(Duration::from_millis(20));
         while self.orders.outstanding.load(Ordering::SeqCst) > 0 {
             if Instant::now() > deadline {
-                bail!("answers are still missing after {limit:?}");
+                bail!(
+                    "answers are still missing after {limit:?}, {} connections are broken; the first: {}",
+                    self.broken(),
+                    self.first_error().unwrap_or_else(|| "none".to_owned())
+                );
             }
             sleep(Duration::from_millis(1));
         }
@@ -570,6 +581,9 @@ impl Load {
             return;
         }
         self.orders.broken.fetch_add(1, Ordering::Relaxed);
+        if let Ok(mut first) = self.orders.first_error.lock() {
+            first.get_or_insert_with(|| text.to_owned());
+        }
         // Whether it is still registered does not matter: its events are ignored from now on.
         let _ = self.epoll.delete(&connection.stream);
         if self.outcome.errors.len() < ERRORS {

@@ -243,7 +243,7 @@ impl Conversation {
     // ---- close ----------------------------------------------------------------------------------
 
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
-    fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
+    pub(crate) fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
         let open = self.down_fin.is_none() && self.closed.is_none();
         if !open || !matches!(self.opinion(position, ctx), Opinion::Unknown | Opinion::Disputed) {
             self.release_hold(ctx);

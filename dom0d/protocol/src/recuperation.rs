@@ -95,12 +95,11 @@ impl Conversation {
         let Some(mut recuperating) = self.recuperating.take() else { return };
         self.adopt_answers(&mut leg, ctx);
         if !leg.covers() || leg.gone.is_some() {
-            let lost = leg.gone.is_none() || leg.answers.end() < self.down.end();
+            // A RST of the new OVM's own is held like any other: its service may have died in turn.
+            let position = leg.covers().then(|| leg.answers.end());
             self.recuperating = Some(recuperating);
-            let gone = leg.gone;
             self.legs.put(slot, leg);
-            // The new OVM closes the conversation with a RST of its own: that is its answer.
-            if lost || gone.is_some() {
+            if !position.is_some_and(|position| self.must_hold(position, true, ctx)) {
                 self.reset(ctx);
             }
             return;
@@ -153,8 +152,12 @@ impl Conversation {
                 self.compare(slot, leg, ctx);
             }
         }
-        if self.down_fin.is_none() && leg.covers() && leg.fin == Some(self.down.highest()) {
-            self.down_fin = leg.fin;
+        if self.down_fin.is_none()
+            && leg.covers()
+            && let Some(fin) = leg.fin.filter(|fin| *fin == self.down.highest())
+            && !self.must_hold(fin, false, ctx)
+        {
+            self.down_fin = Some(fin);
         }
     }
 

@@ -871,6 +871,7 @@ impl World {
             }
             _ => self.strike_server(fault),
         }
+        self.excuse_of_loss();
         self.drain();
     }
 
@@ -988,16 +989,30 @@ impl World {
         self.poll_guest(index);
     }
 
-    /// Whether a fault of the OVM may harm connections by design: nobody healthy is there to take over,
-    /// or what the fault shows is no evidence.
-    fn excuse_of_blow(&mut self, fault: Fault) {
+    /// Replicas that could take over, and that nothing was done to.
+    fn healthy_replicas(&self) -> Vec<usize> {
         let status = self.service.status();
-        let healthy: Vec<usize> = status
+        status
             .servers
             .iter()
             .filter(|s| s.not_promotable.is_none() && !self.impaired.contains_key(&s.server))
             .filter_map(|s| self.guest_of(s.server))
-            .collect();
+            .collect()
+    }
+
+    /// The last healthy replica may go while the OVM's fault is not seen yet.
+    fn excuse_of_loss(&mut self) {
+        let ovm = self.service.ovm().and_then(|id| self.guest_of(id));
+        if ovm.is_some_and(|g| self.guests[g].health != Health::Running) && self.healthy_replicas().is_empty()
+        {
+            self.excuse.get_or_insert("no healthy replica");
+        }
+    }
+
+    /// Whether a fault of the OVM may harm connections by design: nobody healthy is there to take over,
+    /// or what the fault shows is no evidence.
+    fn excuse_of_blow(&mut self, fault: Fault) {
+        let healthy = self.healthy_replicas();
         if healthy.is_empty() {
             self.excuse.get_or_insert("no healthy replica");
             return;

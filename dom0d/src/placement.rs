@@ -34,6 +34,9 @@ const IMPATIENT: Duration = Duration::from_secs(1);
 /// be moved between bridges without xenstore's notice.
 const PATIENT: Duration = Duration::from_secs(10);
 
+/// How long a lost interface waits before it is opened again.
+const AFTER_LOSS: Duration = Duration::from_millis(200);
+
 /// How long a PSC whose address is taken by somebody else waits before it is tried again.
 const ADDRESS_TAKEN: Duration = Duration::from_secs(10);
 
@@ -102,7 +105,11 @@ impl Placement {
             tokio::select! {
                 changed = found.changed() => if changed.is_err() { return },
                 interface = lost.recv() => match interface {
-                    Some(interface) => self.forget(interface),
+                    Some(interface) => {
+                        self.forget(interface);
+                        // An interface that is down opens, and is lost again at once.
+                        tokio::time::sleep(AFTER_LOSS).await;
+                    }
                     None => return,
                 },
                 () = tokio::time::sleep(wait) => {}

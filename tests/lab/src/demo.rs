@@ -74,7 +74,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     tell.heading("What dom0d discovered");
     let config = with_replicas(&lab.default_config(), replicas);
-    let stage = Stage::take(lab, &config)?;
+    let stage = Stage::take_identical(lab, &config)?;
     for line in stage.operator.order(&["status"])?.lines() {
         tell.line(line);
     }
@@ -117,7 +117,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
 
     tell.heading("guest-1 is brought in line and attached again; then it is evicted under load");
-    let eviction = evict(&stage, options.fault, &ovm.name, &tell)?;
+    let eviction = evict(&stage, &config, options.fault, &ovm.name, &tell)?;
     tell.line(&format!(
         "evicted; the packet path was held up for {:.3} us (the paper: 3.526 us), {} client errors",
         eviction.packet_path_us, eviction.client_errors
@@ -176,15 +176,10 @@ fn fail_over(stage: &Stage, fault: Fault, tell: &Story) -> Result<(Outcome, Obse
 }
 
 /// Brings the deposed domain back as a replica, and freezes it while clients write.
-fn evict(stage: &Stage, fault: Fault, ovm: &str, tell: &Story) -> Result<Eviction> {
+fn evict(stage: &Stage, config: &str, fault: Fault, ovm: &str, tell: &Story) -> Result<Eviction> {
     repair(&stage.lab, fault, "guest-1")?;
     stage.lab.copy_state(ovm, "guest-1")?;
-    stage.until("guest-1 known", Duration::from_secs(10), |status| {
-        let service = &status.services[0];
-        let attached = service.servers.iter().filter_map(|server| server.domain.as_ref());
-        attached.chain(service.known.iter().map(|known| &known.domain)).any(|domain| domain.name == "guest-1")
-    })?;
-    stage.operator.order(&["attach", "redis", "guest-1", "--assume-identical"])?;
+    stage.operator.seed_all(config)?;
     tell.line("guest-1 is a replica that can be promoted again");
 
     let mut plan = Plan::new(stage.psc(Service::Redis)?, "evict");

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::failover::Spread;
+use super::failover::{Spread, redis_only};
 use super::rtt::clear;
 use crate::client::pingpong::{PingPong, histogram};
 use crate::client::redis::load::Plan;
@@ -73,10 +73,11 @@ fn cost(
     let mut pings = histogram()?;
     let (mut cutover, mut first_byte, mut recuperated) = (Vec::new(), Vec::new(), Vec::new());
     let mut client_errors = 0;
+    clear(lab)?;
+    let config = format!("{}\n[service.limits]\npromotions = 1000000\n", redis_only(&lab.default_config()));
+    let mut stage = Stage::take_identical(Lab::find(&lab.config().name)?, &config)?;
+    let pid = stage.dom0d.as_ref().map(|dom0d| dom0d.pid()).unwrap_or_default();
     for sample in 0..samples {
-        clear(lab)?;
-        let mut stage = Stage::take(Lab::find(&lab.config().name)?, &lab.default_config())?;
-        let pid = stage.dom0d.as_ref().map(|dom0d| dom0d.pid()).unwrap_or_default();
         let target = stage.psc(Service::Redis)?;
         let without = rss(pid)?;
         let mut plan = Plan::new(target, "crowd");
@@ -99,7 +100,11 @@ fn cost(
         }
         if sample == 0 {
             for domain in stage.lab.domains()? {
-                let cpu = if domain.place == 1 { pinning.client_and_ovm } else { pinning.dom0d_and_rvms };
+                let cpu = if domain.name == stage.ovm(Service::Redis)?.name {
+                    pinning.client_and_ovm
+                } else {
+                    pinning.dom0d_and_rvms
+                };
                 pin_host(&domain.host, cpu)?;
             }
             pin_process(pid, pinning.dom0d_and_rvms)?;
@@ -119,7 +124,8 @@ fn cost(
         }
         load.go_on();
         load.wait_answers(200, Duration::from_secs(20))?;
-        let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+        let ovm = stage.ovm(Service::Redis)?;
+        let at = stage.lab.fault(Fault::Freeze, &ovm.name)?;
         let observed = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
         load.wait_answers(200, Duration::from_secs(20))?;
         let outcome = load.finish()?;
@@ -128,10 +134,12 @@ fn cost(
         first_byte.push(first.saturating_sub(observed.fault_us));
         recuperated.push(observed.recuperated_us.saturating_sub(observed.fault_us));
         client_errors += outcome.troubles() + observed.reset;
-        if let Some(dom0d) = stage.dom0d.take() {
-            dom0d.stop()?;
-        }
-        repair(lab, Fault::Freeze, "guest-1")?;
+        repair(lab, Fault::Freeze, &ovm.name)?;
+        clear(lab)?;
+        stage.operator.seed_all(&config)?;
+    }
+    if let Some(dom0d) = stage.dom0d.take() {
+        dom0d.stop()?;
     }
     Ok(Cost {
         conversations: crowd,

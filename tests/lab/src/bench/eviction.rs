@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::failover::redis_only;
 use super::rtt::clear;
 use super::summary::quantile;
 use crate::client::redis::load::Plan;
@@ -23,16 +24,20 @@ pub(crate) struct Row {
 }
 
 pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
+    clear(lab)?;
+    let config = redis_only(&lab.default_config());
+    let mut stage = Stage::take_identical(Lab::find(&lab.config().name)?, &config)?;
     let mut rows = Vec::new();
     for conversations in [10, 1_000] {
         let mut times_ns = Vec::new();
         let mut client_errors = 0;
         for _ in 0..samples {
-            clear(lab)?;
-            let (took_ns, errors) = once(lab, conversations)?;
+            let (took_ns, errors) = once(&stage, conversations)?;
             times_ns.push(took_ns);
             client_errors += errors;
             repair(lab, Fault::Freeze, "guest-4")?;
+            clear(lab)?;
+            stage.operator.seed_all(&config)?;
         }
         rows.push(Row {
             conversations,
@@ -42,11 +47,13 @@ pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
             client_errors,
         });
     }
+    if let Some(dom0d) = stage.dom0d.take() {
+        dom0d.stop()?;
+    }
     Ok(rows)
 }
 
-fn once(lab: &Lab, conversations: usize) -> Result<(u64, u64)> {
-    let mut stage = Stage::take(Lab::find(&lab.config().name)?, &lab.default_config())?;
+fn once(stage: &Stage, conversations: usize) -> Result<(u64, u64)> {
     let mut plan = Plan::new(stage.psc(Service::Redis)?, "evict");
     plan.connections = conversations;
     plan.busy = 10;
@@ -62,9 +69,6 @@ fn once(lab: &Lab, conversations: usize) -> Result<(u64, u64)> {
         .plane_counters
         .get("eviction_last_ns")
         .context("dom0d does not tell how long the eviction took (plane counter eviction_last_ns)")?;
-    if let Some(dom0d) = stage.dom0d.take() {
-        dom0d.stop()?;
-    }
     Ok((took_ns, outcome.troubles()))
 }
 

@@ -55,21 +55,38 @@ impl Spread {
 
 pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for fault in FAULTS {
-        for replicas in 1..=3 {
-            let row = row(lab, fault, replicas, samples)
+    for replicas in 1..=3 {
+        clear(lab)?;
+        let config = format!(
+            "{}\n[service.limits]\npromotions = 1000000\n",
+            with_replicas(&redis_only(&lab.default_config()), replicas)
+        );
+        let mut stage = Stage::take_identical(Lab::find(&lab.config().name)?, &config)?;
+        for fault in FAULTS {
+            let row = row(&stage, &config, fault, replicas, samples)
                 .with_context(|| format!("{fault:?} with {replicas} replicas"))?;
             println!(
-                "  {fault:?}, {replicas} replicas: first byte after p50 {} us, max {} us",
+                "  {replicas} replicas, {fault:?}: first byte after p50 {} us, max {} us",
                 row.fault_to_first_byte_us.p50, row.fault_to_first_byte_us.max
             );
             rows.push(row);
+        }
+        if let Some(dom0d) = stage.dom0d.take() {
+            dom0d.stop()?;
         }
     }
     Ok(rows)
 }
 
-fn row(lab: &Lab, fault: Fault, replicas: usize, samples: usize) -> Result<Row> {
+/// The first service of a configuration, which is Redis'.
+pub(crate) fn redis_only(config: &str) -> String {
+    let mut services = config.split("[[service]]");
+    // Nothing stands before the first one.
+    let _ = services.next();
+    format!("[[service]]{}", services.next().unwrap_or_default())
+}
+
+fn row(stage: &Stage, config: &str, fault: Fault, replicas: usize, samples: usize) -> Result<Row> {
     let mut detection = Vec::new();
     let mut cutover = Vec::new();
     let mut first_byte = Vec::new();
@@ -77,15 +94,17 @@ fn row(lab: &Lab, fault: Fault, replicas: usize, samples: usize) -> Result<Row> 
     let mut detected_by = Vec::new();
     let mut client_errors = 0;
     for _ in 0..samples {
-        clear(lab)?;
-        let (observed, first_byte_us, errors) = once(lab, fault, replicas)?;
+        let ovm = stage.ovm(Service::Redis)?.name;
+        let (observed, first_byte_us, errors) = once(stage, fault, &ovm)?;
         detection.push(observed.suspected_us.saturating_sub(observed.fault_us));
         cutover.push(observed.cut_over_us.saturating_sub(observed.suspected_us));
         first_byte.push(first_byte_us.saturating_sub(observed.fault_us));
         recuperated.push(observed.recuperated_us.saturating_sub(observed.fault_us));
         detected_by.push(observed.detected_by);
         client_errors += errors;
-        repair(lab, fault, "guest-1")?;
+        repair(&stage.lab, fault, &ovm)?;
+        clear(&stage.lab)?;
+        stage.operator.seed_all(config)?;
     }
     detected_by.sort();
     detected_by.dedup();
@@ -102,23 +121,18 @@ fn row(lab: &Lab, fault: Fault, replicas: usize, samples: usize) -> Result<Row> 
 }
 
 /// One failover of eight connections that ask a thousand times a second each.
-fn once(lab: &Lab, fault: Fault, replicas: usize) -> Result<(Failover, u64, u64)> {
-    let config = with_replicas(&lab.default_config(), replicas);
-    let mut stage = Stage::take(Lab::find(&lab.config().name)?, &config)?;
+fn once(stage: &Stage, fault: Fault, ovm: &str) -> Result<(Failover, u64, u64)> {
     let mut plan = Plan::new(stage.psc(Service::Redis)?, "bench");
     plan.pace = Some(Duration::from_millis(1));
     let load = plan.start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(fault, "guest-1")?;
-    let observed = Failover::observe(&stage, Service::Redis, fault, at)?;
+    let at = stage.lab.fault(fault, ovm)?;
+    let observed = Failover::observe(stage, Service::Redis, fault, at)?;
     load.wait_answers(100, Duration::from_secs(20))?;
     let outcome = load.finish()?;
     let verdict = stage.verify(&stage.ovm(Service::Redis)?, &outcome)?;
     let first_byte_us =
         observed.first_byte_us(&outcome).context("no client read anything after the cutover")?;
-    if let Some(dom0d) = stage.dom0d.take() {
-        dom0d.stop()?;
-    }
     let errors = outcome.troubles() + verdict.lost_writes + observed.reset;
     Ok((observed, first_byte_us, errors))
 }

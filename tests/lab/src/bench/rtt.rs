@@ -65,7 +65,7 @@ pub(crate) fn measure(
                     let dom0d = lab.start_dom0d(&config)?;
                     pin_process(dom0d.pid(), pinning.dom0d_and_rvms)?;
                     let operator = Operator::new(dom0d.control_socket())?;
-                    operator.wait_ready(&config)?;
+                    operator.seed_all(&config)?;
                     let psc = operator.service(Service::Redis.name())?.psc;
                     if let Some(psc) = psc.iter().find(|address| address.is_ipv4()) {
                         let address = SocketAddr::new(*psc, Service::Redis.port());

@@ -66,6 +66,14 @@ impl Stage {
         Ok(Self { _logs: logs, operator, events, dom0d: Some(dom0d), lab })
     }
 
+    /// Starts dom0d in a lab that is up, in which every server holds the same, and seeds every
+    /// replica of its configuration.
+    pub(crate) fn take_identical(lab: Lab, config: &str) -> Result<Self> {
+        let stage = Self::take_unready(lab, config)?;
+        stage.operator.seed_all(config)?;
+        Ok(stage)
+    }
+
     /// See [`Operator::wait_ready`].
     pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
         self.operator.wait_ready(config)

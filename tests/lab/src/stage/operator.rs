@@ -58,6 +58,42 @@ impl Operator {
         })
     }
 
+    /// Waits until dom0d serves, and states of every replica of `config` that is not promotable that
+    /// its state equals the OVM's; whoever calls this has seen to that, and to it that no
+    /// conversation is open.
+    pub(crate) fn seed_all(&self, config: &str) -> Result<()> {
+        let wanted: Config = config.parse()?;
+        let deadline = Instant::now() + READY;
+        while Instant::now() < deadline {
+            let status = self.status()?;
+            let mut complete = status.ready;
+            for service in &status.services {
+                let rvms = wanted
+                    .services
+                    .iter()
+                    .find(|wanted| wanted.engine.name == service.name)
+                    .map_or(0, |wanted| wanted.rvms.len());
+                complete &= service.ovm().is_some() && service.promotable() == rvms;
+                let unseeded = service
+                    .servers
+                    .iter()
+                    .filter(|server| !server.promotable && server.queue_state == 3)
+                    .filter_map(|server| server.domain.as_ref())
+                    .chain(service.known.iter().map(|known| &known.domain));
+                for domain in unseeded {
+                    // Refused while its vif is not there yet: then again in a moment.
+                    let words = ["attach", &service.name, &domain.name, "--assume-identical"];
+                    let _ = self.command(&words).output().context("cannot run understudy")?;
+                }
+            }
+            if complete {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(20));
+        }
+        self.wait_ready(config)
+    }
+
     /// Waits until the status is as wanted.
     pub(crate) fn until(&self, what: &str, limit: Duration, wanted: impl Fn(&Status) -> bool) -> Result<()> {
         let deadline = Instant::now() + limit;

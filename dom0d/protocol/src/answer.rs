@@ -54,6 +54,12 @@ impl Conversation {
     ) -> Result<(), Uncovered> {
         let acknowledges = segment.flags.has(Flags::ACK) && segment.ack == self.client.iss.wrapping_add(1);
         if segment.flags.has(Flags::RST) {
+            if acknowledges && ctx.queue.ovm() == Some(slot) {
+                // A new OVM refuses what the client has: its service may have died in turn.
+                leg.gone = Some(ctx.now);
+                leg.sender.disarm();
+                return Ok(());
+            }
             return if acknowledges { Err(Uncovered::RvmReset) } else { Ok(()) };
         }
         if !segment.flags.has(Flags::SYN) || !acknowledges {
@@ -168,11 +174,8 @@ impl Conversation {
             return Some(None);
         }
         ctx.counters.ovm_contradictions += 1;
-        let end = start + payload.len() as u64;
-        let known = self.down.base().max(start)..self.down.end().min(end);
         let mut first_copy = payload.to_vec();
-        let (from, to) = ((known.start - start) as usize, (known.end - start) as usize);
-        first_copy[from..to].copy_from_slice(&self.down.copy(known));
+        self.down.restore(start, &mut first_copy);
         Some(Some(first_copy))
     }
 
@@ -275,9 +278,8 @@ impl Conversation {
             // the OVM answered, and stays.
             let quiet = ctx.now.since(ctx.measured_from(leg.answered_at)) >= ctx.config.timing.close_hold / 2;
             let stays = leg.fin.is_none() && leg.gone.is_none();
-            let disputes = stays
-                && (answered > position
-                    || (answered == position && quiet && leg.rcv_nxt >= self.up_end() && leg.is_open()));
+            let disputes = answered > position
+                || (stays && answered == position && quiet && leg.rcv_nxt >= self.up_end() && leg.is_open());
             opinion =
                 if disputes || opinion == Opinion::Disputed { Opinion::Disputed } else { Opinion::Unknown };
         }

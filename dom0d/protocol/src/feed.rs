@@ -22,7 +22,7 @@ impl Conversation {
         if leg.through {
             return Ok(());
         }
-        if leg.phase == Phase::SynSent {
+        if leg.phase == Phase::SynSent && leg.gone.is_none() {
             return self.tend_handshake(slot, leg, ctx);
         }
         self.compare(slot, leg, ctx);

@@ -95,6 +95,25 @@ impl Stream {
         inserted
     }
 
+    /// Puts what is recorded in the place of a later copy, `bytes` at `position`.
+    pub(crate) fn restore(&self, position: u64, bytes: &mut [u8]) {
+        let stop = position + bytes.len() as u64;
+        let mut put = |start: u64, held: &[u8]| {
+            let part = start.max(position)..stop.min(start + held.len() as u64);
+            let old = slice(held, start, &part);
+            if let Some(place) = part.start.checked_sub(position).and_then(|at| bytes.get_mut(at as usize..)) {
+                place[..old.len()].copy_from_slice(old);
+            }
+        };
+        for chunk in self.chunks.range(self.index_of(position)..).take_while(|chunk| chunk.start < stop) {
+            put(chunk.start, &chunk.bytes);
+        }
+        let first = self.pending.range(..=position).next_back().map_or(position, |(run, _)| *run);
+        for (run, held) in self.pending.range(first..stop.max(first)) {
+            put(*run, held);
+        }
+    }
+
     fn append(&mut self, bytes: &[u8], mark: u64) {
         self.retained += bytes.len();
         self.end += bytes.len() as u64;
@@ -256,6 +275,19 @@ mod tests {
         stream.release(3);
         assert_eq!((stream.base(), stream.retained()), (3, 2));
         assert_eq!(stream.insert(1, b"XX", 0, LIMIT).conflict, None);
+    }
+
+    #[test]
+    fn a_later_copy_is_restored_to_the_first() {
+        let mut stream = Stream::new(1);
+        stream.insert(1, b"ab", 5, LIMIT);
+        stream.insert(3, b"cd", 6, LIMIT);
+        stream.insert(7, b"gh", 6, LIMIT);
+        for (position, restored) in [(0, &b"?abcd??gh?"[..]), (2, b"bc"), (8, b"h?"), (5, b"??"), (20, b"?")] {
+            let mut copy = vec![b'?'; restored.len()];
+            stream.restore(position, &mut copy);
+            assert_eq!(copy, restored, "{position}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod close;
 mod handshake;
+mod hostile;
 mod numbering;
 mod promotion;
 mod replication;

@@ -3,6 +3,9 @@
 /// Most SACK blocks that fit beside nothing else (RFC 2018 §3).
 pub(crate) const MAX_SACK_BLOCKS: usize = 4;
 
+/// Most bytes of options in a TCP header (RFC 9293 §3.1: a data offset of 15 words).
+const MAX_LENGTH: usize = 40;
+
 /// RFC 7323 §2.3: a larger shift counts as 14.
 const MAX_WINDOW_SHIFT: u8 = 14;
 
@@ -102,9 +105,12 @@ impl Options {
             out.extend_from_slice(&[1, 3, 3, shift]);
         }
         if !self.sack.is_empty() {
-            // Beside timestamps only three blocks fit into the 40 bytes of options.
-            let room = if self.timestamps.is_some() { 3 } else { MAX_SACK_BLOCKS };
+            // Padded, the same options may need more room than a hostile sender's layout of them.
+            let room = MAX_LENGTH.saturating_sub(out.len() + 4) / 8;
             let blocks = room.min(usize::from(self.sack.len));
+            if blocks == 0 {
+                return;
+            }
             out.extend_from_slice(&[1, 1, 5, 2 + 8 * blocks as u8]);
             for (left, right) in self.sack.iter().take(blocks) {
                 out.extend_from_slice(&left.to_be_bytes());
@@ -143,6 +149,18 @@ mod tests {
         options.write(&mut bytes);
         assert_eq!(bytes.len() % 4, 0);
         assert_eq!(Options::parse(&bytes), Some(options));
+    }
+
+    #[test]
+    fn whatever_is_read_fits_when_written() {
+        // MSS, timestamps and three SACK blocks: 40 bytes unpadded, 44 padded.
+        let mut bytes = vec![2, 4, 5, 0xb4, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 5, 26];
+        bytes.extend([7; 24]);
+        let options = Options::parse(&bytes).unwrap();
+        let mut written = Vec::new();
+        options.write(&mut written);
+        assert!(written.len() <= 40, "{}", written.len());
+        assert_eq!(Options::parse(&written).unwrap().timestamps, Some((1, 2)));
     }
 
     #[test]

@@ -101,7 +101,8 @@ impl Stream {
         let mut put = |start: u64, held: &[u8]| {
             let part = start.max(position)..stop.min(start + held.len() as u64);
             let old = slice(held, start, &part);
-            if let Some(place) = part.start.checked_sub(position).and_then(|at| bytes.get_mut(at as usize..)) {
+            if let Some(place) = part.start.checked_sub(position).and_then(|at| bytes.get_mut(at as usize..))
+            {
                 place[..old.len()].copy_from_slice(old);
             }
         };
@@ -283,7 +284,8 @@ mod tests {
         stream.insert(1, b"ab", 5, LIMIT);
         stream.insert(3, b"cd", 6, LIMIT);
         stream.insert(7, b"gh", 6, LIMIT);
-        for (position, restored) in [(0, &b"?abcd??gh?"[..]), (2, b"bc"), (8, b"h?"), (5, b"??"), (20, b"?")] {
+        for (position, restored) in [(0, &b"?abcd??gh?"[..]), (2, b"bc"), (8, b"h?"), (5, b"??"), (20, b"?")]
+        {
             let mut copy = vec![b'?'; restored.len()];
             stream.restore(position, &mut copy);
             assert_eq!(copy, restored, "{position}");

@@ -155,6 +155,8 @@ pub(crate) struct Conversation {
     pub(crate) arrivals: Vec<(u64, u64, u64, u64)>,
     pub(crate) client_fin: Option<i64>,
     pub(crate) client_reset: bool,
+    /// dom0 has seen the client accept the SYN-ACK.
+    pub(crate) established: bool,
     /// Highest position of answers that the client acknowledged.
     pub(crate) client_acked: i64,
     pub(crate) client_tsvals: Vec<u32>,
@@ -316,6 +318,7 @@ impl Observer {
                     arrivals: Vec::new(),
                     client_fin: None,
                     client_reset: false,
+                    established: false,
                     client_acked: 0,
                     client_tsvals: Vec::new(),
                     view: None,
@@ -346,6 +349,7 @@ impl Observer {
         if segment.syn {
             return;
         }
+        conversation.established = true;
         let position = conversation.client_position(segment.seq);
         if let Some(acked) = segment.ack.and_then(|ack| conversation.view_position(ack)) {
             conversation.client_acked = conversation.client_acked.max(acked);

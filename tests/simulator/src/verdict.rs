@@ -52,13 +52,21 @@ fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict
         None => "is stuck",
     };
     let stuck = connection.outcome.is_none();
-    match world.excuse.or_else(|| if stuck { why_stuck(world, client, n) } else { None }) {
+    let why = || if stuck { why_stuck(world, client, n) } else { why_reset(world, client, n) };
+    match world.excuse.or_else(why) {
         Some(excuse) => {
             world.coverage.hit(&format!("harm excused: {excuse}"));
             Ok(())
         }
         None => Err(("survival", format!("{name} {harm}"))),
     }
+}
+
+/// A dead service's kernel resets what it had only half opened; no replica knows of it.
+fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static str> {
+    let (own, psc) = client.ends(index)?;
+    let isn = world.observer.conversation_of(own, psc)?.isn;
+    world.refused.contains(&(own, isn)).then_some("the service died during the handshake")
 }
 
 /// Reasons for a connection to hang that no evidence can show, or that are not the engine's.
@@ -80,8 +88,7 @@ fn why_stuck(world: &World, client: &Client, index: usize) -> Option<&'static st
 
 /// The connection is stuck since a TCP stack at one of its ends does nothing.
 fn forgotten(world: &World, client: &Client, index: usize) -> bool {
-    // When nothing is left to happen, nobody will send any more.
-    let now = if world.nothing_left() { u64::MAX } else { world.now };
+    let now = world.now;
     let ovm = world.service.ovm().and_then(|id| world.guest_of(id));
     let Some((own, _)) = client.ends(index) else {
         return false;

@@ -17,7 +17,7 @@ use crate::forge;
 use crate::guest::{Guest, Health};
 use crate::knobs::Knobs;
 use crate::link::Link;
-use crate::observer::{Observer, Seen};
+use crate::observer::{Conversation, Observer, Seen};
 use crate::prng::{Prng, splitmix};
 use crate::segment::Segment;
 use crate::trace::Trace;
@@ -108,6 +108,8 @@ pub(crate) struct World {
     untrue: BTreeSet<ServerId>,
     pub(crate) untrue_served: bool,
     last_status: u64,
+    /// Handshakes that nobody but the OVM knew of when its service died.
+    pub(crate) refused: BTreeSet<(SocketAddr, u32)>,
     /// Faults, actions and promotions so far.
     story: String,
     bare: bool,
@@ -216,6 +218,7 @@ impl World {
             untrue: BTreeSet::new(),
             untrue_served: false,
             last_status: 0,
+            refused: BTreeSet::new(),
             story: String::new(),
             bare,
             clients,
@@ -309,12 +312,10 @@ impl World {
                 settled_at = Some(self.now + SETTLE_US);
             }
             let limit = settled_at.unwrap_or(PATIENCE_US);
-            let Some(entry) = self.queue.first_entry() else {
+            let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 <= limit) else {
+                self.now = limit;
                 break;
             };
-            if entry.key().0 > limit {
-                break;
-            }
             let ((at, _), event) = entry.remove_entry();
             self.now = at;
             self.handle(event);
@@ -484,11 +485,6 @@ impl World {
             *queued += 1;
             queue.insert((at, *queued), Event::FromServer(index, packet));
         });
-    }
-
-    /// Nobody waits for anything.
-    pub(crate) fn nothing_left(&self) -> bool {
-        self.queue.is_empty()
     }
 
     pub(crate) fn guest_of(&self, id: ServerId) -> Option<usize> {
@@ -1018,6 +1014,9 @@ impl World {
             return;
         }
         if let Fault::Kill { .. } = fault {
+            let half_open = |c: &&Conversation| c.view.is_some() && !c.established;
+            self.refused
+                .extend(self.observer.conversations.iter().filter(half_open).map(|c| (c.client, c.isn)));
             // A close is disputed by RVMs that have kept up within the hold, in several conversations.
             let prompt = healthy.iter().any(|&g| {
                 let (guest, link) = (&self.knobs.guests[g], &self.knobs.guest_links.get(g));

@@ -46,7 +46,6 @@ pub fn uncovered(reason: Uncovered) -> &'static str {
         Uncovered::OptionsDiffer => "the RVM's SYN-ACK lacks options that the client relies on",
         Uncovered::RvmReset => "the RVM refused or reset it",
         Uncovered::RvmLagged => "the RVM did not answer, or fell behind a limit",
-        Uncovered::Contradiction => "the client sent two different bytes for one position",
         Uncovered::UnrecordedAck => "the OVM acknowledged bytes that were not recorded",
         Uncovered::Authenticated => "TCP-MD5 or TCP-AO: its segments can't be rewritten",
     }

@@ -148,7 +148,8 @@ impl Conversation {
 
     /// A segment of the client that is not a SYN.
     pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
-        if self.was_reset {
+        if self.was_reset || (self.up_rst.is_some() && !segment.flags.has(Flags::RST)) {
+            // Behind its own RST a client has nothing to say either.
             return self.answer_with_reset(link, segment, ctx);
         }
         let Some(start) = position_of(self.client.iss, segment.seq, self.up.end()) else {
@@ -168,16 +169,27 @@ impl Conversation {
             ctx.counters.bad_ack += 1;
             return;
         };
+        let mut first_copy = Vec::new();
+        let mut passed = *segment;
         if self.is_acceptable(start, segment) {
             self.last_heard = ctx.now;
             self.probes = 0;
             self.link = link;
             self.note_acknowledgment(start, ack, segment, ctx);
-            if !self.record(start, segment, ctx) {
-                return;
+            let Some(contradicts) = self.record(start, segment, ctx) else { return };
+            if contradicts {
+                first_copy.extend_from_slice(segment.payload);
+                self.up.restore(start, &mut first_copy);
+                passed.payload = &first_copy;
             }
+            self.trim_to_recorded(start, &mut passed);
         } else {
             ctx.counters.unacceptable += 1;
+            if start + segment.sequence_length() > self.told.acked {
+                // It is answered for its position or time; a guest that is more lenient must not take
+                // what was not recorded.
+                passed = Segment { flags: passed.flags.without(Flags::FIN), payload: &[], ..passed };
+            }
             // Somebody must answer it with an ACK: the OVM, or the daemon in its place.
             if let Some(recuperating) = &mut self.recuperating {
                 recuperating.ack_due = true;
@@ -188,7 +200,23 @@ impl Conversation {
             let ack = self.segment_to_client();
             self.send_to_client(&ack, ctx);
         }
-        self.forward_to_ovm(ack, segment, ctx);
+        self.forward_to_ovm(ack, &passed, ctx);
+    }
+
+    /// Leaves of a segment what was recorded of it. Kernels differ in what they take beyond the window
+    /// or behind a FIN; what the OVM alone would take makes every RVM stale.
+    fn trim_to_recorded(&self, start: u64, segment: &mut Segment<'_>) {
+        let stop = self.told.edge.max(self.told.acked).min(self.up_fin.map_or(u64::MAX, |(fin, _)| fin));
+        let text = text_before(Some(stop), start, segment.payload);
+        let cut = text.len() < segment.payload.len();
+        if cut || self.up_fin.is_none_or(|(fin, _)| fin != start + text.len() as u64) {
+            segment.flags = segment.flags.without(Flags::FIN);
+        }
+        segment.payload = text;
+        if cut && text.is_empty() {
+            // A probe of a closed window: without its byte it is answered at an old position only.
+            segment.seq = seq_of(self.client.iss, self.told.acked).wrapping_sub(1);
+        }
     }
 
     /// The OVM speaks with the client itself.
@@ -237,10 +265,12 @@ impl Conversation {
         }
     }
 
-    /// Records payload, FIN and urgent pointer. False if there was no room: then the segment must not
-    /// be passed on either, and the client will send it again.
-    fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> bool {
+    /// Records payload, FIN and urgent pointer. `None` if there was no room: then the segment must not
+    /// be passed on either, and the client will send it again. Else whether it contradicts what was
+    /// recorded: the OVM, too, gets the first copy only, so a client can't make servers differ.
+    fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> Option<bool> {
         let end = start + segment.payload.len() as u64;
+        let mut contradicts = false;
         let text = text_before(self.up_fin.map(|(fin, _)| fin), start, segment.payload);
         if !text.is_empty() {
             let before = self.up.end();
@@ -251,12 +281,10 @@ impl Conversation {
             let inserted = self.up.insert(start, taken, mark, limit);
             if inserted.refused {
                 ctx.counters.conversation_bytes += 1;
-                return false;
+                return None;
             }
-            if inserted.conflict.is_some_and(|position| position >= self.told.acked) {
-                ctx.counters.contradictions += 1;
-                self.unprotect(Uncovered::Contradiction, ctx);
-            }
+            contradicts = inserted.conflict.is_some_and(|position| position >= self.told.acked);
+            ctx.counters.contradictions += u64::from(contradicts);
             let grown = (self.up.end() - before) as i64;
             if grown > 0 {
                 self.for_each_leg(ctx, |slot, _, ctx| ctx.due(slot, grown));
@@ -269,10 +297,11 @@ impl Conversation {
         if segment.flags.has(Flags::URG) && segment.urgent > 0 {
             self.urgent = Some(start + u64::from(segment.urgent));
         }
-        if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.end() {
+        // Not one with text recorded behind it: that would be taken from servers that have it.
+        if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
             self.up_fin = Some((end, ctx.order.mark()));
         }
-        true
+        Some(contradicts)
     }
 
     /// Passes the client's segment to the OVM, if the OVM has the conversation.
@@ -296,15 +325,22 @@ impl Conversation {
         translated.emit_split(leg.mss, |packet| ctx.send_to_server(server, packet));
     }
 
-    /// RFC 5961 §3: only the exact position counts; the OVM answers all others with an ACK.
+    /// RFC 5961 §3: only the exact position counts, that is, behind all that was recorded: servers would
+    /// otherwise differ in what they had taken before it. Others are answered with an ACK, by the daemon,
+    /// since a lenient OVM might close.
     fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
-        if start == self.up_end() || start == self.told.acked {
+        if start == self.up_end() {
             self.up_rst = Some((start, ctx.order.mark()));
             self.forward_to_ovm(self.client.acked, segment, ctx);
             self.close(ctx);
+        } else if self.closed.is_some() {
+            self.forward_to_ovm(self.client.acked, segment, ctx);
         } else {
             ctx.counters.unacceptable += 1;
-            self.forward_to_ovm(self.client.acked, segment, ctx);
+            if (self.told.acked..=self.told.edge).contains(&start) {
+                let challenge = self.segment_to_client();
+                self.send_to_client(&challenge, ctx);
+            }
         }
     }
 
@@ -519,15 +555,20 @@ impl Conversation {
 
     // ---- work -----------------------------------------------------------------------------------
 
+    /// Arranges itself for the present epoch if it is of an older one.
+    pub(crate) fn follow_epoch(&mut self, ctx: &mut Context) {
+        if self.epoch != ctx.epoch {
+            self.enter_epoch(ctx);
+        }
+    }
+
     /// Does whatever is due: feeds servers, recuperates, judges, releases. Called after each segment
     /// and when the deadline has come. False if the conversation is to be forgotten.
     pub(crate) fn work(&mut self, ctx: &mut Context) -> bool {
         self.legs.retain(|index, server| {
             ctx.queue.iter().any(|known| known.id == server && known.slot.index() == index)
         });
-        if self.epoch != ctx.epoch {
-            self.enter_epoch(ctx);
-        }
+        self.follow_epoch(ctx);
         if self.client.acked < self.down.end() {
             let since = *self.client_owes_since.get_or_insert(ctx.now);
             self.is_client_silent = ctx.now.since(since) >= CLIENT_SILENCE;

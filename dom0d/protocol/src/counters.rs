@@ -57,7 +57,7 @@ counters! {
     conversations,
     /// Segments of conversations that the daemon does not know, forwarded unprotected.
     unprotected_segments,
-    /// Client bytes that contradict recorded ones.
+    /// Client segments that contradict recorded ones: the first copy was passed on.
     contradictions,
     /// Bytes of the OVM that contradict what it sent before: the first copy was sent.
     ovm_contradictions,

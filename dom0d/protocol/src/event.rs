@@ -83,8 +83,6 @@ pub enum Uncovered {
     RvmReset,
     /// The RVM did not answer, or fell behind a limit.
     RvmLagged,
-    /// The client sent two different bytes for one position.
-    Contradiction,
     /// The OVM acknowledged bytes that were never recorded.
     UnrecordedAck,
     /// TCP-MD5 or TCP-AO: segments can't be rewritten.

@@ -75,6 +75,11 @@ impl Queue {
         self.servers.iter_mut().find(|server| server.slot == slot)
     }
 
+    /// Whether it is some server's own address.
+    pub(crate) fn has_address(&self, address: IpAddr) -> bool {
+        self.servers.iter().any(|server| server.addresses.contains(&address))
+    }
+
     pub(crate) fn slot_of(&self, id: ServerId) -> Option<Slot> {
         self.servers.iter().find(|server| server.id == id).map(|server| server.slot)
     }

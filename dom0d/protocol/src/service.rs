@@ -89,7 +89,9 @@ impl Service {
             self.ctx.counters.not_replicated += 1;
             return;
         }
-        if !is_unicast(segment.src) || config.psc.contains(&segment.src.ip()) {
+        // A guest drops what comes from an address of its own, in silence: it would look dead.
+        let is_ours = config.psc.contains(&segment.src.ip()) || self.ctx.queue.has_address(segment.src.ip());
+        if !is_unicast(segment.src) || is_ours {
             self.ctx.counters.wrong_address += 1;
             return;
         }
@@ -379,6 +381,8 @@ impl Service {
     fn with(&mut self, id: ConversationId, change: impl FnOnce(&mut Conversation, &mut Context)) {
         if let Some(mut conversation) = self.table.take(id) {
             let was_open = conversation.is_open();
+            // First, or a deposed OVM's segment would still pass as the OVM's.
+            conversation.follow_epoch(&mut self.ctx);
             change(&mut conversation, &mut self.ctx);
             let wanted = conversation.work(&mut self.ctx);
             if wanted {

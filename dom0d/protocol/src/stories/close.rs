@@ -75,12 +75,3 @@ fn a_clients_reset_reaches_the_replica_behind_its_data() {
     let heard = story.server_hears(1);
     assert_eq!((heard.seq, heard.flags.has(Flags::RST)), (at(4), true));
 }
-
-#[test]
-fn a_reset_beside_the_exact_position_is_the_ovms_to_challenge() {
-    let mut story = Story::established(1);
-    story.client_says(Say { seq: at(50), flags: Flags::RST, ..Say::default() });
-    assert!(story.server_hears(0).flags.has(Flags::RST));
-    assert_eq!(story.service.status().conversations, 1);
-    story.silence();
-}

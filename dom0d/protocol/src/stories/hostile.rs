@@ -10,3 +10,174 @@ fn an_ovm_that_contradicts_itself_beyond_a_gap_is_held_to_its_first_word() {
     story.server_sends(0, 99, b"!other", 1);
     assert_eq!(story.client_hears().payload, b"!first");
 }
+
+/// What the OVM heard: text by position.
+fn heard_by(story: &mut Story, server: u32) -> Vec<(u32, Vec<u8>, bool)> {
+    let heard = story.servers[server as usize].drain(..);
+    heard
+        .map(|heard| (heard.seq.wrapping_sub(CLIENT_ISS), heard.payload, heard.flags.has(Flags::FIN)))
+        .collect()
+}
+
+fn is_promotable(story: &Story, server: usize) -> bool {
+    story.service.status().servers[server].not_promotable.is_none()
+}
+
+#[test]
+fn a_client_that_contradicts_itself_is_held_to_its_first_word_everywhere() {
+    let mut story = Story::established(1);
+    story.client_sends(4, b"first", 1);
+    assert_eq!(heard_by(&mut story, 0), [(4, b"first".to_vec(), false)]);
+    story.client_sends(1, b"SETother!", 1);
+    assert_eq!(heard_by(&mut story, 0), [(1, b"SETfirst!".to_vec(), false)]);
+    assert_eq!(heard_by(&mut story, 1), [(1, b"SETfirst!".to_vec(), false)]);
+    assert!(is_promotable(&story, 1));
+}
+
+#[test]
+fn the_ovm_gets_nothing_beyond_the_window_that_was_told() {
+    let mut story = Story::established(1);
+    // The window is 1000 bytes; some kernels take a segment that begins in it whole.
+    story.client_sends(1, &[7; 1300], 1);
+    assert_eq!(heard_by(&mut story, 0), [(1, vec![7; 1000], false)]);
+    story.server_sends(0, 1, b"", 1001);
+    assert!(is_promotable(&story, 1));
+}
+
+#[test]
+fn a_probe_of_a_closed_window_is_answered_without_its_byte() {
+    let mut story = Story::established(0);
+    story.client_sends(1, &[7; 1000], 1);
+    story.servers[0].clear();
+    story.server_says(0, Say { seq: iss(0) + 1, ack: at(1001), window: 0, ..Say::default() });
+    story.client_sends(1001, b"?", 1);
+    assert_eq!(heard_by(&mut story, 0), [(1000, vec![], false)]);
+}
+
+#[test]
+fn text_behind_a_fin_reaches_nobody() {
+    let mut story = Story::established(1);
+    story.client_says(Say {
+        seq: at(4),
+        ack: iss(0) + 1,
+        flags: Flags::FIN.with(Flags::ACK),
+        payload: b"d",
+        ..Say::default()
+    });
+    story.client_sends(1, b"abcdEVIL", 1);
+    let all: Vec<u8> = heard_by(&mut story, 0).into_iter().flat_map(|(_, text, _)| text).collect();
+    assert_eq!(all, b"dabcd");
+    story.client_sends(5, b"EVIL", 1);
+    assert!(heard_by(&mut story, 0).iter().all(|(_, text, _)| text.is_empty()));
+    assert!(heard_by(&mut story, 1).iter().all(|(_, text, _)| !text.ends_with(b"EVIL")));
+}
+
+#[test]
+fn a_fin_before_recorded_text_is_none() {
+    let mut story = Story::established(1);
+    story.client_sends(5, b"later", 1);
+    story.client_says(Say {
+        seq: at(1),
+        ack: iss(0) + 1,
+        flags: Flags::FIN.with(Flags::ACK),
+        payload: b"ab",
+        ..Say::default()
+    });
+    assert_eq!(heard_by(&mut story, 0), [(5, b"later".to_vec(), false), (1, b"ab".to_vec(), false)]);
+}
+
+#[test]
+fn a_segment_of_another_time_elicits_an_answer_and_nothing_else() {
+    // A guest whose TS.Recent is 0 takes any time (Linux does); the daemon goes by RFC 7323.
+    let mut story = Story::new(1);
+    story.timestamps = true;
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    story.syn_ack(0);
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, tsecr: 1000, ..Say::default() });
+    story.servers[0].clear();
+    story.client_says(Say {
+        seq: at(1),
+        ack: iss(0) + 1,
+        tsval: (1 << 31) + 5,
+        payload: b"SET",
+        ..Say::default()
+    });
+    assert_eq!(heard_by(&mut story, 0), [(1, vec![], false)]);
+}
+
+#[test]
+fn a_reset_before_recorded_text_is_challenged_by_the_daemon() {
+    // The OVM may have taken the text, or not yet: a replica could not know what to keep.
+    let mut story = Story::established(1);
+    story.client_sends(1, b"SET", 1);
+    story.servers[0].clear();
+    story.client_says(Say { seq: at(1), flags: Flags::RST, ..Say::default() });
+    assert_eq!(heard_by(&mut story, 0), []);
+    let challenge = story.client_hears();
+    assert_eq!((challenge.ack, challenge.flags), (at(1), Flags::ACK));
+    story.server_sends(0, 1, b"", 4);
+    story.client_hears();
+    story.server_sends(1, 1, b"", 4);
+    story.client_says(Say { seq: at(4), flags: Flags::RST, ..Say::default() });
+    assert_eq!(story.server_hears(0).flags, Flags::RST);
+    assert_eq!(story.service.status().conversations, 0);
+    assert!(is_promotable(&story, 1));
+    // Whoever goes on behind his own RST is not heard by the OVM alone.
+    story.client_sends(4, b"EVIL", 1);
+    assert_eq!(heard_by(&mut story, 0), []);
+}
+
+#[test]
+fn nobody_speaks_in_the_name_of_a_guest() {
+    // Its kernel would drop the SYN in silence, and be taken for dead.
+    let mut story = Story::new(1);
+    for server in 0..2 {
+        let syn = Segment {
+            src: format!("10.0.0.{}:7000", 10 + server).parse().unwrap(),
+            dst: PSC.parse().unwrap(),
+            seq: 1,
+            ack: 0,
+            flags: Flags::SYN,
+            window: 1000,
+            urgent: 0,
+            options: Options::default(),
+            ecn: 0,
+            payload: b"",
+        };
+        story.service.handle_client(story.now, LINK, &syn.emit());
+        story.drain();
+    }
+    story.silence();
+}
+
+#[test]
+fn a_deposed_server_is_silent_from_the_cutover_itself() {
+    let mut story = Story::established(1);
+    story.service.switchover(story.now, Some(ServerId(1))).unwrap();
+    // Before anything else happens in the conversation.
+    let late = Segment {
+        src: "10.0.0.10:80".parse().unwrap(),
+        dst: CLIENT.parse().unwrap(),
+        seq: iss(0) + 1,
+        ack: at(1),
+        flags: Flags::ACK,
+        window: 1000,
+        urgent: 0,
+        options: Options::default(),
+        ecn: 0,
+        payload: b"late",
+    };
+    story.service.handle_server(story.now, ServerId(0), &late.emit());
+    story.drain();
+    assert!(story.client.iter().all(|heard| heard.payload.is_empty()));
+}
+
+#[test]
+fn a_reset_beside_the_exact_position_closes_nothing() {
+    let mut story = Story::established(1);
+    story.client_says(Say { seq: at(50), flags: Flags::RST, ..Say::default() });
+    assert_eq!((story.client_hears().ack, story.service.status().conversations), (at(1), 1));
+    story.client_says(Say { seq: at(50_000), flags: Flags::RST, ..Say::default() });
+    assert_eq!(story.service.status().conversations, 1);
+    story.silence();
+}

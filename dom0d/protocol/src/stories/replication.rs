@@ -109,18 +109,6 @@ fn a_super_packet_is_split_for_the_client() {
 }
 
 #[test]
-fn contradicting_client_bytes_make_the_conversation_unprotected() {
-    let mut story = Story::established(1);
-    story.client_sends(1, b"one", 1);
-    story.client_sends(1, b"two", 1);
-    assert!(
-        story.events.iter().any(|event| matches!(event, EventKind::Unprotected { .. })),
-        "{:?}",
-        story.events
-    );
-}
-
-#[test]
 fn what_the_client_acknowledges_without_having_been_sent_is_dropped() {
     let mut story = Story::established(1);
     story.client_sends(1, b"x", 500);

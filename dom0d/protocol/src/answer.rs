@@ -56,8 +56,7 @@ impl Conversation {
         if segment.flags.has(Flags::RST) {
             if acknowledges && ctx.queue.ovm() == Some(slot) {
                 // A new OVM refuses what the client has: its service may have died in turn.
-                leg.gone = Some(ctx.now);
-                leg.sender.disarm();
+                self.note_gone(slot, leg, ctx);
                 return Ok(());
             }
             return if acknowledges { Err(Uncovered::RvmReset) } else { Ok(()) };
@@ -291,7 +290,9 @@ impl Conversation {
     }
 
     fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
-        leg.gone = Some(ctx.now);
+        if let Some(slot) = ctx.queue.ovm() {
+            self.note_gone(slot, leg, ctx);
+        }
         if self.must_hold(start, true, ctx) {
             return;
         }
@@ -356,11 +357,7 @@ impl Conversation {
             return;
         }
         if segment.flags.has(Flags::RST) {
-            if leg.gone.is_none() {
-                leg.gone = Some(ctx.now);
-                leg.sender.disarm();
-                ctx.progressed[slot.index()] = true;
-            }
+            self.note_gone(slot, leg, ctx);
             return;
         }
         // Behind its RST there is nothing to hear.

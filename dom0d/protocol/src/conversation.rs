@@ -430,14 +430,26 @@ impl Conversation {
         ctx.mark_stale(slot, StaleReason::UncoveredConversation);
     }
 
+    /// The server reset the conversation, or refused it.
+    pub(crate) fn note_gone(&self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+        if leg.gone.is_none() {
+            if self.is_open() {
+                ctx.count(slot, -leg.counts().0, 0);
+            }
+            leg.gone = Some(ctx.now);
+            leg.sender.disarm();
+            ctx.progressed[slot.index()] = true;
+        }
+    }
+
     /// Takes what `leg` stands for out of its server's sums.
     fn settle_accounts(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
         let up = self.up.end().saturating_sub(leg.rcv_nxt.max(1)) as i64;
         let down = if leg.through { 0 } else { self.down.end() as i64 - leg.answers.end() as i64 };
         ctx.due(slot, -(up + down));
         if self.is_open() {
-            let covers = leg.covers();
-            ctx.count(slot, -i64::from(covers), -i64::from(!covers));
+            let (covered, diverged) = leg.counts();
+            ctx.count(slot, -covered, -diverged);
         }
     }
 
@@ -467,8 +479,8 @@ impl Conversation {
         }
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.get(slot, server) {
-                let covers = leg.covers();
-                ctx.count(slot, -i64::from(covers), -i64::from(!covers));
+                let (covered, diverged) = leg.counts();
+                ctx.count(slot, -covered, -diverged);
             }
         }
         self.closed = Some(ctx.now);

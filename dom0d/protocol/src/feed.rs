@@ -44,8 +44,7 @@ impl Conversation {
     fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
         if self.up_rst.is_some() && self.up.end() <= 1 && self.up_fin.is_none() {
             // The client is gone before the server ever knew of it, and has said nothing.
-            leg.gone = Some(ctx.now);
-            leg.sender.disarm();
+            self.note_gone(slot, leg, ctx);
             return Ok(());
         }
         let first = !leg.sender.is_armed();
@@ -90,10 +89,10 @@ impl Conversation {
             match compared {
                 Compared::Equal(position) => leg.compared = position,
                 Compared::Diverged(position) => {
-                    leg.diverged_at = Some(position);
                     if self.is_open() {
-                        ctx.count(slot, -1, 1);
+                        ctx.count(slot, -leg.counts().0, 1);
                     }
+                    leg.diverged_at = Some(position);
                     ctx.counters.divergences += 1;
                     ctx.progressed[slot.index()] = true;
                     ctx.event(EventKind::Diverged {
@@ -126,9 +125,7 @@ impl Conversation {
             .is_some_and(|(position, mark)| position <= leg.rcv_nxt && ctx.permits(slot, mark, self.id))
         {
             self.send_reset_to(slot, leg, ctx);
-            leg.gone = Some(ctx.now);
-            leg.sender.disarm();
-            ctx.progressed[slot.index()] = true;
+            self.note_gone(slot, leg, ctx);
             return;
         }
         let told = self.told_to(leg);

@@ -95,6 +95,12 @@ impl Leg {
         self.diverged_at.is_none()
     }
 
+    /// What it is in its server's counts: covered, diverged. One that reset the conversation is neither.
+    pub(crate) fn counts(&self) -> (i64, i64) {
+        let carries = self.covers() && self.gone.is_none();
+        (i64::from(carries), i64::from(!self.covers()))
+    }
+
     /// May be given segments.
     pub(crate) fn is_open(&self) -> bool {
         self.phase == Phase::Open && self.gone.is_none()

@@ -48,7 +48,8 @@ impl Conversation {
                 leg.sender = Sender::new(leg.rcv_nxt);
                 leg.answers = Stream::new(down_end);
                 leg.compared = down_end;
-                leg.fin = down_fin;
+                // It may have closed, and the client not been told yet.
+                leg.fin = leg.fin.or(down_fin);
                 leg.told = (acked, 0);
                 leg.ack_due = true;
             }

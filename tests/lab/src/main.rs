@@ -10,6 +10,7 @@ mod report;
 mod scenarios;
 mod stage;
 mod supervise;
+mod xen;
 mod xenstored;
 
 use std::process::ExitCode;
@@ -31,6 +32,9 @@ enum Verb {
     Test(scenarios::Options),
     /// Measure cost and speed against a plain bridge
     Bench(bench::Options),
+    /// The lab on a real Xen, in QEMU
+    #[command(subcommand)]
+    Xen(xen::Verb),
     /// One scenario, in this process
     #[command(hide = true)]
     Play { name: String },
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Bench(options) => supervise::supervised(bench::LIMIT, || bench::run(&options)),
         Verb::Test(options) => scenarios::run(&options),
         Verb::Play { name } => scenarios::play_one(&name).map(|()| ExitCode::SUCCESS),
+        Verb::Xen(verb) => verb.run(),
         Verb::ByHand(verb) => verb.run(),
     };
     outcome.unwrap_or_else(|error| {

@@ -133,9 +133,26 @@ pub(crate) fn built(name: &str) -> PathBuf {
     target.join("release").join(name)
 }
 
-fn workspace() -> PathBuf {
+/// The project's top directory.
+pub(crate) fn workspace() -> PathBuf {
     // This crate is tests/lab of it.
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("/")).to_owned()
+}
+
+/// Installs those of these packages that are missing; they bring no services along.
+pub(crate) fn install_packages(packages: &[&str], progress: &dyn Fn(&str)) -> Result<()> {
+    let mut missing = Vec::new();
+    for package in packages.iter().copied() {
+        if !is_installed(package)? {
+            missing.push(package);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    progress(&format!("installing {}", missing.join(" ")));
+    apt_get(&["update", "-qq"])?;
+    apt_get(&[&["install", "-qq", "-y", "--no-install-recommends"], missing.as_slice()].concat())
 }
 
 fn is_installed(package: &str) -> Result<bool> {

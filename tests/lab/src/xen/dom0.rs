@@ -1,0 +1,151 @@
+//! The way into dom0: SSH over QEMU's user network, from this machine's loopback only, with keys made
+//! for this lab. Also into the client (a network namespace of dom0) and, by their consoles, the domUs.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::machine::Machine;
+use super::patience::Patience;
+
+/// How long a domU has to answer to `exec`, in seconds.
+const DOMU_ANSWER_LIMIT_S: u32 = 60;
+
+/// A running dom0.
+#[derive(Debug)]
+pub(super) struct Dom0 {
+    directory: PathBuf,
+    port: u16,
+}
+
+impl Dom0 {
+    pub(super) fn new(directory: &Path, port: u16) -> Self {
+        Self { directory: directory.to_owned(), port }
+    }
+
+    /// A place on this machine for a file on its way.
+    pub(super) fn scratch(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// That of the running lab of this name.
+    pub(super) fn find(name: &str) -> Result<Self> {
+        Ok(Machine::find(name)?.into_dom0())
+    }
+
+    /// Runs a shell script as root, gives its standard output. Anything but success is an error that
+    /// quotes what the script said.
+    pub(super) fn run(
+        &self,
+        patience: &Patience,
+        what: &str,
+        script: &str,
+        limit: Duration,
+    ) -> Result<String> {
+        self.run_with(patience, what, script, &[], limit)
+    }
+
+    /// [`Dom0::run`] with standard input.
+    pub(super) fn run_with(
+        &self,
+        patience: &Patience,
+        what: &str,
+        script: &str,
+        input: &[u8],
+        limit: Duration,
+    ) -> Result<String> {
+        let mut ssh = self.ssh();
+        ssh.arg(script);
+        let output = patience.run(what, &mut ssh, input, limit)?;
+        let (said, complained) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        if !output.status.success() {
+            bail!("{what}: failed in dom0 ({})\n{said}{complained}", output.status);
+        }
+        Ok(said.into_owned())
+    }
+
+    /// Writes a file, and the directories above it.
+    pub(super) fn write(&self, patience: &Patience, path: &str, mode: &str, contents: &[u8]) -> Result<()> {
+        self.run_with(
+            patience,
+            &format!("writing {path}"),
+            &format!("mkdir -p $(dirname {path}) && cat >{path}.new && chmod {mode} {path}.new && mv {path}.new {path}"),
+            contents,
+            Duration::from_secs(120),
+        )?;
+        Ok(())
+    }
+
+    /// Opens the connection that everything then goes through, as a login costs two seconds in
+    /// emulation: whether dom0 lets us in. It ends with the machine.
+    pub(super) fn connect(&self, patience: &Patience) -> bool {
+        let mut ssh = self.ssh();
+        ssh.args(["-o", "ControlMaster=yes", "-o", "ControlPersist=yes", "true"]);
+        patience
+            .run_silent("connecting to dom0", &mut ssh, Duration::from_secs(20))
+            .is_ok_and(|s| s.success())
+    }
+
+    /// Runs a program with this process' terminal; gives its exit code.
+    pub(super) fn exec(&self, host: &str, words: &[String]) -> Result<ExitCode> {
+        let quoted = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+        let script = match host {
+            "dom0" => quoted,
+            "client" => format!("ip netns exec client {quoted}"),
+            domain => {
+                format!("domu-exec {} {DOMU_ANSWER_LIMIT_S} {}", self::quoted(domain), self::quoted(&quoted))
+            }
+        };
+        finish(self.ssh().arg(script))
+    }
+
+    /// An interactive shell.
+    pub(super) fn shell(&self, host: &str) -> Result<ExitCode> {
+        let mut ssh = self.ssh();
+        ssh.arg("-t");
+        finish(match host {
+            "dom0" => &mut ssh,
+            "client" => ssh.arg("ip netns exec client bash"),
+            // A console takes orders, not keystrokes: each line is one.
+            domain => ssh.arg(format!(
+                "while read -r -e -p {0}'# ' line; do domu-exec {0} {DOMU_ANSWER_LIMIT_S} \"$line\"; done",
+                quoted(domain)
+            )),
+        })
+    }
+
+    fn ssh(&self) -> Command {
+        let file = |name: &str| self.directory.join(name).display().to_string();
+        let mut ssh = Command::new("ssh");
+        ssh.args(["-F", "none", "-p", &self.port.to_string(), "-i", &file("key")]);
+        for option in [
+            format!("UserKnownHostsFile={}", file("known_hosts")),
+            "StrictHostKeyChecking=yes".to_owned(),
+            "IdentitiesOnly=yes".to_owned(),
+            "BatchMode=yes".to_owned(),
+            format!("ControlPath={}", file("connection")),
+            "LogLevel=ERROR".to_owned(),
+            "ConnectTimeout=10".to_owned(),
+            // A dom0 that died does not close its connections.
+            "ServerAliveInterval=15".to_owned(),
+            "ServerAliveCountMax=4".to_owned(),
+        ] {
+            ssh.args(["-o", &option]);
+        }
+        ssh.arg("root@127.0.0.1");
+        ssh
+    }
+}
+
+/// A word that a shell reads as just this.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+fn finish(command: &mut Command) -> Result<ExitCode> {
+    let status = command.status().context("cannot start ssh")?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(255)).unwrap_or(255)))
+}

@@ -1,0 +1,116 @@
+//! How long may something take, and who may cut it short? Everything the Xen lab waits for is waited
+//! for here: with a limit, and until Ctrl-C.
+
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::supervise::Interrupts;
+
+/// How often it is looked whether something has come about.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// Lets SIGINT, SIGTERM and SIGHUP end a wait instead of the process, so that what was begun is
+/// taken down in order.
+#[derive(Debug)]
+pub(super) struct Patience(Interrupts);
+
+impl Patience {
+    /// To be called before any thread is started.
+    pub(super) fn begin() -> Result<Self> {
+        Ok(Self(Interrupts::take()?))
+    }
+
+    /// Waits until `ready` gives something.
+    pub(super) fn until<T>(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut ready: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
+        let begun = Instant::now();
+        loop {
+            if let Some(there) = ready()? {
+                return Ok(there);
+            }
+            if begun.elapsed() > limit {
+                bail!("{what}: not done after {} s", limit.as_secs());
+            }
+            if self.0.within(PERIOD) {
+                bail!("{what}: interrupted");
+            }
+        }
+    }
+
+    /// Runs a program to its end, with `input`; it is killed when its time is over. Whether it
+    /// succeeded is the caller's to judge.
+    pub(super) fn run(
+        &self,
+        what: &str,
+        command: &mut Command,
+        input: &[u8],
+        limit: Duration,
+    ) -> Result<Output> {
+        let mut child = command
+            // Ctrl-C is for this process, which then ends the other one.
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{what}: cannot start {}", command.get_program().to_string_lossy()))?;
+        let input = input.to_owned();
+        let stdin = child.stdin.take();
+        let writer = thread::spawn(move || {
+            // One that reads no further has its reasons, and says them by its exit code.
+            stdin.map(|mut stdin| stdin.write_all(&input))
+        });
+        let stdout = reader(child.stdout.take());
+        let stderr = reader(child.stderr.take());
+        let status = self.finish(what, &mut child, limit)?;
+        let _ = writer.join();
+        let collect = |from: thread::JoinHandle<Vec<u8>>| from.join().unwrap_or_default();
+        Ok(Output { status, stdout: collect(stdout), stderr: collect(stderr) })
+    }
+
+    /// Runs a program that may leave a process behind, to its own end.
+    pub(super) fn run_silent(
+        &self,
+        what: &str,
+        command: &mut Command,
+        limit: Duration,
+    ) -> Result<ExitStatus> {
+        let mut child = command
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("{what}: cannot start {}", command.get_program().to_string_lossy()))?;
+        self.finish(what, &mut child, limit)
+    }
+
+    fn finish(&self, what: &str, child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+        let ended = self.until(what, limit, || Ok(child.try_wait()?));
+        if ended.is_err() {
+            child.kill()?;
+            child.wait()?;
+        }
+        ended
+    }
+}
+
+fn reader(from: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut all = Vec::new();
+        if let Some(mut from) = from {
+            // What came before an error is all that there is.
+            let _ = from.read_to_end(&mut all);
+        }
+        all
+    })
+}

@@ -22,6 +22,7 @@ impl Conversation {
         ctx: &mut Context,
     ) {
         let Some(mut leg) = self.legs.take(slot, server) else { return };
+        let was_open = self.is_open();
         if let Some((tsval, _)) = segment.options.timestamps {
             leg.note_tsval(tsval);
         }
@@ -36,6 +37,11 @@ impl Conversation {
                 Ok(())
             }
         };
+        if was_open && !self.is_open() {
+            // What closed it did not see this leg.
+            let covers = leg.covers();
+            ctx.count(slot, -i64::from(covers), -i64::from(!covers));
+        }
         match kept {
             Ok(()) => self.legs.put(slot, leg),
             Err(reason) => self.drop_leg(slot, &leg, reason, ctx),

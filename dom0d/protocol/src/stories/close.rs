@@ -75,3 +75,14 @@ fn a_clients_reset_reaches_the_replica_behind_its_data() {
     let heard = story.server_hears(1);
     assert_eq!((heard.seq, heard.flags.has(Flags::RST)), (at(4), true));
 }
+
+#[test]
+fn a_conversation_that_the_ovm_reset_is_not_counted_any_more() {
+    let mut story = Story::established(0);
+    story.server_says(
+        0,
+        Say { seq: iss(0) + 1, ack: at(1), flags: Flags::RST.with(Flags::ACK), ..Say::default() },
+    );
+    let status = story.service.status();
+    assert_eq!((status.conversations, status.servers[0].covered), (0, 0));
+}

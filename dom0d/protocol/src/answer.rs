@@ -381,6 +381,9 @@ impl Conversation {
             }
             let grown = leg.answers.end() - before;
             if grown > 0 {
+                if ctx.queue.ovm() == Some(slot) {
+                    ctx.last_answer = ctx.now;
+                }
                 leg.answered_at = ctx.now;
                 ctx.due(slot, -(grown as i64));
                 ctx.progressed[slot.index()] = true;

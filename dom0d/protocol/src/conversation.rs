@@ -99,9 +99,10 @@ pub(crate) struct Conversation {
     /// It was reset by the daemon: whatever the client still sends is answered with a RST.
     pub(crate) was_reset: bool,
     pub(crate) last_heard: Instant,
-    /// Since when the client owes an ACK of what it was sent, without progress; and whether that is too
+    /// Since when the client owes an ACK of what it was sent up to a position (a client that
+    /// acknowledges byte by byte still owes the rest); and whether that is too
     /// long for servers to share the wait.
-    pub(crate) client_owes_since: Option<Instant>,
+    pub(crate) client_owes: Option<(Instant, u64)>,
     pub(crate) is_client_silent: bool,
     pub(crate) probes: u8,
     /// When it is registered to be looked at.
@@ -115,6 +116,9 @@ pub(crate) struct Conversation {
 /// Probes to an idle client before it counts as dead, and the time between them.
 const IDLE_PROBES: u8 = 5;
 const IDLE_PROBE_INTERVAL: core::time::Duration = core::time::Duration::from_secs(15);
+
+/// How often a closed conversation that a new OVM has yet to catch up with is looked at.
+const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1);
 
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
@@ -254,8 +258,8 @@ impl Conversation {
                 && segment.sequence_length() == 0
                 && ack + window == self.client.edge;
             let newly = ack - self.client.acked;
-            if newly > 0 {
-                self.client_owes_since = None;
+            if self.client_owes.is_some_and(|(_, position)| ack >= position) {
+                self.client_owes = None;
             }
             self.client.acked = ack;
             self.client.edge = ack + window;
@@ -281,6 +285,7 @@ impl Conversation {
             let inserted = self.up.insert(start, taken, mark, limit);
             if inserted.refused {
                 ctx.counters.conversation_bytes += 1;
+                self.blame_laggards(ctx);
                 return None;
             }
             contradicts = inserted.conflict.is_some_and(|position| position >= self.told.acked);
@@ -302,6 +307,24 @@ impl Conversation {
             self.up_fin = Some((end, ctx.order.mark()));
         }
         Some(contradicts)
+    }
+
+    /// There is no more room for what RVMs lack: those for which most of it is kept must not stop the
+    /// client, unless the operator chose that.
+    pub(crate) fn blame_laggards(&mut self, ctx: &mut Context) {
+        if ctx.config.on_lag == crate::LagPolicy::Wait {
+            return;
+        }
+        let ovm = ctx.queue.ovm();
+        let much = u64::from(ctx.config.limits.conversation_bytes) / 2;
+        let (taken, acked) = (self.told.acked, self.client.acked);
+        self.for_each_leg(ctx, |slot, leg, ctx| {
+            let lacks = taken.saturating_sub(leg.rcv_nxt);
+            let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
+            if Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much {
+                ctx.laggards.push(slot);
+            }
+        });
     }
 
     /// Passes the client's segment to the OVM, if the OVM has the conversation.
@@ -582,10 +605,10 @@ impl Conversation {
         });
         self.follow_epoch(ctx);
         if self.client.acked < self.down.end() {
-            let since = *self.client_owes_since.get_or_insert(ctx.now);
+            let (since, _) = *self.client_owes.get_or_insert((ctx.now, self.down.end()));
             self.is_client_silent = ctx.now.since(since) >= CLIENT_SILENCE;
         } else {
-            self.client_owes_since = None;
+            self.client_owes = None;
             self.is_client_silent = false;
         }
         for (slot, server) in ctx.roster() {
@@ -601,9 +624,18 @@ impl Conversation {
             self.review_hold(ctx);
             self.judge(ctx);
             self.close_if_finished(ctx);
+        } else if self.is_awaited(ctx) {
+            self.judge(ctx);
         }
         self.release(ctx);
         self.is_wanted(ctx)
+    }
+
+    /// A new OVM, catching up, still has to produce an answer of this conversation, though that may have
+    /// ended for the client.
+    fn is_awaited(&self, ctx: &Context) -> bool {
+        let ovm = ctx.queue.ovm().filter(|_| ctx.is_catching_up());
+        ovm.is_some_and(|ovm| ctx.order.awaited(ovm) == Some(self.id))
     }
 
     /// Forgets bytes that nobody needs any more.
@@ -631,7 +663,7 @@ impl Conversation {
     /// Whether to keep it: open and its client alive, or closed and its linger not over.
     fn is_wanted(&mut self, ctx: &mut Context) -> bool {
         match self.closed {
-            Some(closed) => ctx.now < closed + ctx.config.timing.linger,
+            Some(closed) => ctx.now < closed + ctx.config.timing.linger || self.is_awaited(ctx),
             None if self.probes >= IDLE_PROBES && ctx.now >= self.idle_deadline(ctx) => {
                 // Nobody there: every server is told, the client would not hear it.
                 self.reset(ctx);
@@ -658,7 +690,7 @@ impl Conversation {
     /// When it must be looked at again.
     pub(crate) fn next_deadline(&self, ctx: &Context) -> Instant {
         let mut next = match self.closed {
-            Some(closed) => closed + ctx.config.timing.linger,
+            Some(closed) => (closed + ctx.config.timing.linger).max(ctx.now + AWAITED_INTERVAL),
             None => self.idle_deadline(ctx),
         };
         let mut consider = |deadline: Option<Instant>| {
@@ -674,12 +706,15 @@ impl Conversation {
                 }
             }
         }
+        if !self.is_open() && self.is_awaited(ctx) {
+            consider(self.suspicion.deadline(&ctx.config.timing, ctx));
+        }
         if self.is_open() {
             consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
             consider(
-                self.client_owes_since
+                self.client_owes
                     .filter(|_| !self.is_client_silent && ctx.queue.rvms().next().is_some())
-                    .map(|since| since + CLIENT_SILENCE),
+                    .map(|(since, _)| since + CLIENT_SILENCE),
             );
             consider(self.held.map(|held| if ctx.now < held.review { held.review } else { held.until }));
             consider(self.suspicion.deadline(&ctx.config.timing, ctx));

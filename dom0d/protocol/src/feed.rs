@@ -161,6 +161,9 @@ impl Conversation {
             return false;
         }
         self.send_data(leg, guest, from, to, ctx);
+        if to > leg.sender.highest {
+            leg.handed_at = ctx.now;
+        }
         leg.sender.sent(to, ctx.now);
         true
     }
@@ -190,6 +193,9 @@ impl Conversation {
             return;
         }
         self.send_fin(leg, guest, position, ctx);
+        if position >= leg.sender.highest {
+            leg.handed_at = ctx.now;
+        }
         leg.sender.sent(position + 1, ctx.now);
     }
 

@@ -187,9 +187,10 @@ impl Handshakes {
         let Some(embryonic) = self.by_key.get(key) else { return Third::NotYet };
         let accepted = embryonic.answer.is_some_and(|answer| {
             segment.flags.has(Flags::ACK)
-                && segment.ack.wrapping_sub(answer.iss.wrapping_add(1)) <= u32::from(u16::MAX)
+                // What the OVM would not take for the third opens nothing at RVMs either.
+                && segment.ack == answer.iss.wrapping_add(1)
                 && position_of(embryonic.iss, segment.seq, 1)
-                    .is_some_and(|start| (1..1 << 30).contains(&start))
+                    .is_some_and(|start| (1..=1 + u64::from(answer.window)).contains(&start))
         });
         if !accepted || segment.flags.has(Flags::RST) {
             return Third::NotYet;
@@ -316,7 +317,7 @@ impl Embryonic {
             closed: None,
             was_reset: false,
             last_heard: ctx.now,
-            client_owes_since: None,
+            client_owes: None,
             is_client_silent: false,
             probes: 0,
             deadline: None,

@@ -58,6 +58,8 @@ pub(crate) struct Leg {
     pub(crate) ack_due: bool,
     /// When it last answered something new.
     pub(crate) answered_at: Instant,
+    /// When the daemon last handed it something new.
+    pub(crate) handed_at: Instant,
     /// Since when it owes an acknowledgment or handshake without progress.
     pub(crate) owes_since: Option<Instant>,
 }
@@ -86,6 +88,7 @@ impl Leg {
             told: (0, 0),
             ack_due: false,
             answered_at: Instant::default(),
+            handed_at: Instant::default(),
             owes_since: None,
         }
     }

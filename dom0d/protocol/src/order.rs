@@ -72,6 +72,12 @@ impl Order {
         self.cursors[slot.index()]
     }
 
+    /// The conversation whose answer the server in `slot` must produce next.
+    pub(crate) fn awaited(&self, slot: Slot) -> Option<ConversationId> {
+        let index = usize::try_from(self.cursors[slot.index()].checked_sub(self.first)?).ok()?;
+        self.entries.get(index).map(|entry| entry.conversation)
+    }
+
     /// Entries that the server in `slot` has yet to produce.
     pub(crate) fn outstanding(&self, slot: Slot) -> u64 {
         self.length() - self.cursors[slot.index()]

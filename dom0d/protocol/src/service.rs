@@ -445,6 +445,7 @@ impl Service {
             return;
         }
         let Self { ctx, table, work, .. } = self;
+        let was_catching_up = ctx.is_catching_up();
         for (slot, server) in ctx.roster() {
             if !core::mem::take(&mut ctx.progressed[slot.index()]) {
                 continue;
@@ -460,7 +461,8 @@ impl Service {
             if moved && let Some(server) = ctx.queue.get_mut(slot) {
                 server.waiting_since = None;
             }
-            if ctx.queue.ovm() == Some(slot) && !ctx.is_catching_up() {
+            // Once, or each of the OVM's segments would cost a look at all conversations in recuperation.
+            if ctx.queue.ovm() == Some(slot) && was_catching_up && !ctx.is_catching_up() {
                 woken.extend(ctx.recuperation.pending.iter().copied());
             }
             for id in woken {

@@ -7,6 +7,10 @@ use std::collections::{BTreeMap, VecDeque};
 /// Neighbouring small chunks of one mark are joined up to this size.
 const JOINED_CHUNK: usize = 8 << 10;
 
+/// What a run costs beside its bytes: it counts, or tiny segments would take far more memory than the
+/// limits say.
+const RUN: usize = 96;
+
 /// A run of bytes recorded at once.
 #[derive(Debug)]
 struct Chunk {
@@ -63,12 +67,12 @@ impl Stream {
         self.pending.last_key_value().map_or(self.end, |(start, bytes)| start + bytes.len() as u64)
     }
 
-    /// Bytes held.
+    /// Bytes held, and what it costs to hold them.
     pub(crate) fn retained(&self) -> usize {
         self.retained
     }
 
-    /// Records `bytes` at `position`, at most `limit` bytes in all. `mark` goes with bytes that join
+    /// Records `bytes` at `position`, unless more than `limit` were held then. `mark` goes with bytes that join
     /// the contiguous part now, also with earlier ones that close up behind them.
     pub(crate) fn insert(&mut self, position: u64, bytes: &[u8], mark: u64, limit: usize) -> Inserted {
         let mut inserted = Inserted::default();
@@ -81,7 +85,7 @@ impl Stream {
         }
         let new = self.end.max(position)..stop;
         if new.start < new.end {
-            if self.retained + (new.end - new.start) as usize > limit {
+            if self.retained + (new.end - new.start) as usize + RUN > limit {
                 inserted.refused = true;
             } else if new.start == self.end && self.pending.is_empty() {
                 self.append(slice(bytes, position, &new), mark);
@@ -122,11 +126,11 @@ impl Stream {
             Some(last) if last.mark == mark && last.bytes.len() + bytes.len() <= JOINED_CHUNK => {
                 last.bytes.extend_from_slice(bytes);
             }
-            _ => self.chunks.push_back(Chunk {
-                start: self.end - bytes.len() as u64,
-                mark,
-                bytes: bytes.to_vec(),
-            }),
+            _ => {
+                let start = self.end - bytes.len() as u64;
+                self.chunks.push_back(Chunk { start, mark, bytes: bytes.to_vec() });
+                self.retained += RUN;
+            }
         }
     }
 
@@ -157,7 +161,7 @@ impl Stream {
             gaps.push(at..stop);
         }
         for gap in gaps {
-            self.retained += (gap.end - gap.start) as usize;
+            self.retained += (gap.end - gap.start) as usize + RUN;
             self.pending.insert(gap.start, slice(bytes, start, &gap).to_vec());
         }
         conflict
@@ -167,7 +171,7 @@ impl Stream {
     fn close_up(&mut self, mark: u64) {
         while let Some(entry) = self.pending.first_entry().filter(|entry| *entry.key() == self.end) {
             let bytes = entry.remove();
-            self.retained -= bytes.len();
+            self.retained -= bytes.len() + RUN;
             self.append(&bytes, mark);
         }
     }
@@ -226,7 +230,7 @@ impl Stream {
     pub(crate) fn release(&mut self, position: u64) {
         while self.chunks.front().is_some_and(|chunk| chunk.end() <= position) {
             if let Some(chunk) = self.chunks.pop_front() {
-                self.retained -= chunk.bytes.len();
+                self.retained -= chunk.bytes.len() + RUN;
             }
         }
         // An idle conversation should cost nothing here.
@@ -259,7 +263,7 @@ mod tests {
         assert_eq!(stream.end(), 7);
         stream.insert(5, b"efgh!", 0, LIMIT);
         assert_eq!(stream.copy(1..10), b"abcdefgh!");
-        assert_eq!(stream.retained(), 9);
+        assert_eq!(stream.retained(), 9 + RUN);
         assert_eq!(stream.insert(2, b"bXd", 0, LIMIT).conflict, Some(3));
     }
 
@@ -274,7 +278,7 @@ mod tests {
         stream.release(2);
         assert_eq!(stream.base(), 1);
         stream.release(3);
-        assert_eq!((stream.base(), stream.retained()), (3, 2));
+        assert_eq!((stream.base(), stream.retained()), (3, 2 + RUN));
         assert_eq!(stream.insert(1, b"XX", 0, LIMIT).conflict, None);
     }
 
@@ -295,8 +299,23 @@ mod tests {
     #[test]
     fn the_limit_refuses_whole_segments() {
         let mut stream = Stream::new(0);
-        assert!(!stream.insert(0, b"abc", 0, 4).refused);
-        assert!(stream.insert(3, b"de", 0, 4).refused);
+        assert!(!stream.insert(0, b"abc", 0, 2 * RUN + 4).refused);
+        assert!(stream.insert(3, b"de", 0, 2 * RUN + 4).refused);
         assert_eq!(stream.end(), 3);
+    }
+
+    #[test]
+    fn tiny_runs_can_not_take_more_memory_than_the_limit() {
+        let limit = 64 << 10;
+        let mut stream = Stream::new(0);
+        for position in (2..200_000).step_by(2) {
+            stream.insert(position, b"x", 0, limit);
+        }
+        assert!(stream.retained() <= limit);
+        assert!(stream.pending.len() * RUN <= limit, "{} runs", stream.pending.len());
+        stream.insert(0, b"ab", 0, 2 * limit);
+        stream.insert(3, b"d", 0, 2 * limit);
+        stream.release(stream.end());
+        assert_eq!(stream.retained(), stream.pending.len() * (1 + RUN));
     }
 }

@@ -7,7 +7,7 @@ use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::leg::Leg;
 use crate::mask::{self, Compared};
-use crate::queue::MAX_SERVERS;
+use crate::queue::{MAX_SERVERS, Slot};
 use crate::{Evidence, Instant, Timing};
 
 /// Since when a conversation has something against the OVM.
@@ -21,6 +21,8 @@ pub(crate) struct Suspicion {
     reminders: u32,
     /// (d) RVMs agree on an answer that the OVM does not begin.
     silent_since: Option<Instant>,
+    /// Where that answer begins.
+    silent_at: u64,
     /// (d) The OVM's window is shut though RVMs that have no more bytes have theirs open.
     shut_since: Option<Instant>,
     /// The right edge of that window.
@@ -68,7 +70,7 @@ impl Conversation {
         let Some(mut ovm) = self.legs.take(slot, server) else { return };
         if ovm.gone.is_none() {
             self.judge_acknowledgment(&mut ovm, ctx);
-            self.judge_progress(&ovm, ctx);
+            self.judge_progress(slot, &ovm, ctx);
             self.judge_window(&ovm, ctx);
         }
         self.legs.put(slot, ovm);
@@ -117,15 +119,25 @@ impl Conversation {
         given.min(ovm.edge)
     }
 
-    fn judge_progress(&mut self, ovm: &Leg, ctx: &mut Context) {
-        let position = self.down.end();
-        // If the client lacks something, the OVM may be waiting for the network, not for itself; and if
-        // the OVM lacks something, that is (c)'s to judge.
-        let idle = self.client.acked >= position
+    fn judge_progress(&mut self, slot: Slot, ovm: &Leg, ctx: &mut Context) {
+        // Where the OVM is. In recuperation that can be behind what the client was sent.
+        let position = if ovm.through { self.down.end() } else { ovm.answers.end() };
+        // It has been given all that its next answer takes, and lacks nothing of that: else it is (c)'s to
+        // judge, or the daemon's to hand on.
+        let given = ovm.through
+            || ovm.sender.highest >= self.up_end()
+            || (ctx.is_catching_up() && ctx.order.awaited(slot) == Some(self.id));
+        // If the client lacks something, the OVM may be waiting for the network, not for itself.
+        let idle = given
+            && ovm.rcv_nxt >= self.given_to(ovm)
+            && self.client.acked >= position
             && self.client.edge > position
-            && self.down_fin.is_none()
-            && ovm.rcv_nxt >= self.given_to(ovm);
-        let since = self.suspicion.silent_since.unwrap_or(ctx.now);
+            && self.down_fin.is_none_or(|fin| position < fin);
+        let since = match self.suspicion.silent_since.filter(|_| self.suspicion.silent_at == position) {
+            Some(since) => since.max(ovm.handed_at),
+            None => ctx.now,
+        };
+        self.suspicion.silent_at = position;
         let (ahead, witnesses) = self.ahead(position, ovm, ctx);
         self.suspicion.silent_since = if !idle || ahead.iter().flatten().count() * 2 <= witnesses {
             None
@@ -134,7 +146,7 @@ impl Conversation {
         } else if witnesses == 1 && ctx.last_answer > since {
             // A single RVM could be the one that is wrong: then the OVM must be silent altogether.
             Some(ctx.last_answer)
-        } else if is_agreed(&ahead, witnesses, position, ctx) {
+        } else if self.is_agreed(&ahead, witnesses, position, ctx) {
             ctx.suspicion.get_or_insert(Evidence::NoProgress);
             Some(since)
         } else {
@@ -187,15 +199,19 @@ impl Conversation {
         }
         (ahead, witnesses)
     }
-}
 
-/// A majority has the same answer from `position` on, as far as each has answered.
-fn is_agreed(ahead: &[Option<&Leg>], witnesses: usize, position: u64, ctx: &Context) -> bool {
-    let same = |one: &Leg, other: &Leg| {
-        matches!(mask::compare(&ctx.config.masks, &one.answers, &other.answers, position), Compared::Equal(_))
-    };
-    ahead
-        .iter()
-        .flatten()
-        .any(|one| ahead.iter().flatten().filter(|other| same(one, other)).count() * 2 > witnesses)
+    /// A majority has the same answer from `position` on, as far as each has answered.
+    fn is_agreed(&self, ahead: &[Option<&Leg>], witnesses: usize, position: u64, ctx: &Context) -> bool {
+        let majority = |count: usize| count * 2 > witnesses;
+        // What the client was sent already needs no comparison among RVMs.
+        if position < self.down.end() {
+            return majority(ahead.iter().flatten().filter(|rvm| rvm.compared > position).count());
+        }
+        let same = |one: &Leg, other: &Leg| {
+            let compared = mask::compare(&ctx.config.masks, &one.answers, &other.answers, position);
+            matches!(compared, Compared::Equal(_))
+        };
+        let mut candidates = ahead.iter().flatten();
+        candidates.any(|one| majority(ahead.iter().flatten().filter(|other| same(one, other)).count()))
+    }
 }

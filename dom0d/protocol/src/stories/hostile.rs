@@ -181,3 +181,48 @@ fn a_reset_beside_the_exact_position_closes_nothing() {
     assert_eq!(story.service.status().conversations, 1);
     story.silence();
 }
+
+#[test]
+fn a_third_segment_that_the_ovm_refuses_opens_nothing() {
+    for (seq, ack) in [(at(1), iss(0) + 500), (at(5000), iss(0) + 1), (at(1), iss(0))] {
+        let mut story = Story::new(1);
+        story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+        story.syn_ack(0);
+        story.client_says(Say { seq, ack, ..Say::default() });
+        assert_eq!(story.service.status().conversations, 0);
+        assert!(story.servers[1].is_empty());
+    }
+}
+
+#[test]
+fn a_replica_that_takes_nothing_does_not_stop_the_client() {
+    let mut story = Story::configured(1, |config| config.limits.conversation_bytes = 4 << 10);
+    story.establish(1);
+    let mut position = 1;
+    for _ in 0..20 {
+        story.client_sends(position, &[7; 500], 1);
+        story.server_sends(0, 1, b"", position + 500);
+        let taken: usize = story.servers[0].drain(..).map(|heard| heard.payload.len()).sum();
+        position += taken as u32;
+        // So slow that no time limit catches it.
+        story.server_sends(1, 1, b"", 1 + position / 500);
+        story.servers[1].clear();
+    }
+    assert!(position > 9_000, "{position}");
+    assert!(story.events.iter().any(|event| matches!(event, EventKind::Evicted { .. })));
+}
+
+#[test]
+fn a_client_that_acknowledges_byte_by_byte_does_not_stop_replicas() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(0, 1, &[5; 800], 4);
+    story.server_sends(1, 1, &[5; 800], 4);
+    story.servers[1].clear();
+    for acked in 2..6 {
+        story.wait(Duration::from_millis(300));
+        story.client_says(Say { seq: at(4), ack: iss(0) + acked, ..Say::default() });
+    }
+    let told = story.servers[1].iter().map(|heard| heard.ack.wrapping_sub(iss(1))).max();
+    assert_eq!(told, Some(801));
+}

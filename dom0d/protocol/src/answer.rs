@@ -296,6 +296,12 @@ impl Conversation {
     }
 
     fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        // At its SND.NXT, or, where there is no socket any more, at what the client acknowledged
+        // (RFC 9293 §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so do we.
+        if start != self.down_end() && start != self.down.end() && start != self.client.acked {
+            ctx.counters.unacceptable += 1;
+            return;
+        }
         if let Some(slot) = ctx.queue.ovm() {
             self.note_gone(slot, leg, ctx);
         }

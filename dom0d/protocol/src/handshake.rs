@@ -99,12 +99,12 @@ impl Handshakes {
 
     /// When the silent OVM must be reminded of a SYN, or RVMs be asked about it.
     pub(crate) fn question_due(&self, limit: Duration) -> Option<Instant> {
-        self.unheard.as_ref().filter(|unheard| !unheard.is_asked()).map(|unheard| unheard.due(limit))
+        self.unheard.as_ref().filter(|unheard| !unheard.is_asked()).map(|unheard| unheard.due(patience(limit)))
     }
 
     /// A SYN is a segment too: if the OVM is silent altogether, would an RVM have answered it?
     pub(crate) fn ask_witnesses(&mut self, ctx: &mut Context) {
-        let limit = ctx.config.timing.unacked_limit;
+        let limit = patience(ctx.config.timing.unacked_limit);
         let Some(unheard) = &mut self.unheard else { return };
         let Some(embryonic) = self.by_key.get(&unheard.key) else {
             self.unheard = None;
@@ -220,6 +220,12 @@ struct Unheard {
     key: Key,
     since: Instant,
     reminders: u32,
+}
+
+/// How long a SYN may stay unanswered before RVMs are asked: longer than the second that a kernel takes
+/// to ask again for a link address when the first ARP or neighbour question was lost (RFC 4861 §10).
+fn patience(unacked_limit: Duration) -> Duration {
+    unacked_limit * 6
 }
 
 impl Unheard {

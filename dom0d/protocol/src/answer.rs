@@ -5,7 +5,7 @@
 
 use crate::context::Context;
 use crate::conversation::{Conversation, Held, text_before};
-use crate::handshake::mtu_mss;
+use crate::handshake::{LEAST_MSS, mtu_mss};
 use crate::leg::{Leg, Phase};
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::seq::{position_of, seq_of};
@@ -91,7 +91,7 @@ impl Conversation {
         leg.phase = Phase::Open;
         leg.iss = segment.seq;
         leg.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
-        leg.mss = mss.min(mtu_mss(slot, &self.key, ctx));
+        leg.mss = mss.max(LEAST_MSS).min(mtu_mss(slot, &self.key, ctx));
         // For a server that was promoted before it had answered: its time begins here.
         leg.ts_delta = self.told.tsval.wrapping_sub(leg.tsval);
         leg.ts_floor = leg.tsval;
@@ -172,6 +172,7 @@ impl Conversation {
         let inserted = self.down.insert(start, payload, 0, limit);
         if inserted.refused {
             ctx.counters.conversation_bytes += 1;
+            self.blame_laggards(ctx);
             return None;
         }
         self.note_answer(before, ctx);
@@ -378,7 +379,9 @@ impl Conversation {
         }
         self.note_suppressed_acknowledgment(leg, segment, ctx);
         let before = leg.answers.end();
-        let text = text_before(leg.fin, start, segment.payload);
+        // It was never told of a larger window: what it sends beyond is no answer, only memory.
+        let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
+        let text = text_before(leg.fin.into_iter().chain([edge]).min(), start, segment.payload);
         if !text.is_empty() {
             let limit = ctx.config.limits.conversation_bytes as usize;
             let inserted = leg.answers.insert(start, text, 0, limit);

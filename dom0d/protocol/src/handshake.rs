@@ -99,7 +99,10 @@ impl Handshakes {
 
     /// When the silent OVM must be reminded of a SYN, or RVMs be asked about it.
     pub(crate) fn question_due(&self, limit: Duration) -> Option<Instant> {
-        self.unheard.as_ref().filter(|unheard| !unheard.is_asked()).map(|unheard| unheard.due(patience(limit)))
+        self.unheard
+            .as_ref()
+            .filter(|unheard| !unheard.is_asked())
+            .map(|unheard| unheard.due(patience(limit)))
     }
 
     /// A SYN is a segment too: if the OVM is silent altogether, would an RVM have answered it?
@@ -281,8 +284,7 @@ impl Embryonic {
         let scaled = self.options.window_shift.filter(|_| answer.options.window_shift.is_some());
         let timestamps = self.options.timestamps.filter(|_| answer.options.timestamps.is_some());
         let default_mss = if key.psc.is_ipv4() { 536 } else { 1220 };
-        // RFC 9293 §3.7.1; a client that names less than the least possible would multiply packets.
-        let mss = self.options.mss.unwrap_or(default_mss).max(88);
+        let mss = self.options.mss.unwrap_or(default_mss).max(LEAST_MSS);
         let told = Told {
             iss: answer.iss,
             shift: answer.options.window_shift.filter(|_| scaled.is_some()).unwrap_or(0),
@@ -335,7 +337,7 @@ impl Embryonic {
         for (slot, server) in ctx.roster() {
             let leg = if server == answer.server {
                 let mut leg = Conversation::through_leg(server, &told, answer.window);
-                leg.mss = leg.mss.min(mtu_mss(slot, &key, ctx));
+                leg.mss = leg.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, ctx));
                 // A new OVM that has not caught up yet must not see this client's bytes before the
                 // causes that the client may have seen.
                 leg.through = ctx.queue.ovm() == Some(slot) && !ctx.is_catching_up();
@@ -355,6 +357,9 @@ impl Embryonic {
         Some(conversation)
     }
 }
+
+/// Least segment size (RFC 9293 §3.7.1) that is believed: one that names less would multiply packets.
+pub(crate) const LEAST_MSS: u16 = 88;
 
 /// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
 pub(crate) fn mtu_mss(slot: Slot, key: &Key, ctx: &Context) -> u16 {

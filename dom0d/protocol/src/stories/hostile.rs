@@ -226,3 +226,41 @@ fn a_client_that_acknowledges_byte_by_byte_does_not_stop_replicas() {
     let told = story.servers[1].iter().map(|heard| heard.ack.wrapping_sub(iss(1))).max();
     assert_eq!(told, Some(801));
 }
+
+#[test]
+fn a_replica_fills_no_memory_beyond_the_clients_window() {
+    let mut story = Story::established(1);
+    let before = story.service.status().retained_bytes;
+    for segment in 0..100 {
+        story.server_sends(1, 2 + segment * 1000, &[9; 999], 1);
+        story.servers[1].clear();
+    }
+    let retained = story.service.status().retained_bytes - before;
+    // The window is 1000 bytes.
+    assert!(retained < 2_000, "{retained}");
+}
+
+#[test]
+fn a_tiny_mss_does_not_multiply_packets() {
+    let mut story = Story::new(1);
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    for server in 0..2 {
+        let syn_ack = Segment {
+            src: format!("10.0.0.{}:80", 10 + server).parse().unwrap(),
+            dst: CLIENT.parse().unwrap(),
+            seq: iss(server),
+            ack: at(1),
+            flags: Flags::SYN.with(Flags::ACK),
+            window: 1000,
+            urgent: 0,
+            options: Options { mss: Some(1), ..Options::default() },
+            ecn: 0,
+            payload: b"",
+        };
+        story.service.handle_server(story.now, ServerId(server), &syn_ack.emit());
+        story.client_says(Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
+        story.servers.iter_mut().for_each(VecDeque::clear);
+    }
+    story.client_sends(1, &[7; 880], 1);
+    assert_eq!((story.servers[0].len(), story.servers[1].len()), (10, 10));
+}

@@ -29,11 +29,8 @@ impl Conversation {
         if let Some(gone) = leg.gone {
             let taken =
                 ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
-            let alone = match self.is_open() {
-                true => ctx.now >= gone + GONE_GRACE,
-                // It left before it had all that the OVM took.
-                false => leg.rcv_nxt < taken,
-            };
+            // It left before it had all that the OVM took, or nobody follows it.
+            let alone = leg.rcv_nxt < taken || (self.is_open() && ctx.now >= gone + GONE_GRACE);
             return if alone { Err(Uncovered::RvmReset) } else { Ok(()) };
         }
         self.feed(slot, leg, ctx);

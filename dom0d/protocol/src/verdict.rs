@@ -5,7 +5,7 @@
 
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::leg::Leg;
+use crate::leg::{Leg, Phase};
 use crate::mask::{self, Compared};
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::{Evidence, Instant, Timing};
@@ -115,6 +115,10 @@ impl Conversation {
     /// End of what the OVM was given and has room for. What the daemon still withholds from a new OVM is
     /// not held against it.
     fn given_to(&self, ovm: &Leg) -> u64 {
+        if ovm.phase == Phase::SynSent {
+            // The SYN is a segment too.
+            return 1;
+        }
         let given = if ovm.through { self.up_end() } else { self.up_end().min(ovm.sender.highest) };
         given.min(ovm.edge)
     }

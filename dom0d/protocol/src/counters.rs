@@ -61,6 +61,9 @@ counters! {
     contradictions,
     /// Bytes of the OVM that contradict what it sent before: the first copy was sent.
     ovm_contradictions,
+    /// SYNs for the addresses of a conversation whose last bytes an RVM had yet to take: not forwarded,
+    /// the client asks again.
+    early_reuse,
     /// SYNs held during a drain.
     held_syns,
     /// SYNs dropped during a drain because too many were held.

@@ -23,6 +23,9 @@ const SWEEP: usize = 128;
 const TICK: Duration = Duration::from_millis(100);
 /// Link addresses remembered for clients of unprotected conversations.
 const LINKS: usize = 4096;
+/// How long RVMs may take for a closed conversation's last bytes before its addresses are used again
+/// (RFC 6298 §2.1: a SYN is sent again after a second).
+const REUSE: Duration = Duration::from_millis(900);
 /// SYNs kept during a drain.
 const HELD_SYNS: usize = 1024;
 
@@ -285,6 +288,11 @@ impl Service {
         });
         if let Some(id) = known {
             return self.with(id, |conversation, ctx| conversation.handle_repeated_syn(syn, ctx));
+        }
+        let former = self.table.find(&key).and_then(|id| self.table.get(id));
+        if former.is_some_and(|former| former.is_unfinished(&self.ctx)) {
+            self.ctx.counters.early_reuse += 1;
+            return;
         }
         if let Some(drain) = &mut self.drain {
             self.ctx.counters.held_syns += 1;
@@ -694,6 +702,18 @@ impl Conversation {
             self.client.mss = self.client.mss.min(mss);
         }
         self.legs.get(slot, server).filter(|leg| leg.through).map(|leg| seq_of(leg.iss, position))
+    }
+
+    /// Closed just now, and an RVM has yet to take the last bytes: another conversation in its place
+    /// would make that RVM stale, and a client could do so at will. Its next SYN comes after a second.
+    fn is_unfinished(&self, ctx: &Context) -> bool {
+        let is_recent = self.closed.is_some_and(|closed| ctx.now.since(closed) < REUSE);
+        is_recent
+            && ctx.roster().any(|(slot, server)| {
+                self.legs
+                    .get(slot, server)
+                    .is_some_and(|leg| !leg.through && leg.gone.is_none() && leg.rcv_nxt < self.up.end())
+            })
     }
 
     /// For the order: the server has answered up to `position`, or never will comparably.

@@ -264,3 +264,18 @@ fn a_tiny_mss_does_not_multiply_packets() {
     story.client_sends(1, &[7; 880], 1);
     assert_eq!((story.servers[0].len(), story.servers[1].len()), (10, 10));
 }
+
+#[test]
+fn addresses_used_again_at_once_do_not_make_replicas_stale() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"SET", 1);
+    story.client_says(Say { seq: at(4), flags: Flags::RST, ..Say::default() });
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    let again = || Say { seq: at(100_000), flags: Flags::SYN, ..Say::default() };
+    story.client_says(again());
+    assert!(story.servers[0].is_empty());
+    story.server_sends(1, 1, b"", 4);
+    story.client_says(again());
+    assert_eq!(story.server_hears(0).flags, Flags::SYN);
+    assert!(is_promotable(&story, 1));
+}

@@ -273,14 +273,21 @@ impl Conversation {
 
     /// Notices a server that owes an answer of its kernel for too long.
     fn note_debt(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
-        let owes = leg.phase == Phase::SynSent
-            || leg.rcv_nxt < leg.sender.highest
-            || (leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt);
-        if !owes {
+        let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
+        let shut = leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt;
+        if !owes && !shut {
             leg.owes_since = None;
             return;
         }
+        let ovm_edge = ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.edge);
+        if leg.owes_since.is_none() {
+            leg.ovm_edge = ovm_edge;
+        }
         let since = *leg.owes_since.get_or_insert(ctx.now);
+        if !owes && leg.ovm_edge == ovm_edge {
+            // Its service reads nothing, and neither does the OVM's, whose buffer may be the larger one.
+            return;
+        }
         if ctx.now.since(ctx.measured_from(since)) >= ctx.config.timing.lag_limit
             && ctx.queue.ovm() != Some(slot)
         {

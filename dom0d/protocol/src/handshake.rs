@@ -209,8 +209,12 @@ impl Handshakes {
     /// A new OVM knows nothing of these: those that the old one has not answered are opened at once.
     pub(crate) fn reopen(&mut self, ctx: &mut Context) {
         self.unheard = None;
-        for (key, embryonic) in &self.by_key {
-            if let Some((slot, _)) = ctx.ovm().filter(|_| embryonic.answer.is_none()) {
+        // In order of age: the same inputs give the same outputs.
+        for (number, key) in &self.ages {
+            let embryonic = self.by_key.get(key).filter(|embryonic| embryonic.number == *number);
+            if let (Some(embryonic), Some((slot, _))) = (embryonic, ctx.ovm())
+                && embryonic.answer.is_none()
+            {
                 embryonic.forward(key, slot, ctx);
             }
         }

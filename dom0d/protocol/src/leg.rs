@@ -62,6 +62,8 @@ pub(crate) struct Leg {
     pub(crate) handed_at: Instant,
     /// Since when it owes an acknowledgment or handshake without progress.
     pub(crate) owes_since: Option<Instant>,
+    /// Right edge of the OVM's window at that time.
+    pub(crate) ovm_edge: u64,
 }
 
 impl Leg {
@@ -90,6 +92,7 @@ impl Leg {
             answered_at: Instant::default(),
             handed_at: Instant::default(),
             owes_since: None,
+            ovm_edge: 0,
         }
     }
 

@@ -94,6 +94,11 @@ impl Agreement {
         Self { shared: Shared::default(), holders: [None; KEYS], unknown: [false; KEYS], released: false }
     }
 
+    /// Some connection has a request on this key outstanding.
+    pub(crate) fn in_use(&self, key: usize) -> bool {
+        self.holders[key].is_some()
+    }
+
     fn acquire(&mut self, key: usize, who: (usize, usize)) -> bool {
         match self.holders[key] {
             None => self.holders[key] = Some(who),

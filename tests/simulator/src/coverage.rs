@@ -23,7 +23,6 @@ const EXPECTED: &[&str] = &[
     "evidence.DomainGone",
     "evidence.DomainPaused",
     "evidence.NoProgress",
-    "evidence.Operator",
     "evidence.UnacknowledgedSegment",
     "evidence.UnsharedClose",
     "event.diverged",

@@ -937,6 +937,10 @@ impl World {
         }
         if matches!(fault, Fault::Mutated { .. }) {
             self.observer.liars.insert(id);
+            // What it says of itself may look like an answer that the OVM does not begin.
+            for id in self.guests.iter().map(|g| g.id).collect::<Vec<_>>() {
+                self.blemish(id);
+            }
         }
         if matches!(fault, Fault::Mutated { .. } | Fault::WrongAnswer(_)) {
             self.untrue.insert(id);

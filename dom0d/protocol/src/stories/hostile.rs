@@ -279,3 +279,27 @@ fn addresses_used_again_at_once_do_not_make_replicas_stale() {
     assert_eq!(story.server_hears(0).flags, Flags::SYN);
     assert!(is_promotable(&story, 1));
 }
+
+#[test]
+fn a_request_that_no_service_reads_evicts_nobody() {
+    // The replica's receive buffer is the smaller one.
+    for reads in [false, true] {
+        let mut story = Story::established(1);
+        story.client_sends(1, &[7; 500], 1);
+        story.server_sends(0, 1, b"", 501);
+        story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(101), window: 0, ..Say::default() });
+        story.client_sends(501, &[7; 100], 1);
+        for second in 0..15 {
+            story.wait(Duration::from_secs(1));
+            // The replica's kernel lives, and says that its window is shut.
+            story.server_says(
+                1,
+                Say { seq: iss(1).wrapping_add(1), ack: at(501), window: 0, ..Say::default() },
+            );
+            let window = if reads { 1000 + second } else { 900 };
+            story.server_says(0, Say { seq: iss(0) + 1, ack: at(601), window, ..Say::default() });
+        }
+        let evicted = story.events.iter().any(|event| matches!(event, EventKind::Evicted { .. }));
+        assert_eq!(evicted, reads);
+    }
+}

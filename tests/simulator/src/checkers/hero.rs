@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use understudy_protocol::{EventKind, ServerId};
+use understudy_protocol::{EventKind, Evidence, ServerId};
 
 use super::Checker;
 use crate::observer::{Observer, Seen};
@@ -12,7 +12,6 @@ use crate::observer::{Observer, Seen};
 pub(crate) struct StaleHero {
     /// Why each server may not be promoted unasked.
     barred: BTreeMap<ServerId, String>,
-    operator_forces: bool,
 }
 
 impl Checker for StaleHero {
@@ -40,7 +39,6 @@ impl Checker for StaleHero {
                 self.barred.insert(*server, "detached".into());
             }
             Seen::Event(EventKind::Suspected { server, evidence }) => {
-                self.operator_forces = *evidence == understudy_protocol::Evidence::Operator;
                 self.barred.insert(*server, format!("deposed: {evidence:?}"));
             }
             Seen::Event(EventKind::NoCandidate { server, .. }) => {
@@ -49,13 +47,12 @@ impl Checker for StaleHero {
                     self.barred.remove(server);
                 }
             }
-            Seen::Cutover { to } => {
-                if let Some(why) = self.barred.get(to)
-                    && !self.operator_forces
+            Seen::Event(EventKind::CutOver { to, evidence, .. }) => {
+                if let Some(why) = self.barred.remove(to)
+                    && *evidence != Some(Evidence::Operator)
                 {
                     return Err(format!("{to:?} is promoted although {why}"));
                 }
-                self.barred.remove(to);
             }
             _ => {}
         }

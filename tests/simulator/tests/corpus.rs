@@ -1,0 +1,60 @@
+//! Every seed that ever failed, and a number of fresh ones (`SIM_SEEDS`, default 200).
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use simulator::{Coverage, run};
+
+fn must_pass(seeds: impl Iterator<Item = u64>) -> Coverage {
+    let mut failures = Vec::new();
+    let mut coverage = Coverage::default();
+    for seed in seeds {
+        let report = run(seed, false, false);
+        coverage.merge(&report.coverage);
+        if let Some(failure) = report.failure {
+            failures.push(format!(
+                "seed {seed}: {failure}\n  replay: cargo run --release -p simulator -- --seed {seed} --verbose"
+            ));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    coverage
+}
+
+#[test]
+fn seeds_that_failed_once_pass() {
+    let corpus = include_str!("../seeds.txt").lines();
+    let seeds = corpus.filter(|line| !line.starts_with('#')).filter_map(|line| {
+        let seed = line.split_whitespace().next()?;
+        Some(seed.parse().unwrap_or_else(|_| panic!("seeds.txt: not a seed: {line}")))
+    });
+    must_pass(seeds);
+}
+
+#[test]
+fn fresh_seeds_pass() {
+    let count = std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(200);
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let first = time.as_micros() as u64;
+    println!("seeds {first}..{}", first + count);
+    must_pass(first..first + count);
+}
+
+#[test]
+fn a_seed_replays_to_the_last_bit() {
+    for seed in 0..10 {
+        assert_eq!(run(seed, false, false).digest, run(seed, false, false).digest, "seed {seed}");
+    }
+}
+
+#[test]
+fn without_the_engine_nothing_fails() {
+    for seed in 0..50 {
+        assert_eq!(run(seed, false, true).failure, None, "seed {seed}");
+    }
+}
+
+#[test]
+fn enough_is_exercised() {
+    let coverage = must_pass(0..400);
+    assert_eq!(coverage.missing(), Vec::<&str>::new(), "\n{coverage}");
+}

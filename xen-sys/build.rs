@@ -67,21 +67,16 @@ fn generate() -> Result<(), String> {
 
     let out = std::env::var_os("OUT_DIR").ok_or("cargo did not set OUT_DIR")?;
     let file = PathBuf::from(out).join("bindings.rs");
-    bindings
-        .write_to_file(&file)
-        .map_err(|cause| format!("can't write {}: {cause}", file.display()))
+    bindings.write_to_file(&file).map_err(|cause| format!("can't write {}: {cause}", file.display()))
 }
 
 fn pkg_config(question: &str) -> Result<String, String> {
-    let answer = Command::new("pkg-config")
-        .args([question, "xencontrol"])
-        .output()
-        .map_err(|cause| {
-            format!(
-                "pkg-config can't be run ({cause}).\n\
+    let answer = Command::new("pkg-config").args([question, "xencontrol"]).output().map_err(|cause| {
+        format!(
+            "pkg-config can't be run ({cause}).\n\
                  On Debian: apt install pkg-config libxen-dev libclang-dev"
-            )
-        })?;
+        )
+    })?;
     if !answer.status.success() {
         return Err(format!(
             "the Xen headers (xenctrl.h, pkg-config name xencontrol) are not installed.\n\

@@ -58,8 +58,7 @@ impl DomainInfo {
             cpu_time_ns: raw.cpu_time,
             nr_online_vcpus: raw.nr_online_vcpus,
             // bindgen takes the C constant `~0U` for an i32.
-            max_vcpu_id: (raw.max_vcpu_id != xc::XEN_INVALID_MAX_VCPU_ID as u32)
-                .then_some(raw.max_vcpu_id),
+            max_vcpu_id: (raw.max_vcpu_id != xc::XEN_INVALID_MAX_VCPU_ID as u32).then_some(raw.max_vcpu_id),
             memkb: raw.tot_pages.saturating_mul(PAGE_KIB),
             max_memkb: raw.max_pages.saturating_mul(PAGE_KIB),
         }
@@ -158,10 +157,7 @@ mod tests {
     const NO_CODE: u32 = 0xffff_0000;
 
     fn domain(flags: u32) -> DomainInfo {
-        DomainInfo::decode(&xc::xc_domaininfo_t {
-            flags,
-            ..Default::default()
-        })
+        DomainInfo::decode(&xc::xc_domaininfo_t { flags, ..Default::default() })
     }
 
     // The bits are written as numbers on purpose: they are the hypervisor's ABI, and a binding
@@ -215,17 +211,12 @@ mod tests {
     fn the_handle_is_the_uuid_in_the_order_xl_prints() {
         let raw = xc::xc_domaininfo_t {
             domain: 7,
-            handle: [
-                0x12, 0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde, 0xf0, 1, 2, 3, 4, 5, 6, 7, 8,
-            ],
+            handle: [0x12, 0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde, 0xf0, 1, 2, 3, 4, 5, 6, 7, 8],
             ..Default::default()
         };
         let info = DomainInfo::decode(&raw);
         assert_eq!(info.domid, 7);
-        assert_eq!(
-            info.uuid.to_string(),
-            "12345678-9abc-def0-0102-030405060708"
-        );
+        assert_eq!(info.uuid.to_string(), "12345678-9abc-def0-0102-030405060708");
     }
 
     #[test]
@@ -247,23 +238,13 @@ mod tests {
 
     #[test]
     fn a_domain_without_vcpus_has_no_highest_vcpu() {
-        let raw = xc::xc_domaininfo_t {
-            max_vcpu_id: u32::MAX,
-            ..Default::default()
-        };
+        let raw = xc::xc_domaininfo_t { max_vcpu_id: u32::MAX, ..Default::default() };
         assert_eq!(DomainInfo::decode(&raw).max_vcpu_id, None);
     }
 
     #[test]
     fn vcpu_flags_are_bytes() {
-        let raw = xc::xc_vcpuinfo_t {
-            vcpu: 1,
-            online: 1,
-            blocked: 0,
-            running: 1,
-            cpu_time: 42,
-            cpu: 3,
-        };
+        let raw = xc::xc_vcpuinfo_t { vcpu: 1, online: 1, blocked: 0, running: 1, cpu_time: 42, cpu: 3 };
         let info = VcpuInfo::decode(&raw);
         assert!(info.online && info.running && !info.blocked);
         assert_eq!((info.vcpu, info.cpu_time_ns, info.cpu), (1, 42, 3));

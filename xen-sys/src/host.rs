@@ -17,17 +17,12 @@ pub struct Version {
 
 impl Version {
     /// The release whose headers this crate was built with, and the only one it opens.
-    pub const HEADERS: Self = Self {
-        major: number(env!("XEN_HEADERS_MAJOR")),
-        minor: number(env!("XEN_HEADERS_MINOR")),
-    };
+    pub const HEADERS: Self =
+        Self { major: number(env!("XEN_HEADERS_MAJOR")), minor: number(env!("XEN_HEADERS_MINOR")) };
 
     /// From `XENVER_version`'s answer: major in the upper, minor in the lower 16 bits.
     pub(crate) const fn from_xenver(xenver: u32) -> Self {
-        Self {
-            major: xenver >> 16,
-            minor: xenver & 0xffff,
-        }
+        Self { major: xenver >> 16, minor: xenver & 0xffff }
     }
 
     /// Refuses every release but that of the headers.
@@ -35,10 +30,7 @@ impl Version {
         if self == Self::HEADERS {
             Ok(self)
         } else {
-            Err(Error::VersionMismatch {
-                running: self,
-                headers: Self::HEADERS,
-            })
+            Err(Error::VersionMismatch { running: self, headers: Self::HEADERS })
         }
     }
 }
@@ -81,9 +73,7 @@ pub(crate) fn running_version(root: &Path) -> Result<Option<Version>, Error> {
     }
     let major = version_file(&sys.join("version/major"))?;
     let minor = version_file(&sys.join("version/minor"))?;
-    Ok(major
-        .zip(minor)
-        .map(|(major, minor)| Version { major, minor }))
+    Ok(major.zip(minor).map(|(major, minor)| Version { major, minor }))
 }
 
 fn version_file(path: &Path) -> Result<Option<u32>, Error> {
@@ -92,10 +82,9 @@ fn version_file(path: &Path) -> Result<Option<u32>, Error> {
     };
     match text.trim().parse() {
         Ok(value) => Ok(Some(value)),
-        Err(_) => Err(Error::UnreadableVersion {
-            path: path.display().to_string(),
-            text: text.trim().to_owned(),
-        }),
+        Err(_) => {
+            Err(Error::UnreadableVersion { path: path.display().to_string(), text: text.trim().to_owned() })
+        }
     }
 }
 
@@ -137,13 +126,7 @@ mod tests {
             ("sys/hypervisor/version/minor", "17\n"),
         ]);
         let version = running_version(&root.0).unwrap();
-        assert_eq!(
-            version,
-            Some(Version {
-                major: 4,
-                minor: 17
-            })
-        );
+        assert_eq!(version, Some(Version { major: 4, minor: 17 }));
     }
 
     #[test]
@@ -151,10 +134,7 @@ mod tests {
         let bare = Root::with(&[]);
         assert!(matches!(running_version(&bare.0), Err(Error::NoXen)));
         let empty_proc_xen = Root::with(&[("proc/xen/unrelated", "")]);
-        assert!(matches!(
-            running_version(&empty_proc_xen.0),
-            Err(Error::NoXen)
-        ));
+        assert!(matches!(running_version(&empty_proc_xen.0), Err(Error::NoXen)));
         let other = Root::with(&[("sys/hypervisor/type", "kvm\n")]);
         assert!(matches!(running_version(&other.0), Err(Error::NoXen)));
     }
@@ -169,10 +149,8 @@ mod tests {
 
     #[test]
     fn a_version_that_is_no_number_is_named_with_its_file() {
-        let root = Root::with(&[
-            ("sys/hypervisor/type", "xen\n"),
-            ("sys/hypervisor/version/major", "four\n"),
-        ]);
+        let root =
+            Root::with(&[("sys/hypervisor/type", "xen\n"), ("sys/hypervisor/version/major", "four\n")]);
         let message = running_version(&root.0).unwrap_err().to_string();
         assert!(message.contains("version/major"), "{message}");
         assert!(message.contains("'four'"), "{message}");
@@ -181,15 +159,9 @@ mod tests {
     #[test]
     fn only_the_release_of_the_headers_is_accepted() {
         assert!(Version::HEADERS.check().is_ok());
-        let next = Version {
-            minor: Version::HEADERS.minor + 1,
-            ..Version::HEADERS
-        };
+        let next = Version { minor: Version::HEADERS.minor + 1, ..Version::HEADERS };
         let message = next.check().unwrap_err().to_string();
-        assert!(
-            message.contains(&format!("Xen {next} runs here")),
-            "{message}"
-        );
+        assert!(message.contains(&format!("Xen {next} runs here")), "{message}");
         assert!(message.contains(&format!("libxen-dev {next}")), "{message}");
     }
 

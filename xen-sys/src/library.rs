@@ -26,20 +26,13 @@ fn load(version: Version) -> Result<Libxenctrl, Error> {
     // The function types are those of its header: the soname carries the release, and callers
     // pass only the release of the headers.
     let loaded = unsafe { Libxenctrl::new(&library) };
-    loaded.map_err(|cause| Error::LibraryMissing {
-        library,
-        version,
-        cause: cause.to_string(),
-    })
+    loaded.map_err(|cause| Error::LibraryMissing { library, version, cause: cause.to_string() })
 }
 
 /// The logger given to libxenctrl. Without one it prints to stderr, at each failed call; here a
 /// failed call returns its errno and the caller says what it means.
-pub(crate) static SILENT: xentoollog_logger = xentoollog_logger {
-    vmessage: Some(drop_message),
-    progress: Some(drop_progress),
-    destroy: Some(keep),
-};
+pub(crate) static SILENT: xentoollog_logger =
+    xentoollog_logger { vmessage: Some(drop_message), progress: Some(drop_progress), destroy: Some(keep) };
 
 /// Generic over `va_list`, which is another type on every architecture and isn't looked at.
 unsafe extern "C" fn drop_message<VaList>(
@@ -78,10 +71,7 @@ mod tests {
 
     #[test]
     fn a_missing_library_names_its_package() {
-        let version = Version {
-            major: 9,
-            minor: 99,
-        };
+        let version = Version { major: 9, minor: 99 };
         let message = load(version).err().unwrap().to_string();
         assert!(message.contains("libxenctrl.so.9.99"), "{message}");
         assert!(message.contains("libxenmisc9.99"), "{message}");

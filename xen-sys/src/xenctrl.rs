@@ -53,14 +53,8 @@ impl Xenctrl {
             Ok(_) => Ok(xen),
             Err(Error::Domain { source, .. }) => Err(match source.raw_os_error() {
                 Some(EPERM) => Error::NotControlDomain { source },
-                Some(EACCES) => Error::InterfaceMismatch {
-                    version: Version::HEADERS,
-                    source,
-                },
-                _ => Error::Call {
-                    operation: "a first question to the hypervisor",
-                    source,
-                },
+                Some(EACCES) => Error::InterfaceMismatch { version: Version::HEADERS, source },
+                _ => Error::Call { operation: "a first question to the hypervisor", source },
             }),
             Err(other) => Err(other),
         }
@@ -86,18 +80,12 @@ impl Xenctrl {
     fn running_version(&self) -> Result<Version, Error> {
         // SAFETY: the handle is open; XENVER_version takes no argument.
         let answer = unsafe {
-            self.library.xc_version(
-                self.handle.as_ptr(),
-                xc::XENVER_version as c_int,
-                ptr::null_mut(),
-            )
+            self.library.xc_version(self.handle.as_ptr(), xc::XENVER_version as c_int, ptr::null_mut())
         };
-        u32::try_from(answer)
-            .map(Version::from_xenver)
-            .map_err(|_| Error::Call {
-                operation: "asking for Xen's version",
-                source: io::Error::last_os_error(),
-            })
+        u32::try_from(answer).map(Version::from_xenver).map_err(|_| Error::Call {
+            operation: "asking for Xen's version",
+            source: io::Error::last_os_error(),
+        })
     }
 
     /// All domains, dom0 included, by ascending domid. Domains that come or go meanwhile may or
@@ -112,10 +100,7 @@ impl Xenctrl {
         loop {
             let batch = self
                 .list(first, &mut buffer)
-                .map_err(|source| Error::Call {
-                    operation: "listing the domains",
-                    source,
-                })?;
+                .map_err(|source| Error::Call { operation: "listing the domains", source })?;
             domains.extend(batch.iter().map(DomainInfo::decode));
             match batch.last() {
                 // Xen lists by ascending domid, and all domids are below DOMID_FIRST_RESERVED.
@@ -133,13 +118,11 @@ impl Xenctrl {
     /// [`Error::Domain`] if the hypervisor refuses.
     pub fn domain(&self, domid: u16) -> Result<Option<DomainInfo>, Error> {
         let mut buffer = [xc::xc_domaininfo_t::default()];
-        let found = self
-            .list(domid, &mut buffer)
-            .map_err(|source| Error::Domain {
-                operation: "reading the state",
-                domid,
-                source,
-            })?;
+        let found = self.list(domid, &mut buffer).map_err(|source| Error::Domain {
+            operation: "reading the state",
+            domid,
+            source,
+        })?;
         Ok(exactly(domid, found))
     }
 
@@ -158,8 +141,7 @@ impl Xenctrl {
             // SAFETY: the handle is open, `raw` is a struct of the library's release and lives
             // across the call.
             let result = unsafe {
-                self.library
-                    .xc_vcpu_getinfo(self.handle.as_ptr(), domid.into(), vcpu, &raw mut raw)
+                self.library.xc_vcpu_getinfo(self.handle.as_ptr(), domid.into(), vcpu, &raw mut raw)
             };
             if result == 0 {
                 vcpus.push(VcpuInfo::decode(&raw));
@@ -167,11 +149,7 @@ impl Xenctrl {
             }
             let source = io::Error::last_os_error();
             if source.raw_os_error() != Some(ESRCH) {
-                return Err(Error::Domain {
-                    operation: "reading the vCPUs",
-                    domid,
-                    source,
-                });
+                return Err(Error::Domain { operation: "reading the vCPUs", domid, source });
             }
         }
         Ok(Some(vcpus))
@@ -241,11 +219,7 @@ impl Xenctrl {
         let source = io::Error::last_os_error();
         Err(match source.raw_os_error() {
             Some(ESRCH) => Error::NoSuchDomain { operation, domid },
-            _ => Error::Domain {
-                operation,
-                domid,
-                source,
-            },
+            _ => Error::Domain { operation, domid, source },
         })
     }
 
@@ -260,12 +234,7 @@ impl Xenctrl {
         // SAFETY: the handle is open; `buffer` has room for `room` structs of the library's
         // release and lives across the call.
         let written = unsafe {
-            self.library.xc_domain_getinfolist(
-                self.handle.as_ptr(),
-                first.into(),
-                room,
-                buffer.as_mut_ptr(),
-            )
+            self.library.xc_domain_getinfolist(self.handle.as_ptr(), first.into(), room, buffer.as_mut_ptr())
         };
         match usize::try_from(written) {
             Ok(written) => Ok(&buffer[..written.min(buffer.len())]),
@@ -284,26 +253,13 @@ impl Drop for Xenctrl {
 
 /// Asked for a domid that nobody has, Xen answers with the next domain.
 fn exactly(domid: u16, found: &[xc::xc_domaininfo_t]) -> Option<DomainInfo> {
-    found
-        .first()
-        .filter(|raw| raw.domain == domid)
-        .map(DomainInfo::decode)
+    found.first().filter(|raw| raw.domain == domid).map(DomainInfo::decode)
 }
 
-fn same_domain(
-    operation: &'static str,
-    domid: u16,
-    meant: Uuid,
-    now: Option<Uuid>,
-) -> Result<(), Error> {
+fn same_domain(operation: &'static str, domid: u16, meant: Uuid, now: Option<Uuid>) -> Result<(), Error> {
     match now {
         Some(found) if found == meant => Ok(()),
-        Some(found) => Err(Error::DomidReused {
-            operation,
-            domid,
-            meant,
-            found,
-        }),
+        Some(found) => Err(Error::DomidReused { operation, domid, meant, found }),
         None => Err(Error::NoSuchDomain { operation, domid }),
     }
 }
@@ -315,10 +271,7 @@ mod tests {
     use super::*;
 
     fn raw(domid: u16) -> xc::xc_domaininfo_t {
-        xc::xc_domaininfo_t {
-            domain: domid,
-            ..Default::default()
-        }
+        xc::xc_domaininfo_t { domain: domid, ..Default::default() }
     }
 
     #[test]
@@ -333,17 +286,9 @@ mod tests {
         let meant = Uuid::new_v4();
         let other = Uuid::new_v4();
         assert!(same_domain("pause", 5, meant, Some(meant)).is_ok());
-        assert!(matches!(
-            same_domain("pause", 5, meant, None),
-            Err(Error::NoSuchDomain { domid: 5, .. })
-        ));
-        let message = same_domain("destroy", 5, meant, Some(other))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.starts_with("destroy of domain 5 not done"),
-            "{message}"
-        );
+        assert!(matches!(same_domain("pause", 5, meant, None), Err(Error::NoSuchDomain { domid: 5, .. })));
+        let message = same_domain("destroy", 5, meant, Some(other)).unwrap_err().to_string();
+        assert!(message.starts_with("destroy of domain 5 not done"), "{message}");
         assert!(message.contains(&other.to_string()), "{message}");
     }
 
@@ -357,10 +302,7 @@ mod tests {
     #[test]
     fn the_real_library_without_its_device_gives_a_readable_error() {
         let library = libxenctrl(Version::HEADERS).unwrap();
-        if ["/dev/xen/privcmd", "/proc/xen/privcmd"]
-            .iter()
-            .any(|device| Path::new(device).exists())
-        {
+        if ["/dev/xen/privcmd", "/proc/xen/privcmd"].iter().any(|device| Path::new(device).exists()) {
             return; // tests/open.rs opens it.
         }
         let message = Xenctrl::open_handle(library).err().unwrap().to_string();

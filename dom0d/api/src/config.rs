@@ -374,8 +374,8 @@ const LONGEST_WAIT_MS: u64 = 86_400_000;
 /// Default of `maintenance_limit_ms`: a live save of a small guest with some reserve.
 const DEFAULT_MAINTENANCE_LIMIT: Duration = Duration::from_secs(30);
 
-/// Default of `capture_buffer_mib`. libpcap gives every frame a slot of the largest frame's size
-/// (128 KiB here), so this is 256 frames.
+/// Default of `capture_buffer_mib`. libpcap gives every frame a slot for the longest frame (64 KiB), so
+/// this is 512 frames.
 const DEFAULT_CAPTURE_BUFFER_MIB: u32 = 32;
 
 impl Config {

@@ -12,11 +12,10 @@ pub mod words;
 
 pub use event::{EVENTS_LOST, Event};
 pub use order::{
-    Attach, Attached, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure, MAX_DRAIN_TIMEOUT_MS,
-    Notice, NoticeEvent, Noticed, OnDomain, Promoted, Refusal, Switchover,
+    Attach, Attached, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure, MAX_DRAIN_TIMEOUT_MS, Notice,
+    NoticeEvent, Noticed, OnDomain, Promoted, Refusal, Switchover,
 };
 pub use status::{
-    Conversation, Conversations, Domain, KnownDomain, Leg, Server, Service, Services, Status,
-    queue_state,
+    Conversation, Conversations, Domain, KnownDomain, Leg, Server, Service, Services, Status, queue_state,
 };
 pub use understudy_protocol as protocol;

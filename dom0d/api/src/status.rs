@@ -91,9 +91,7 @@ pub struct Service {
 impl Service {
     /// The server that serves now.
     pub fn ovm(&self) -> Option<&Server> {
-        self.servers
-            .iter()
-            .find(|server| matches!(server.role, Role::Ovm | Role::TakingOver))
+        self.servers.iter().find(|server| matches!(server.role, Role::Ovm | Role::TakingOver))
     }
 
     /// How many servers could take over unasked.

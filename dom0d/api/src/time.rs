@@ -16,21 +16,16 @@ pub fn since(text: &str, now: SystemTime) -> Result<u64, String> {
     let time = match humantime::parse_duration(text) {
         Ok(age) => now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH),
         Err(_) => humantime::parse_rfc3339_weak(text).map_err(|_| {
-            format!(
-                "{text:?} is neither an age such as 5m or 90s nor a time such as 2026-11-23T10:00:00Z"
-            )
+            format!("{text:?} is neither an age such as 5m or 90s nor a time such as 2026-11-23T10:00:00Z")
         })?,
     };
-    let since_epoch = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Ok(u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX))
 }
 
 /// Reads a duration such as `500ms`, `30s` or `2m`.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .map_err(|_| format!("{text:?} is no duration such as 500ms, 30s or 2m"))
+    humantime::parse_duration(text).map_err(|_| format!("{text:?} is no duration such as 500ms, 30s or 2m"))
 }
 
 /// Writes a duration in its two largest units, such as `2h 5m`.
@@ -52,10 +47,7 @@ mod tests {
     #[test]
     fn times_are_written_in_utc_with_microseconds() {
         assert_eq!(rfc3339(0), "1970-01-01T00:00:00.000000Z");
-        assert_eq!(
-            rfc3339(1_795_430_967_000_042),
-            "2026-11-23T10:49:27.000042Z"
-        );
+        assert_eq!(rfc3339(1_795_430_967_000_042), "2026-11-23T10:49:27.000042Z");
         assert_eq!(rfc3339(u64::MAX), "9999-12-31T23:59:59.999999Z");
     }
 

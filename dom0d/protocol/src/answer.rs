@@ -253,7 +253,8 @@ impl Conversation {
 
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
     pub(crate) fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
-        let open = self.down_fin.is_none() && self.closed.is_none();
+        // Behind a FIN that was passed a RST is still one to be doubted.
+        let open = self.closed.is_none() && (rst || self.down_fin.is_none());
         if !open || !matches!(self.opinion(position, ctx), Opinion::Unknown | Opinion::Disputed) {
             self.release_hold(ctx);
             return false;
@@ -277,7 +278,7 @@ impl Conversation {
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
             let answered = leg.answers.end();
-            if leg.fin == Some(position) || (leg.gone.is_some() && answered >= position) {
+            if leg.fin == Some(position) || (leg.gone.is_some() && leg.produced() >= position) {
                 return Opinion::Shared;
             }
             // One that is merely behind disputes nothing: it has what the OVM had, has answered all

@@ -9,8 +9,11 @@ use pcap::{Active, Capture, Direction, Linktype};
 
 use super::frame::Mac;
 
-/// Longest frame taken whole: a GSO super-packet of 64 KiB with its Ethernet header and a VLAN tag.
-const SNAPLEN: i32 = 65_535 + 14 + 4;
+/// Longest frame taken whole. libpcap's slots are this long and a header, in blocks of a power of two:
+/// a few bytes more, and each would take 128 KiB instead of 64. Linux fills a GSO super-packet to 65,536
+/// bytes less room for all headers (321 bytes), and GRO to whole segments, so none is longer in practice;
+/// one that is would be counted and dropped.
+const SNAPLEN: i32 = 65_450;
 
 /// An open interface. Injected frames are not captured.
 pub(crate) struct Device {

@@ -35,8 +35,6 @@ pub(crate) enum Fault {
     Crash(Target),
     /// The service's process is stuck, its kernel acknowledges.
     Hang(Target),
-    /// The service's process works again.
-    Unhang(Target),
     /// Nothing comes out of the domain, the toolstack calls it running.
     Spin(Target),
     /// The service's process dies; its connections are reset, or closed if `orderly`.

@@ -270,9 +270,9 @@ impl Observer {
     pub(crate) fn record(&mut self, at: u64, seen: &Seen<'_>) {
         self.order += 1;
         match seen {
-            Seen::FromClient(segment) => self.from_client(at, segment),
-            Seen::FromServer(server, segment) => self.from_server(*server, segment),
-            Seen::ToClient(segment) => self.to_client(segment),
+            Seen::FromClient(segment) => self.client_says(at, segment),
+            Seen::FromServer(server, segment) => self.server_says(*server, segment),
+            Seen::ToClient(segment) => self.client_hears(segment),
             Seen::ToServer(server, segment) => {
                 if let Some(i) = self.index_of(segment.src, segment.dst) {
                     let conversation = &mut self.conversations[i];
@@ -301,7 +301,7 @@ impl Observer {
         }
     }
 
-    fn from_client(&mut self, at: u64, segment: &Segment<'_>) {
+    fn client_says(&mut self, at: u64, segment: &Segment<'_>) {
         if !self.psc.contains(&segment.dst) {
             return;
         }
@@ -363,7 +363,7 @@ impl Observer {
         }
     }
 
-    fn from_server(&mut self, server: ServerId, segment: &Segment<'_>) {
+    fn server_says(&mut self, server: ServerId, segment: &Segment<'_>) {
         let own = self.servers.get(&server).into_iter().flatten();
         if !own.clone().any(|a| *a == segment.src) {
             return;
@@ -409,7 +409,7 @@ impl Observer {
         }
     }
 
-    fn to_client(&mut self, segment: &Segment<'_>) {
+    fn client_hears(&mut self, segment: &Segment<'_>) {
         let order = self.order;
         let Some(i) = self.index_of(segment.dst, segment.src) else {
             return;

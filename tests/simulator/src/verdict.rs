@@ -65,8 +65,14 @@ fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict
 /// A dead service's kernel resets what it had only half opened; no replica knows of it.
 fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static str> {
     let (own, psc) = client.ends(index)?;
-    let isn = world.observer.conversation_of(own, psc)?.isn;
-    world.refused.contains(&(own, isn)).then_some("the service died during the handshake")
+    let conversation = world.observer.conversation_of(own, psc)?;
+    if world.refused.contains(&(own, conversation.isn)) {
+        return Some("the service died during the handshake");
+    }
+    // With no conversation left to dispute anything, refused SYNs are evidence of nothing.
+    let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
+    let dead = world.guests[ovm].health == Health::Killed;
+    (dead && conversation.view.is_none()).then_some("a dead service refused")
 }
 
 /// Reasons for a connection to hang that no evidence can show, or that are not the engine's.

@@ -375,8 +375,8 @@ impl World {
             return;
         }
         match event {
-            Event::FromClient(client, packet) => self.from_client(client, &packet),
-            Event::FromServer(guest, packet) => self.from_server(guest, &packet),
+            Event::FromClient(client, packet) => self.client_says(client, &packet),
+            Event::FromServer(guest, packet) => self.server_says(guest, &packet),
             Event::ToClient(client, packet) => {
                 self.clients[client].receive(packet);
                 self.poll_client(client);
@@ -505,7 +505,7 @@ impl World {
         self.observer.record(self.now, seen);
     }
 
-    fn from_client(&mut self, client: usize, packet: &[u8]) {
+    fn client_says(&mut self, client: usize, packet: &[u8]) {
         let mut whole = packet.to_vec();
         if self.clients[client].knobs.stack.disguise.partial_checksums {
             crate::disguise::complete_checksum(&mut whole);
@@ -527,7 +527,7 @@ impl World {
         self.after_packet();
     }
 
-    fn from_server(&mut self, guest: usize, packet: &[u8]) {
+    fn server_says(&mut self, guest: usize, packet: &[u8]) {
         let id = self.guests[guest].id;
         let mut whole = packet.to_vec();
         if self.knobs.guests[guest].stack.disguise.partial_checksums {
@@ -915,7 +915,6 @@ impl World {
             Fault::Thaw(t) => (t, if t == Target::Deposed { "thaw deposed" } else { "thaw" }),
             Fault::Crash(t) => (t, "crash"),
             Fault::Hang(t) => (t, "hang"),
-            Fault::Unhang(t) => (t, "unhang"),
             Fault::Spin(t) => (t, "spin"),
             Fault::Kill { target, .. } => (target, "kill"),
             Fault::Slow { target, .. } => (target, "slow"),
@@ -932,7 +931,7 @@ impl World {
         let id = self.guests[index].id;
         let now = self.now;
         self.coverage.hit(&format!("fault.{name}"));
-        if !matches!(fault, Fault::Thaw(_) | Fault::Unhang(_)) {
+        if !matches!(fault, Fault::Thaw(_)) {
             self.impair(id, name_of_impairment(fault));
         }
         if matches!(fault, Fault::Mutated { .. }) {
@@ -945,7 +944,7 @@ impl World {
         if matches!(fault, Fault::Mutated { .. } | Fault::WrongAnswer(_)) {
             self.untrue.insert(id);
         }
-        if self.service.ovm() == Some(id) && !matches!(fault, Fault::Thaw(_) | Fault::Unhang(_)) {
+        if self.service.ovm() == Some(id) && !matches!(fault, Fault::Thaw(_)) {
             self.excuse_of_blow(fault);
         }
         let guest = &mut self.guests[index];
@@ -957,7 +956,6 @@ impl World {
             Fault::Spin(_) => guest.health = Health::Spinning,
             Fault::Crash(_) => guest.health = Health::Gone,
             Fault::Hang(_) if guest.health == Health::Running => guest.health = Health::Hung,
-            Fault::Unhang(_) if guest.health == Health::Hung => guest.health = Health::Running,
             Fault::Thaw(_) => guest.thaw(),
             Fault::Kill { orderly, .. } => guest.kill_process(orderly),
             Fault::Slow { us, .. } => guest.slow_us = us,

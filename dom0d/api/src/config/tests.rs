@@ -17,10 +17,7 @@ fn load(text: &str) -> Config {
 }
 
 fn refused(text: &str) -> String {
-    text.parse::<Config>()
-        .err()
-        .unwrap_or_else(|| panic!("was taken: {text}"))
-        .to_string()
+    text.parse::<Config>().err().unwrap_or_else(|| panic!("was taken: {text}")).to_string()
 }
 
 /// The smallest configuration with more keys in its service.
@@ -86,21 +83,12 @@ unacked_limit_ms = 300
     assert_eq!(service.engine.on_lag, LagPolicy::Wait);
     assert_eq!(service.engine.limits.conversations, 10);
     assert_eq!(service.engine.limits.embryonic, Limits::default().embryonic);
-    assert_eq!(
-        service.engine.timing.unacked_limit,
-        Duration::from_millis(300)
-    );
+    assert_eq!(service.engine.timing.unacked_limit, Duration::from_millis(300));
     assert_eq!(service.engine.masks[2].prefix, b"id=");
     assert_eq!(service.engine.masks[3].prefix, [255, 0]);
-    assert_eq!(
-        service.allow,
-        [Allowed::Dhcp, Allowed::Udp(123), Allowed::Tcp(53)]
-    );
+    assert_eq!(service.allow, [Allowed::Dhcp, Allowed::Udp(123), Allowed::Tcp(53)]);
     assert!(matches!(service.rvms[1], Selector::Uuid(_)));
-    assert_eq!(
-        service.addresses[1].1,
-        ["10.77.0.12".parse::<IpAddr>().unwrap()]
-    );
+    assert_eq!(service.addresses[1].1, ["10.77.0.12".parse::<IpAddr>().unwrap()]);
 }
 
 #[test]
@@ -120,11 +108,8 @@ fn an_unknown_key_is_named_with_its_line() {
 #[test]
 fn a_missing_key_is_named() {
     for key in ["name", "psc", "ports", "ovm"] {
-        let text: String = SMALLEST
-            .lines()
-            .filter(|line| !line.starts_with(key))
-            .map(|line| format!("{line}\n"))
-            .collect();
+        let text: String =
+            SMALLEST.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect();
         let error = refused(&text);
         assert!(error.contains(&format!("missing field `{key}`")), "{error}");
     }
@@ -134,58 +119,37 @@ fn a_missing_key_is_named() {
 fn two_services_on_one_psc_are_refused() {
     let other = SMALLEST.replace("\"redis\"", "\"other\"");
     let error = refused(&format!("{SMALLEST}{other}"));
-    assert!(
-        error.contains("service other: psc: 10.77.0.100 is the PSC of service redis too"),
-        "{error}"
-    );
+    assert!(error.contains("service other: psc: 10.77.0.100 is the PSC of service redis too"), "{error}");
 }
 
 #[test]
 fn two_services_of_one_name_are_refused() {
     let other = SMALLEST.replace("0.100", "0.101");
     let error = refused(&format!("{SMALLEST}{other}"));
-    assert!(
-        error.contains("service redis: name: two services"),
-        "{error}"
-    );
+    assert!(error.contains("service redis: name: two services"), "{error}");
 }
 
 #[test]
 fn a_psc_that_is_a_guests_address_is_refused() {
     let error = refused(&with("addresses = { \"redis-1\" = \"10.77.0.100\" }"));
     assert!(error.contains("is the service's PSC"), "{error}");
-    let other = SMALLEST
-        .replace("\"redis\"", "\"other\"")
-        .replace("0.100", "0.101");
-    let error = refused(&format!(
-        "{SMALLEST}{other}addresses = {{ \"redis-9\" = \"10.77.0.100\" }}\n"
-    ));
-    assert!(
-        error.contains("10.77.0.100 of redis-9 is the PSC of service redis"),
-        "{error}"
-    );
+    let other = SMALLEST.replace("\"redis\"", "\"other\"").replace("0.100", "0.101");
+    let error = refused(&format!("{SMALLEST}{other}addresses = {{ \"redis-9\" = \"10.77.0.100\" }}\n"));
+    assert!(error.contains("10.77.0.100 of redis-9 is the PSC of service redis"), "{error}");
 }
 
 #[test]
 fn every_contradiction_is_told_at_once_with_service_and_key() {
-    let text = SMALLEST
-        .replace("10.77.0.100", "10.77.0.300")
-        .replace("[6379]", "[]");
+    let text = SMALLEST.replace("10.77.0.100", "10.77.0.300").replace("[6379]", "[]");
     let error = refused(&text);
-    assert!(
-        error.contains("service redis: psc: \"10.77.0.300\" is no IP address"),
-        "{error}"
-    );
+    assert!(error.contains("service redis: psc: \"10.77.0.300\" is no IP address"), "{error}");
     assert!(error.contains("service redis: ports: is empty"), "{error}");
 }
 
 #[test]
 fn what_can_not_work_is_refused() {
     for (keys, expected) in [
-        (
-            "rvms = [\"redis-1\"]",
-            "rvms: redis-1 is the service's `ovm` too",
-        ),
+        ("rvms = [\"redis-1\"]", "rvms: redis-1 is the service's `ovm` too"),
         ("rvms = [\"a\", \"a\"]", "rvms: a is named twice"),
         ("rvms = [\"\"]", "rvms: is empty"),
         ("psc_mac = \"01:00:00:00:00:01\"", "psc_mac: "),
@@ -199,40 +163,20 @@ fn what_can_not_work_is_refused() {
         ("plane = \"bpf\"", "unknown variant `bpf`"),
         ("fence = \"shoot\"", "unknown variant `shoot`"),
         ("pause_grace_ms = 86400001", "pause_grace_ms: "),
-        (
-            "[service.limits]\nconversations = 0",
-            "limits: conversations is 0",
-        ),
-        (
-            "[service.timing]\nunacked_limit_ms = 0",
-            "timing.unacked_limit_ms: ",
-        ),
-        (
-            "addresses = { \"a\" = [\"10.0.0.1\", \"10.0.0.2\"] }",
-            "two IPv4 addresses",
-        ),
-        (
-            "addresses = { \"a\" = \"10.0.0.1\", \"b\" = \"10.0.0.1\" }",
-            "is given to a and to b",
-        ),
+        ("[service.limits]\nconversations = 0", "limits: conversations is 0"),
+        ("[service.timing]\nunacked_limit_ms = 0", "timing.unacked_limit_ms: "),
+        ("addresses = { \"a\" = [\"10.0.0.1\", \"10.0.0.2\"] }", "two IPv4 addresses"),
+        ("addresses = { \"a\" = \"10.0.0.1\", \"b\" = \"10.0.0.1\" }", "is given to a and to b"),
         ("addresses = { \"a*\" = \"10.0.0.1\" }", "is a pattern"),
     ] {
         let error = refused(&with(keys));
         assert!(error.contains(expected), "{keys}: {error}");
     }
     for (from, to, expected) in [
-        (
-            "\"10.77.0.100\"",
-            "\"127.0.0.1\"",
-            "psc: 127.0.0.1 is not the address of a host",
-        ),
+        ("\"10.77.0.100\"", "\"127.0.0.1\"", "psc: 127.0.0.1 is not the address of a host"),
         ("\"10.77.0.100\"", "\"10.77.0.100/24\"", "is no IP address"),
         ("\"10.77.0.100\"", "[]", "psc: names no address"),
-        (
-            "\"10.77.0.100\"",
-            "[\"10.0.0.1\", \"10.0.0.2\"]",
-            "psc: has two IPv4",
-        ),
+        ("\"10.77.0.100\"", "[\"10.0.0.1\", \"10.0.0.2\"]", "psc: has two IPv4"),
         ("[6379]", "[0]", "ports: 0 is no TCP port"),
         ("[6379]", "[1, 1]", "ports: names a port twice"),
         ("\"redis\"", "\"my redis\"", "service #1: name: "),
@@ -247,10 +191,7 @@ fn what_can_not_work_is_refused() {
 #[test]
 fn a_file_that_is_not_there_is_named() {
     let error = Config::load(Path::new("/nonexistent/dom0d.toml")).unwrap_err();
-    assert!(
-        error.to_string().contains("/nonexistent/dom0d.toml"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("/nonexistent/dom0d.toml"), "{error}");
 }
 
 #[test]
@@ -269,11 +210,7 @@ fn patterns_match_as_a_shell_would() {
         ("*", "", true),
         ("?", "", false),
     ] {
-        assert_eq!(
-            Selector::new(pattern).matches(name, uuid),
-            expected,
-            "{pattern} {name}"
-        );
+        assert_eq!(Selector::new(pattern).matches(name, uuid), expected, "{pattern} {name}");
     }
 }
 

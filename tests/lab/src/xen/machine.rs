@@ -91,7 +91,7 @@ impl Machine {
         let port = free_port()?;
         make_keys(&directory, port, patience)?;
         let qemu_log = File::create(log.join("qemu.log")).context("making QEMU's log")?;
-        let child = qemu(images, &directory, port)?
+        let mut child = qemu(images, &directory, port)?
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(qemu_log.try_clone()?)
@@ -102,6 +102,12 @@ impl Machine {
         let dom0 = Dom0::new(&directory, port);
         let machine = Machine { directory, state, dom0, owned: true };
         fs::write(machine.directory.join(STATE), serde_json::to_vec(&machine.state)?)?;
+        // A process has no command line yet in the first moments of its life.
+        patience.until("starting QEMU", Duration::from_secs(10), || {
+            let ended = child.try_wait()?;
+            ensure!(ended.is_none(), "QEMU does not start; see {}", log.join("qemu.log").display());
+            Ok(is_ours(&machine.directory, machine.state.pid).then_some(()))
+        })?;
         progress(&format!("QEMU boots Xen, its console is in {}", machine.console().display()));
         machine.wait_for_dom0(patience, progress)?;
         Ok(machine)

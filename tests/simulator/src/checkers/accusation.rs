@@ -22,12 +22,10 @@ impl Checker for Accusation {
             Seen::Blemish(server) => {
                 self.blemished.insert(*server);
             }
-            Seen::Event(EventKind::Suspected { server, evidence }) => {
-                if *evidence != Evidence::Operator && !self.blemished.contains(server) {
-                    return Err(format!(
-                        "{server:?} is suspected of {evidence:?}, but nothing is wrong with it"
-                    ));
-                }
+            Seen::Event(EventKind::Suspected { server, evidence })
+                if *evidence != Evidence::Operator && !self.blemished.contains(server) =>
+            {
+                return Err(format!("{server:?} is suspected of {evidence:?}, but nothing is wrong with it"));
             }
             _ => {}
         }

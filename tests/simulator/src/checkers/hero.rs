@@ -21,10 +21,8 @@ impl Checker for StaleHero {
 
     fn see(&mut self, _: &Observer, _: u64, seen: &Seen<'_>) -> Result<(), String> {
         match seen {
-            Seen::Event(EventKind::Attached { server, seeded }) => {
-                if !seeded {
-                    self.barred.insert(*server, "attached unseeded".into());
-                }
+            Seen::Event(EventKind::Attached { server, seeded }) if !seeded => {
+                self.barred.insert(*server, "attached unseeded".into());
             }
             Seen::Event(EventKind::Seeded { server }) => {
                 self.barred.remove(server);

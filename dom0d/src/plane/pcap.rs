@@ -255,11 +255,24 @@ impl PcapPlane {
                     self.learn(advertisement.target.into(), link, Some(advertisement.router));
                 }
             }
-            Content::Tagged => self.counters.tagged_refused += 1,
+            Content::Tagged => self.refuse_tagged(frame.source),
             Content::Malformed => self.counters.malformed += 1,
             Content::Other => {}
         }
         Meaning::Done
+    }
+
+    /// Counted always, told once: a service behind a VLAN tag would otherwise just not answer.
+    fn refuse_tagged(&mut self, sender: Mac) {
+        self.counters.tagged_refused += 1;
+        if self.counters.tagged_refused == 1 {
+            tracing::warn!(
+                sender = mac_text(sender),
+                psc_v4 = ?self.psc.v4,
+                psc_v6 = ?self.psc.v6,
+                "VLAN-tagged frames are refused; give the service's bridge untagged ports (a bridge per VLAN)"
+            );
+        }
     }
 
     fn network_arp(&mut self, now: Instant, arp: Arp) {
@@ -332,7 +345,7 @@ impl PcapPlane {
                     },
                 );
             }
-            Content::Tagged => self.counters.tagged_refused += 1,
+            Content::Tagged => self.refuse_tagged(frame.source),
             Content::Malformed => self.counters.malformed += 1,
             _ => {}
         }

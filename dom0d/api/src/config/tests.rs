@@ -41,6 +41,35 @@ fn the_smallest_configuration_has_the_documented_defaults() {
     assert_eq!(service.on_shutdown_request, OnShutdownRequest::None);
 }
 
+/// The example says what the defaults are; this keeps it true.
+#[test]
+fn the_example_shows_the_defaults() {
+    let example = include_str!("../../../dom0d.example.toml");
+    let plain = load(example);
+    let uncommented: String = example
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(key) if key.starts_with('[') || key.contains(" = ") => format!("{key}\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect();
+    let full = load(&uncommented);
+    assert_eq!(full.control_socket, plain.control_socket);
+    assert_eq!(full.liveness_poll, plain.liveness_poll);
+    assert_eq!(full.capture_buffer, plain.capture_buffer);
+    let (full, plain) = (&full.services[0], &plain.services[0]);
+    assert_eq!(full.engine.limits, plain.engine.limits);
+    assert_eq!(full.engine.timing, plain.engine.timing);
+    assert_eq!(full.engine.candidate, plain.engine.candidate);
+    assert_eq!(full.engine.on_lag, plain.engine.on_lag);
+    assert_eq!(full.fence, plain.fence);
+    assert_eq!(full.attach, plain.attach);
+    assert_eq!(full.pause_grace, plain.pause_grace);
+    assert_eq!(full.maintenance_limit, plain.maintenance_limit);
+    assert_eq!(full.on_shutdown_request, plain.on_shutdown_request);
+    assert_eq!((full.engine.masks.len(), full.allow.len(), full.addresses.len()), (3, 2, 1));
+}
+
 #[test]
 fn every_key_is_read() {
     let config = load(

@@ -39,11 +39,9 @@ impl Checker for StaleHero {
             Seen::Event(EventKind::Suspected { server, evidence }) => {
                 self.barred.insert(*server, format!("deposed: {evidence:?}"));
             }
-            Seen::Event(EventKind::NoCandidate { server, .. }) => {
+            Seen::Event(EventKind::NoCandidate { server: Some(server), .. }) => {
                 // It stays the OVM, and the truth.
-                if let Some(server) = server {
-                    self.barred.remove(server);
-                }
+                self.barred.remove(server);
             }
             Seen::Event(EventKind::CutOver { to, evidence, .. }) => {
                 if let Some(why) = self.barred.remove(to)

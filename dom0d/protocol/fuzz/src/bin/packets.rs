@@ -1,0 +1,13 @@
+//! libFuzzer's entry to [`understudy_fuzz::packets`]; built by any other compiler it replays the files named.
+#![cfg_attr(fuzzing, no_main, allow(unsafe_code))]
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| understudy_fuzz::packets(bytes));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::io::Result<()> {
+    for path in std::env::args_os().skip(1) {
+        understudy_fuzz::packets(&std::fs::read(path)?);
+    }
+    Ok(())
+}

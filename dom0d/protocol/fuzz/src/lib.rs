@@ -1,0 +1,52 @@
+//! What may hostile clients, servers and operators do to the protocol engine? Each target decodes any
+//! byte string into inputs, and panics when the engine breaks a promise. One definition serves libFuzzer
+//! (`fuzz.sh`) and `cargo test` (`tests/replay.rs`).
+
+mod bytes;
+mod oracle;
+mod packet;
+mod world;
+
+use understudy_protocol::{Instant, LinkAddress, ServerId};
+
+use bytes::Bytes;
+use world::World;
+
+/// Arbitrary packets from everybody: nothing of them may be valid.
+///
+/// The checksum of every other packet is put right, or nothing would come past it.
+pub fn packets(input: &[u8]) {
+    let mut bytes = Bytes::new(input);
+    let mut world = World::new(&mut bytes);
+    world.unmark();
+    while !bytes.is_empty() {
+        let from = bytes.byte();
+        let length = usize::from(bytes.byte()) * 2;
+        let mut raw = bytes.take(length).to_vec();
+        if from & 0x80 != 0 {
+            packet::repair(&mut raw);
+        }
+        match from & 3 {
+            0 | 1 => world.raw_from_client(LinkAddress([2, 0, 0, 0, 0, from & 1]), &raw),
+            _ => world.raw_from_server(ServerId(u32::from(from >> 2 & 3)), &raw),
+        }
+    }
+    world.finish();
+}
+
+/// A story: handshakes, segments that are valid or nearly so, time, faults, an operator.
+pub fn engine(input: &[u8]) {
+    let mut bytes = Bytes::new(input);
+    let mut world = World::new(&mut bytes);
+    // Longer stories find nothing that short ones do not, and cost time.
+    for _ in 0..400 {
+        if bytes.is_empty() {
+            break;
+        }
+        world.step(&mut bytes);
+    }
+    world.finish();
+}
+
+/// The origin of the worlds' clock.
+const START: Instant = Instant::from_micros(1_000_000);

@@ -66,6 +66,8 @@ pub(crate) struct Service {
     unusable: BTreeMap<DomainId, KnownDomain>,
     /// Servers to be reported as fenced when rules of this version are in force.
     isolating: Vec<(ServerId, Option<u64>)>,
+    /// How long the evictions for the last and for the slowest faulty RVM kept the packet path waiting.
+    evictions_ns: Option<(u64, u64)>,
 }
 
 impl Service {
@@ -94,6 +96,7 @@ impl Service {
             names: BTreeMap::new(),
             unusable: BTreeMap::new(),
             isolating: Vec::new(),
+            evictions_ns: None,
         }
     }
 
@@ -154,7 +157,7 @@ impl Service {
             return;
         };
         if self.is_queued(id) {
-            self.engine.handle_evidence(now, id, Evidence::DomainGone);
+            self.accuse(now, id, Evidence::DomainGone);
             self.drain(now, around);
         }
         self.plane.remove_server(id);
@@ -167,6 +170,18 @@ impl Service {
             self.servers.remove(&id);
         }
         self.daemon_event(now, event, around);
+    }
+
+    /// Gives evidence to the engine: an OVM is deposed for it, an RVM evicted, which is timed.
+    fn accuse(&mut self, now: Instant, id: ServerId, evidence: Evidence) {
+        let is_ovm = self.engine.ovm() == Some(id);
+        let begun = std::time::Instant::now();
+        self.engine.handle_evidence(now, id, evidence);
+        if !is_ovm {
+            let took_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            let slowest_ns = self.evictions_ns.map_or(0, |(_, slowest_ns)| slowest_ns);
+            self.evictions_ns = Some((took_ns, slowest_ns.max(took_ns)));
+        }
     }
 
     /// A domain has another name.
@@ -273,7 +288,7 @@ impl Service {
                 self.engine.handle_running(now, id, running);
             }
             if let Some(evidence) = verdict.evidence {
-                self.engine.handle_evidence(now, id, evidence);
+                self.accuse(now, id, evidence);
             }
             self.drain(now, around);
         }

@@ -87,6 +87,10 @@ impl Service {
             .chain(self.unusable.values().cloned())
             .collect();
         let serving = hindrances.is_empty();
+        let mut plane_counters = self.plane.counters();
+        if let Some((last_ns, slowest_ns)) = self.evictions_ns {
+            plane_counters.extend([("eviction_last_ns", last_ns), ("eviction_max_ns", slowest_ns)]);
+        }
         problems.splice(0..0, hindrances);
         ServiceReport {
             name: self.name().to_owned(),
@@ -100,7 +104,7 @@ impl Service {
             status,
             servers,
             known,
-            plane_counters: self.plane.counters(),
+            plane_counters,
         }
     }
 }

@@ -290,9 +290,13 @@ impl Conversation {
             }
             contradicts = inserted.conflict.is_some_and(|position| position >= self.told.acked);
             ctx.counters.contradictions += u64::from(contradicts);
-            let grown = (self.up.end() - before) as i64;
+            let end = self.up.end();
+            let grown = end - before;
             if grown > 0 {
-                self.for_each_leg(ctx, |slot, _, ctx| ctx.due(slot, grown));
+                // An OVM may have acknowledged what was never recorded.
+                self.for_each_leg(ctx, |slot, leg, ctx| {
+                    ctx.due(slot, end.saturating_sub(leg.rcv_nxt.max(before)) as i64);
+                });
             }
             if let Some(recuperating) = &mut self.recuperating {
                 // A retransmission or a gap: the client waits for an ACK.

@@ -303,3 +303,12 @@ fn a_request_that_no_service_reads_evicts_nobody() {
         assert_eq!(evicted, reads);
     }
 }
+
+#[test]
+fn an_ovm_that_acknowledges_too_much_is_not_counted_as_behind_for_ever() {
+    let mut story = Story::established(0);
+    story.server_sends(0, 1, b"", 12);
+    story.client_sends(1, &[7; 100], 1);
+    story.server_sends(0, 1, b"", 101);
+    assert_eq!(story.service.status().servers[0].behind_bytes, 0);
+}

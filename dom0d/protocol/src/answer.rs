@@ -112,6 +112,10 @@ impl Conversation {
         if segment.flags.has(Flags::RST) {
             return self.handle_ovm_reset(leg, start, segment, ctx);
         }
+        if leg.gone.is_some() {
+            // Behind its RST, which may be held, there is nothing to hear.
+            return;
+        }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
             // A retransmitted SYN-ACK: the client's third ACK was lost on the way to the OVM.
@@ -175,6 +179,7 @@ impl Conversation {
             self.blame_laggards(ctx);
             return None;
         }
+        self.note_gap(ctx);
         self.note_answer(before, ctx);
         if inserted.conflict.is_none() {
             return Some(None);
@@ -183,6 +188,16 @@ impl Conversation {
         let mut first_copy = payload.to_vec();
         self.down.restore(start, &mut first_copy);
         Some(Some(first_copy))
+    }
+
+    /// Once a gap closes, the client has answers behind it that a new OVM must give itself before
+    /// anybody's next request: at a promotion they must be known.
+    pub(crate) fn note_gap(&mut self, ctx: &mut Context) {
+        if self.down.highest() > self.down.end() {
+            ctx.gaps.insert(self.id, self.down.highest());
+        } else if !ctx.gaps.is_empty() {
+            ctx.gaps.remove(&self.id);
+        }
     }
 
     /// What the client is sent grew from `before`: the order and the RVMs' dues follow.

@@ -1,7 +1,7 @@
 //! What the conversations of one service share while they work.
 
 use core::net::{IpAddr, SocketAddr};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::counters::Counters;
 use crate::order::Order;
@@ -51,6 +51,8 @@ pub(crate) struct Context {
     pub(crate) open: u64,
     /// Conversations in which a FIN or RST of the OVM is held.
     pub(crate) holding: BTreeSet<ConversationId>,
+    /// Conversations whose client was sent bytes beyond a gap, and up to where.
+    pub(crate) gaps: BTreeMap<ConversationId, u64>,
     /// Those among them whose close RVMs dispute.
     pub(crate) disputes: BTreeSet<ConversationId>,
     /// Conversations whose clients are to be sent a RST.
@@ -82,6 +84,7 @@ impl Context {
             retained: 0,
             open: 0,
             holding: BTreeSet::new(),
+            gaps: BTreeMap::new(),
             disputes: BTreeSet::new(),
             resets: VecDeque::new(),
             progressed: [false; MAX_SERVERS],

@@ -511,6 +511,7 @@ impl Conversation {
             }
         }
         self.closed = Some(ctx.now);
+        ctx.gaps.remove(&self.id);
         ctx.open = ctx.open.saturating_sub(1);
         self.release_hold(ctx);
         self.end_recuperation(ctx);
@@ -705,7 +706,7 @@ impl Conversation {
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.get(slot, server) {
                 consider(leg.sender.deadline());
-                if leg.gone.is_some() && self.is_open() {
+                if leg.gone.is_some() && !leg.through && self.is_open() {
                     consider(leg.gone.map(|gone| gone + crate::feed::GONE_GRACE));
                 }
             }

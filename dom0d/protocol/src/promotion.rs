@@ -73,6 +73,9 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
     let old = ctx.ovm();
     let was_behind = ctx.is_catching_up();
+    for (conversation, highest) in core::mem::take(&mut ctx.gaps) {
+        ctx.order.answered(conversation, highest);
+    }
     ctx.epoch += 1;
     ctx.counters.promotions += 1;
     ctx.queue.set_ovm(slot);

@@ -139,11 +139,7 @@ impl Conversation {
                 break;
             }
             self.note_answer(before, ctx);
-            if leg.answers.end() < self.down.end() {
-                // A gap closed, and behind it lie answers that only the old OVM gave.
-                ctx.order.answered(self.id, self.down.end());
-                ctx.recuperation.mark = ctx.order.length();
-            }
+            self.note_gap(ctx);
             if let Some(slot) = ctx.queue.slot_of(leg.server) {
                 // It can't be behind what it answered itself.
                 ctx.due(slot, -((self.down.end() - before) as i64));

@@ -312,3 +312,14 @@ fn an_ovm_that_acknowledges_too_much_is_not_counted_as_behind_for_ever() {
     story.server_sends(0, 1, b"", 101);
     assert_eq!(story.service.status().servers[0].behind_bytes, 0);
 }
+
+#[test]
+fn a_fin_behind_a_held_reset_leaves_no_deadline_that_can_not_be_met() {
+    let mut story = Story::established(1);
+    let close = |flags| Say { seq: iss(0) + 1, ack: at(1), flags, ..Say::default() };
+    story.server_says(0, close(Flags::RST.with(Flags::ACK)));
+    story.server_says(0, close(Flags::FIN.with(Flags::ACK)));
+    story.wait(Duration::from_secs(2));
+    assert!(story.service.poll_timeout().is_none_or(|due| due > story.now));
+    assert_eq!(story.service.status().conversations, 0);
+}

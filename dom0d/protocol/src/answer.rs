@@ -116,10 +116,6 @@ impl Conversation {
             // Behind its RST, which may be held, there is nothing to hear.
             return;
         }
-        if leg.gone.is_some() {
-            // Behind its RST, which may be held, there is nothing to hear.
-            return;
-        }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
             // A retransmitted SYN-ACK: the client's third ACK was lost on the way to the OVM.

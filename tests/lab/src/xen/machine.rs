@@ -28,11 +28,10 @@ const MEMORY_MIB: u32 = 3072;
 const STATE: &str = "machine.json";
 
 /// What appears on the serial console, in this order, and what it means.
-const STAGES: [(&str, &str); 4] = [
+const STAGES: [(&str, &str); 3] = [
     ("(XEN) Xen version", "Xen runs"),
-    ("Linux version", "dom0's kernel runs"),
-    ("systemd[1]: Detected", "dom0's systemd runs"),
-    ("Kernel panic", "dom0's kernel died"),
+    ("(XEN) *** Serial input to DOM0", "dom0's kernel starts"),
+    ("systemd[1]:", "dom0's systemd runs"),
 ];
 
 /// A running machine. Dropping it ends it, unless [`Machine::leave_running`] was called or it came
@@ -130,7 +129,7 @@ impl Machine {
                 self.console().display()
             );
             // Asked no earlier: the port answers from power-on, and then nobody speaks.
-            Ok((seen >= 3 && self.dom0.connect(patience)).then_some(()))
+            Ok((seen == STAGES.len() && self.dom0.connect(patience)).then_some(()))
         })?;
         progress("dom0 answers");
         Ok(())

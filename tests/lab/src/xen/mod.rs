@@ -85,8 +85,9 @@ fn up(name: &str, arguments: &UpArguments) -> Result<()> {
              another one can run beside it"
         );
     }
-    let patience = Patience::begin()?;
+    // Ctrl-C ends this program as ever until there is something to take down.
     product::prepare(&progress)?;
+    let patience = Patience::begin()?;
     let images = machine::images(&patience, &progress)?;
     // From here on a failure takes the machine down, and leaves its logs.
     let machine = Machine::boot(name, &images, &patience, &progress)?;

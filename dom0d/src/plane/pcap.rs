@@ -5,7 +5,7 @@
 //! What clients send to the PSC's MAC ends at the anchor. Frames for a guest go to its vif itself,
 //! never through the bridge.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -17,8 +17,15 @@ use super::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
 use super::neighbours::{Neighbour, Neighbours, Question, Response};
 use super::{Inbound, Loss, Origin, Plane};
 
-/// Frames taken from one interface before the others have their turn.
-const TURN: u32 = 32;
+/// Bytes taken from the anchor and from the OVM before the others have their turn: one super-packet, which
+/// makes some forty segments for each server.
+const TURN: usize = 65_536;
+
+/// The same for an RVM: room for the acknowledgments of such a super-packet, and no more for a flood.
+const RVM_TURN: usize = 32_768;
+
+/// What the smallest frame counts for: its cost is not in its bytes.
+const LEAST_COST: usize = 1_024;
 
 /// When the PSC is announced after it came up, for those that missed the first time.
 const EARLY_ANNOUNCEMENTS: [Duration; 3] =
@@ -40,8 +47,8 @@ pub(crate) struct PcapPlane {
     announced: usize,
     announce_at: Option<Instant>,
     defended: Option<Instant>,
-    /// Whose turn it is: `None` is the anchor.
-    turn: Option<ServerId>,
+    /// Whose turns are left until the next poll, with what each may still take; `None` is the anchor.
+    turns: VecDeque<(Option<ServerId>, usize)>,
     /// The frame at hand.
     received: Vec<u8>,
     /// The frame being built.
@@ -88,16 +95,15 @@ struct Server {
     mac: Mac,
 }
 
-/// An interface and its share of the current round; without a device once that was lost.
+/// An interface; without a device once that was lost.
 struct Port {
     device: Option<Device>,
-    left: u32,
     lost_before: Lost,
 }
 
 impl Port {
     fn new(device: Device) -> Self {
-        Self { device: Some(device), left: 0, lost_before: Lost::default() }
+        Self { device: Some(device), lost_before: Lost::default() }
     }
 }
 
@@ -142,7 +148,7 @@ impl PcapPlane {
             announced: 0,
             announce_at: None,
             defended: None,
-            turn: None,
+            turns: VecDeque::new(),
             received: Vec::with_capacity(65_536),
             sending: Vec::with_capacity(65_536),
             losses: Vec::new(),
@@ -190,19 +196,15 @@ impl PcapPlane {
         self.servers.remove(&server);
     }
 
-    /// Takes the next frame from one interface; `None` once its share is used up or nothing is there.
+    /// Takes the next frame from one interface, if there is one.
     fn take(&mut self, from: Option<ServerId>) -> Option<Frame> {
         let port = match from {
             None => self.anchor.as_mut(),
             Some(id) => self.servers.get_mut(&id).map(|server| &mut server.port),
         }?;
-        if port.left == 0 {
-            return None;
-        }
         let device = port.device.as_mut()?;
         match device.receive(&mut self.received) {
             Ok(true) => {
-                port.left -= 1;
                 let frame = frame::parse(&self.received);
                 Some(frame.unwrap_or(Frame {
                     destination: [0; 6],
@@ -210,12 +212,8 @@ impl PcapPlane {
                     content: Content::Malformed,
                 }))
             }
-            Ok(false) => {
-                port.left = 0;
-                None
-            }
+            Ok(false) => None,
             Err(error) => {
-                port.left = 0;
                 port.device = None;
                 self.losses.push(Loss { server: from, error: error.to_string() });
                 None
@@ -443,13 +441,6 @@ impl PcapPlane {
             }
         }
     }
-
-    /// The interface after `current` in the round: the anchor, then the servers by id.
-    fn next_turn(&self, current: Option<ServerId>) -> Option<ServerId> {
-        let after = current.map_or(0, |id| id.0.saturating_add(1));
-        let mut following = self.servers.range(ServerId(after)..);
-        following.next().map(|(&id, _)| id)
-    }
 }
 
 impl Plane for PcapPlane {
@@ -459,27 +450,30 @@ impl Plane for PcapPlane {
     }
 
     fn set_ready(&mut self, ready: &[bool]) {
-        let servers = self.servers.values_mut().map(|server| &mut server.port);
-        let open = self.anchor.iter_mut().chain(servers).filter(|port| port.device.is_some());
-        for (port, &ready) in open.zip(ready) {
-            port.left = if ready { TURN } else { 0 };
+        let anchor = self.anchor.iter().map(|port| (None, port));
+        let servers = self.servers.iter().map(|(&id, server)| (Some(id), &server.port));
+        let open = anchor.chain(servers).filter(|(_, port)| port.device.is_some());
+        self.turns.clear();
+        for ((from, _), _) in open.zip(ready).filter(|(_, ready)| **ready) {
+            if from.is_none() || from == self.ovm {
+                self.turns.push_front((from, TURN));
+            } else {
+                self.turns.push_back((from, RVM_TURN));
+            }
         }
     }
 
     fn receive(&mut self, now: Instant) -> Option<Inbound<'_>> {
-        // One frame from each in turn; a full round without any ends it.
-        let mut idle = 0;
         let (origin, range) = loop {
-            let from = self.turn;
-            self.turn = self.next_turn(from);
+            let &(from, left) = self.turns.front()?;
             let Some(frame) = self.take(from) else {
-                idle += 1;
-                if idle > self.servers.len() {
-                    return None;
-                }
+                self.turns.pop_front();
                 continue;
             };
-            idle = 0;
+            match left.checked_sub(self.received.len().max(LEAST_COST)) {
+                Some(left) => self.turns[0].1 = left,
+                None => drop(self.turns.pop_front()),
+            }
             let meaning = match from {
                 None => self.network_frame(now, frame),
                 Some(server) => self.server_frame(now, server, frame),

@@ -251,16 +251,16 @@ impl Conversation {
     /// Moves the right edge of the client's window, never back. Where clients wait for RVMs, no
     /// further than there is room to keep what an RVM still lacks.
     pub(crate) fn offer_window(&mut self, edge: u64, ctx: &mut Context) {
-        let edge = match ctx.config.on_lag {
-            crate::LagPolicy::Evict => edge,
-            crate::LagPolicy::Wait => {
-                let room = self.up.base() + u64::from(ctx.config.limits.conversation_bytes) / 2;
-                if room < edge {
-                    ctx.counters.lag_bytes += 1;
-                }
-                edge.min(room)
-            }
+        let limit = u64::from(ctx.config.limits.conversation_bytes);
+        let room = match ctx.config.on_lag {
+            // No more than can be kept: what finds no room would be sent in vain.
+            crate::LagPolicy::Evict => limit,
+            crate::LagPolicy::Wait => limit / 2,
         };
+        if self.up.base() + room < edge {
+            ctx.counters.lag_bytes += 1;
+        }
+        let edge = edge.min(self.up.base() + room);
         self.told.edge = self.told.edge.max(edge);
     }
 
@@ -381,16 +381,20 @@ impl Conversation {
     fn handle_suppressed(&mut self, leg: &mut Leg, slot: Slot, segment: &Segment<'_>, ctx: &mut Context) {
         ctx.counters.rvm_segments += 1;
         let Some(start) = position_of(leg.iss, segment.seq, leg.answers.end()) else { return };
-        if segment.flags.has(Flags::SYN) {
-            leg.ack_due = true;
-            return;
-        }
         if segment.flags.has(Flags::RST) {
             self.note_gone(slot, leg, ctx);
             return;
         }
-        // Behind its RST there is nothing to hear.
-        if !segment.flags.has(Flags::ACK) || leg.gone.is_some() {
+        if leg.gone.is_some() {
+            // Behind its RST there is nothing to hear; or it has not heard the daemon's.
+            self.send_reset_to(slot, leg, ctx);
+            return;
+        }
+        if segment.flags.has(Flags::SYN) {
+            leg.ack_due = true;
+            return;
+        }
+        if !segment.flags.has(Flags::ACK) {
             return;
         }
         self.note_suppressed_acknowledgment(leg, segment, ctx);

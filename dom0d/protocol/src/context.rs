@@ -59,6 +59,8 @@ pub(crate) struct Context {
     pub(crate) resets: VecDeque<ConversationId>,
     /// Slots whose server produced something: the order may move on.
     pub(crate) progressed: [bool; MAX_SERVERS],
+    /// The caller has not polled the latest [`Effect::Cutover`]: until then nothing of the new epoch leaves.
+    pub(crate) cutover_untold: bool,
     /// Evidence against the OVM found while working.
     pub(crate) suspicion: Option<Evidence>,
     /// RVMs that fell behind a limit.
@@ -88,6 +90,7 @@ impl Context {
             disputes: BTreeSet::new(),
             resets: VecDeque::new(),
             progressed: [false; MAX_SERVERS],
+            cutover_untold: false,
             suspicion: None,
             laggards: Vec::new(),
             last_answer: Instant::default(),
@@ -125,7 +128,11 @@ impl Context {
     }
 
     pub(crate) fn next_effect(&mut self) -> Option<Effect> {
-        self.effects.pop_front()
+        let effect = self.effects.pop_front();
+        if matches!(effect, Some(Effect::Cutover { .. })) {
+            self.cutover_untold = false;
+        }
+        effect
     }
 
     pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) {

@@ -120,6 +120,9 @@ const IDLE_PROBE_INTERVAL: core::time::Duration = core::time::Duration::from_sec
 /// How often a closed conversation that a new OVM has yet to catch up with is looked at.
 const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1);
 
+/// Time in which an RVM must get on while room for what it lacks runs out: longer than a retransmission.
+const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
+
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
 
@@ -313,19 +316,25 @@ impl Conversation {
         Some(contradicts)
     }
 
-    /// There is no more room for what RVMs lack: those for which most of it is kept must not stop the
-    /// client, unless the operator chose that.
+    /// Room for what RVMs lack runs out. One that follows, at its own pace, only slows the transfer; one
+    /// that hardly moves must not stop the client, unless the operator chose that.
     pub(crate) fn blame_laggards(&mut self, ctx: &mut Context) {
         if ctx.config.on_lag == crate::LagPolicy::Wait {
             return;
         }
         let ovm = ctx.queue.ovm();
         let much = u64::from(ctx.config.limits.conversation_bytes) / 2;
+        let least = much / 32;
         let (taken, acked) = (self.told.acked, self.client.acked);
         self.for_each_leg(ctx, |slot, leg, ctx| {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
-            if Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much {
+            let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
+            let progress = leg.rcv_nxt + leg.compared;
+            let (since, before) = *leg.paced.get_or_insert((ctx.now, progress));
+            if !blamed || progress - before >= least {
+                leg.paced = blamed.then_some((ctx.now, progress));
+            } else if ctx.now.since(ctx.measured_from(since)) >= STANDSTILL {
                 ctx.laggards.push(slot);
             }
         });
@@ -623,6 +632,9 @@ impl Conversation {
                     Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
                 }
             }
+        }
+        if self.retained >= u64::from(ctx.config.limits.conversation_bytes) / 2 {
+            self.blame_laggards(ctx);
         }
         self.recuperate(ctx);
         if self.is_open() {

@@ -60,6 +60,8 @@ pub(crate) struct Leg {
     pub(crate) answered_at: Instant,
     /// When the daemon last handed it something new.
     pub(crate) handed_at: Instant,
+    /// When and where it was while room for what it lacks ran out.
+    pub(crate) paced: Option<(Instant, u64)>,
     /// Since when it owes an acknowledgment or handshake without progress.
     pub(crate) owes_since: Option<Instant>,
     /// Right edge of the OVM's window at that time.
@@ -91,6 +93,7 @@ impl Leg {
             ack_due: false,
             answered_at: Instant::default(),
             handed_at: Instant::default(),
+            paced: None,
             owes_since: None,
             ovm_edge: 0,
         }

@@ -83,6 +83,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     // What the old OVM said and was not sent yet is not said any more.
     ctx.drop_transmits_to_clients();
     ctx.effect(Effect::Cutover { epoch: ctx.epoch, from, to });
+    ctx.cutover_untold = true;
     match (old, deposed) {
         (Some((old, server)), Deposed::Fenced) => {
             ctx.queue.remove(old);

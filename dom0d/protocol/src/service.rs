@@ -228,6 +228,10 @@ impl Service {
     /// The next packet to send. Does bounded work per call.
     pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
         loop {
+            if self.ctx.cutover_untold {
+                // Found while working here: the caller learns of it first.
+                return None;
+            }
             if let Some(transmit) = self.ctx.next_transmit() {
                 return Some(transmit);
             }
@@ -242,7 +246,7 @@ impl Service {
 
     /// When [`Service::handle_timeout`] must be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.sweep.is_some() || !self.work.is_empty() {
+        if self.sweep.is_some() || !self.work.is_empty() || self.ctx.cutover_untold {
             return Some(self.ctx.now);
         }
         let timer = self.timers.first().map(|(due, _)| *due);
@@ -290,6 +294,11 @@ impl Service {
             return self.with(id, |conversation, ctx| conversation.handle_repeated_syn(syn, ctx));
         }
         let former = self.table.find(&key).and_then(|id| self.table.get(id));
+        if former.is_some_and(|former| !former.is_open() && former.client.iss == syn.seq) {
+            // A late duplicate of the SYN that began what has ended.
+            self.ctx.counters.unacceptable += 1;
+            return;
+        }
         if former.is_some_and(|former| former.is_unfinished(&self.ctx)) {
             self.ctx.counters.early_reuse += 1;
             return;

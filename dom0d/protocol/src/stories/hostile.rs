@@ -199,11 +199,12 @@ fn a_replica_that_takes_nothing_does_not_stop_the_client() {
     let mut story = Story::configured(1, |config| config.limits.conversation_bytes = 4 << 10);
     story.establish(1);
     let mut position = 1;
-    for _ in 0..20 {
+    for _ in 0..60 {
+        story.wait(Duration::from_millis(20));
         story.client_sends(position, &[7; 500], 1);
-        story.server_sends(0, 1, b"", position + 500);
         let taken: usize = story.servers[0].drain(..).map(|heard| heard.payload.len()).sum();
         position += taken as u32;
+        story.server_sends(0, 1, b"", position);
         // So slow that no time limit catches it.
         story.server_sends(1, 1, b"", 1 + position / 500);
         story.servers[1].clear();

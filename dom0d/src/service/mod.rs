@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use understudy_api::config::{self, Fence, OnShutdownRequest};
 use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, Service as Engine, StaleReason};
 
+use crate::clock;
 use crate::command::{DomainRef, KnownDomain};
 use crate::event::{DaemonEvent, Happening};
 use crate::fencing::Job;
@@ -362,8 +363,16 @@ impl Service {
                 Effect::Fence(id) => self.fence(id, around),
                 Effect::Event(event) => {
                     self.note(&event.kind);
+                    // To the engine these happen at the instant of their cause; in force they are now.
+                    let carried_out = matches!(
+                        event.kind,
+                        EventKind::CutOver { .. }
+                            | EventKind::FirstByte { .. }
+                            | EventKind::Recuperated { .. }
+                    );
+                    let at = if carried_out { clock::now() } else { event.at };
                     let happening = Happening::Protocol(event.kind);
-                    self.report(event.at, happening, around);
+                    self.report(at, happening, around);
                 }
             }
         }

@@ -267,7 +267,8 @@ fn print_timeline(observed: &Observed, first_byte_us: u64) {
     if let Some(fenced_us) = observed.fenced_us {
         moments.push((fenced_us, "fenced".to_owned()));
     }
-    moments.sort();
+    // Stable: what happened in one microsecond stays in the order of cause and effect.
+    moments.sort_by_key(|(at, _)| *at);
     println!();
     for (at, what) in moments {
         println!("  {:>10} us  {what}", at.saturating_sub(observed.fault_us));

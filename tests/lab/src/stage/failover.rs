@@ -44,9 +44,9 @@ impl Failover {
         let cut = events.wait("cut_over", name, suspected.monotonic_us, END)?;
         let done = events.wait("recuperated", name, cut.monotonic_us, END)?;
         let fenced = if matches!(fault, Fault::Crash | Fault::Destroy | Fault::Poweroff) {
-            events.since("fenced", name, cut.monotonic_us).first().cloned()
+            events.since("fenced", name, suspected.monotonic_us).first().cloned()
         } else {
-            Some(events.wait("fenced", name, cut.monotonic_us, END)?)
+            Some(events.wait("fenced", name, suspected.monotonic_us, END)?)
         };
         let number = |event: &understudy_api::Event, field: &str| {
             event.number(field).with_context(|| format!("event {} has no {field}", event.kind()))

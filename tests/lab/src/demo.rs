@@ -74,7 +74,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     tell.heading("What dom0d discovered");
     let config = with_replicas(&lab.default_config(), replicas);
-    let stage = Stage::take_identical(lab, &config)?;
+    let mut stage = Stage::take_identical(lab, &config)?;
     for line in stage.operator.order(&["status"])?.lines() {
         tell.line(line);
     }
@@ -150,10 +150,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
 
     tell.heading("Taking everything down");
-    let Stage { lab, dom0d, .. } = stage;
-    if let Some(dom0d) = dom0d {
-        dom0d.stop()?;
-    }
+    stage.stop_dom0d()?;
+    let Stage { lab, .. } = stage;
     lab.down()?;
     conclude(&report, !verdict.wrong.is_empty(), &tell)
 }

@@ -138,9 +138,7 @@ fn cost(
         clear(lab)?;
         stage.operator.seed_all(&config)?;
     }
-    if let Some(dom0d) = stage.dom0d.take() {
-        dom0d.stop()?;
-    }
+    stage.stop_dom0d()?;
     Ok(Cost {
         conversations: crowd,
         replicas: lab.config().replicas,

@@ -47,9 +47,7 @@ pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
             client_errors,
         });
     }
-    if let Some(dom0d) = stage.dom0d.take() {
-        dom0d.stop()?;
-    }
+    stage.stop_dom0d()?;
     Ok(rows)
 }
 

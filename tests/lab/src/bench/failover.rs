@@ -71,9 +71,7 @@ pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
             );
             rows.push(row);
         }
-        if let Some(dom0d) = stage.dom0d.take() {
-            dom0d.stop()?;
-        }
+        stage.stop_dom0d()?;
     }
     Ok(rows)
 }

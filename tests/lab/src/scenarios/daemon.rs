@@ -56,7 +56,7 @@ fn clean_shutdown(lab: &str) -> Result<()> {
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
     load.finish()?;
-    stage.dom0d.take().context("no dom0d")?.stop()?;
+    stage.stop_dom0d()?;
     let after = traces(&stage.lab)?;
     ensure!(after == before, "before:\n{before}\nafter the shutdown:\n{after}");
     Ok(())
@@ -111,7 +111,7 @@ fn killed(lab: &str) -> Result<()> {
     let outcome = load.finish()?;
     stage.expect_unharmed(&outcome)?;
     failover.expect_plausible()?;
-    stage.dom0d.take().context("no dom0d")?.stop()?;
+    stage.stop_dom0d()?;
     let after = traces(&stage.lab)?;
     ensure!(after == before, "before:\n{before}\nafter the successor's shutdown:\n{after}");
     Ok(())

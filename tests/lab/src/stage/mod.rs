@@ -74,6 +74,12 @@ impl Stage {
         Ok(stage)
     }
 
+    /// Stops dom0d properly, if it is still here.
+    pub(crate) fn stop_dom0d(&mut self) -> Result<()> {
+        self.events.end();
+        self.dom0d.take().map_or(Ok(()), Daemon::stop)
+    }
+
     /// See [`Operator::wait_ready`].
     pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
         self.operator.wait_ready(config)

@@ -241,10 +241,17 @@ fn matches(event: &Event, kind: &str, service: &str, from_us: u64) -> bool {
     event.kind() == kind && event.service.as_deref() == Some(service) && event.monotonic_us >= from_us
 }
 
-impl Drop for Events {
-    fn drop(&mut self) {
+impl Events {
+    /// Follows no longer; what was seen stays.
+    pub(crate) fn end(&mut self) {
         // It may have ended with dom0d already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.end();
     }
 }

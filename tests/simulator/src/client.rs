@@ -416,7 +416,9 @@ impl Connection {
                     bytes[0] = *key;
                     request(op::SHARED, &bytes)
                 }
-                Step::Download { size } => request(op::GET, &(*size as u32).to_be_bytes()),
+                Step::Download { size } => {
+                    request(op::GET, &[&(*size as u32).to_be_bytes()[..], b"."].concat())
+                }
                 Step::Pause { us } => {
                     if !self.answer_ends.is_empty() {
                         return;
@@ -436,7 +438,7 @@ impl Connection {
         {
             self.steps_done = true;
             match plan.ending {
-                Ending::Quit => self.ask(&request(op::QUIT, &[]), &mut agreement.shared),
+                Ending::Quit => self.ask(&request(op::QUIT, b"."), &mut agreement.shared),
                 // The service answers the client's FIN as it answers a request.
                 Ending::HalfClose | Ending::Close => self.model.end_of_input(&mut self.expected),
                 Ending::Abort | Ending::Stay => {}
@@ -505,5 +507,8 @@ fn payload(seed: u64, step: usize, size: usize) -> Vec<u8> {
         bytes.extend_from_slice(&rng.to_be_bytes());
     }
     bytes.truncate(size);
+    if let Some(last) = bytes.last_mut() {
+        *last |= 1;
+    }
     bytes
 }

@@ -33,6 +33,8 @@ pub(crate) struct Disguise {
     shifts: BTreeMap<(IpAddress, u16, u16), u32>,
     /// By the same key: the ISN of the peer that opened the connection.
     openers: BTreeMap<(IpAddress, u16, u16), u32>,
+    /// By the same key, as the stack counts: the highest number sent and the highest acknowledged.
+    progress: BTreeMap<(IpAddress, u16, u16), (u32, u32)>,
 }
 
 struct Layout {
@@ -85,6 +87,21 @@ fn for_each_option(options: &mut [u8], mut each: impl FnMut(u8, &mut [u8])) {
     }
 }
 
+/// Takes the last payload byte away; the TCP checksum is filled in later.
+fn shorten(packet: &mut Vec<u8>) {
+    packet.pop();
+    let length = packet.len() as u16;
+    match IpVersion::of_packet(packet) {
+        Ok(IpVersion::Ipv4) => {
+            let mut ip = Ipv4Packet::new_unchecked(&mut packet[..]);
+            ip.set_total_len(length);
+            ip.fill_checksum();
+        }
+        Ok(IpVersion::Ipv6) => Ipv6Packet::new_unchecked(&mut packet[..]).set_payload_len(length - 40),
+        Err(_) => {}
+    }
+}
+
 fn shift_sacks(options: &mut [u8], by: u32) {
     for_each_option(options, |kind, option| {
         if kind == 5 {
@@ -97,13 +114,16 @@ fn shift_sacks(options: &mut [u8], by: u32) {
 
 impl Disguise {
     pub(crate) fn new(knobs: DisguiseKnobs, rng: Prng) -> Self {
-        Self { knobs, rng, shifts: BTreeMap::new(), openers: BTreeMap::new() }
+        Self { knobs, rng, shifts: BTreeMap::new(), openers: BTreeMap::new(), progress: BTreeMap::new() }
     }
 
     /// Rewrites a packet that the stack sends.
-    pub(crate) fn outgoing(&mut self, packet: &mut [u8]) {
+    pub(crate) fn outgoing(&mut self, packet: &mut Vec<u8>) {
         let Some(at) = layout(packet) else { return };
         let (src, dst) = (at.src, at.dst);
+        if self.is_false_keepalive(packet, &at) {
+            shorten(packet);
+        }
         let mut tcp = TcpPacket::new_unchecked(&mut packet[at.tcp..]);
         let key = (dst, tcp.dst_port(), tcp.src_port());
         if tcp.syn() {
@@ -139,6 +159,25 @@ impl Disguise {
         }
     }
 
+    /// smoltcp may take a connection for idle that has bytes in flight, and send a keepalive whose
+    /// byte contradicts the last of them. No other stack does: that byte goes.
+    fn is_false_keepalive(&mut self, packet: &[u8], at: &Layout) -> bool {
+        let tcp = TcpPacket::new_unchecked(&packet[at.tcp..]);
+        let key = (at.dst, tcp.dst_port(), tcp.src_port());
+        let seq = tcp.seq_number().0 as u32;
+        let end = seq.wrapping_add(tcp.segment_len() as u32);
+        let (sent, acknowledged) = self.progress.entry(key).or_insert((end, seq));
+        if tcp.syn() {
+            (*sent, *acknowledged) = (end, seq);
+        }
+        // The application's own writes do not end in a zero byte.
+        let keepalive = tcp.payload() == [0] && *sent == end && !tcp.fin();
+        if (end.wrapping_sub(*sent) as i32) > 0 {
+            *sent = end;
+        }
+        keepalive && *acknowledged != end
+    }
+
     /// Rewrites a packet before the stack sees it.
     pub(crate) fn incoming(&mut self, packet: &mut [u8]) {
         let Some(at) = layout(packet) else { return };
@@ -163,6 +202,12 @@ impl Disguise {
         let shift = self.shifts.get(&key).copied().unwrap_or(0);
         if tcp.ack() {
             let ack = tcp.ack_number();
+            if let Some((_, acknowledged)) = self.progress.get_mut(&key) {
+                let ack = (ack.0 as u32).wrapping_sub(shift);
+                if (ack.wrapping_sub(*acknowledged) as i32) > 0 {
+                    *acknowledged = ack;
+                }
+            }
             tcp.set_ack_number(TcpSeqNumber((ack.0 as u32).wrapping_sub(shift) as i32));
             shift_sacks(tcp.options_mut(), 0u32.wrapping_sub(shift));
         }

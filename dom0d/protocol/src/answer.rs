@@ -270,9 +270,13 @@ impl Conversation {
     pub(crate) fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
         // Behind a FIN that was passed a RST is still one to be doubted.
         let open = self.closed.is_none() && (rst || self.down_fin.is_none());
-        if !open || !matches!(self.opinion(position, ctx), Opinion::Unknown | Opinion::Disputed) {
+        let opinion = self.opinion(position, ctx);
+        if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             self.release_hold(ctx);
             return false;
+        }
+        if opinion == Opinion::Disputed {
+            ctx.disputes.insert(self.id);
         }
         if self.held.is_none() {
             ctx.counters.closes_held += 1;
@@ -289,6 +293,11 @@ impl Conversation {
     /// What the covering RVMs say about a close at `position`.
     fn opinion(&self, position: u64, ctx: &Context) -> Opinion {
         let ovm = ctx.queue.ovm();
+        // What the OVM had when it closed.
+        let had = ctx
+            .ovm()
+            .and_then(|(slot, server)| self.legs.get(slot, server))
+            .map_or(self.up_end(), |leg| leg.rcv_nxt.min(self.up_end()));
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
@@ -301,7 +310,7 @@ impl Conversation {
             let quiet = ctx.now.since(ctx.measured_from(leg.answered_at)) >= ctx.config.timing.close_hold / 2;
             let stays = leg.fin.is_none() && leg.gone.is_none();
             let disputes = answered > position
-                || (stays && answered == position && quiet && leg.rcv_nxt >= self.up_end() && leg.is_open());
+                || (stays && answered == position && quiet && leg.rcv_nxt >= had && leg.is_open());
             opinion =
                 if disputes || opinion == Opinion::Disputed { Opinion::Disputed } else { Opinion::Unknown };
         }
@@ -353,7 +362,8 @@ impl Conversation {
                 return;
             }
             ctx.counters.closes_unshared += 1;
-            if ctx.disputes.len() > 1 && !self.suspicion.close_disputed {
+            // A handshake that was refused meanwhile is a conversation too.
+            if ctx.disputes.len() + ctx.refusals.len() > 1 && !self.suspicion.close_disputed {
                 // If nothing can be promoted, it passes next time.
                 self.suspicion.close_disputed = true;
                 ctx.suspicion.get_or_insert(crate::Evidence::UnsharedClose);
@@ -362,6 +372,10 @@ impl Conversation {
             }
         }
         self.release_hold(ctx);
+        if held.position < self.down.end() {
+            // A new OVM that left behind what the client has: nothing that it says can be passed on.
+            return self.reset(ctx);
+        }
         if held.rst {
             self.pass_reset(held.position, Flags::RST.with(Flags::ACK), ctx);
         } else {

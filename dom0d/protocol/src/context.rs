@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::counters::Counters;
 use crate::order::Order;
 use crate::queue::{MAX_SERVERS, Queue, Slot};
-use crate::table::ConversationId;
+use crate::table::{ConversationId, Key};
 use crate::{
     Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, ServerId, ServiceConfig,
     StaleReason, Transmit,
@@ -51,6 +51,8 @@ pub(crate) struct Context {
     pub(crate) open: u64,
     /// Conversations in which a FIN or RST of the OVM is held.
     pub(crate) holding: BTreeSet<ConversationId>,
+    /// Handshakes that the OVM refused while closes were held.
+    pub(crate) refusals: BTreeSet<Key>,
     /// Conversations whose client was sent bytes beyond a gap, and up to where.
     pub(crate) gaps: BTreeMap<ConversationId, u64>,
     /// Those among them whose close RVMs dispute.
@@ -86,6 +88,7 @@ impl Context {
             retained: 0,
             open: 0,
             holding: BTreeSet::new(),
+            refusals: BTreeSet::new(),
             gaps: BTreeMap::new(),
             disputes: BTreeSet::new(),
             resets: VecDeque::new(),

@@ -545,6 +545,9 @@ impl Conversation {
         if self.held.take().is_some() {
             ctx.holding.remove(&self.id);
             ctx.disputes.remove(&self.id);
+            if ctx.holding.is_empty() {
+                ctx.refusals.clear();
+            }
         }
     }
 

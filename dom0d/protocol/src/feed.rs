@@ -74,7 +74,9 @@ impl Conversation {
         if leg.covers() {
             let compared = match mask::compare(&ctx.config.masks, &self.down, &leg.answers, leg.compared) {
                 // It closed where the client was sent more.
-                Compared::Equal(_) if leg.fin.is_some_and(|fin| fin < self.down.end()) => {
+                Compared::Equal(_)
+                    if ctx.queue.ovm() != Some(slot) && leg.fin.is_some_and(|fin| fin < self.down.end()) =>
+                {
                     Compared::Diverged(leg.fin.unwrap_or(leg.compared))
                 }
                 // It goes on where the client was sent FIN.

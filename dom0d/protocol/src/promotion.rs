@@ -99,6 +99,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     ctx.suspicion = None;
     ctx.holding.clear();
     ctx.disputes.clear();
+    ctx.refusals.clear();
     ctx.event(EventKind::CutOver { epoch: ctx.epoch, from, to, evidence, conversations: ctx.open });
 }
 

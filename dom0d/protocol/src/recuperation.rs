@@ -95,9 +95,10 @@ impl Conversation {
         let Some(mut leg) = self.legs.take(slot, server) else { return self.reset(ctx) };
         let Some(mut recuperating) = self.recuperating.take() else { return };
         self.adopt_answers(&mut leg, ctx);
-        if !leg.covers() || leg.gone.is_some() {
-            // A RST of the new OVM's own is held like any other: its service may have died in turn.
-            let position = leg.covers().then(|| leg.answers.end());
+        let early = leg.fin.filter(|fin| *fin < self.down.end());
+        if !leg.covers() || leg.gone.is_some() || early.is_some() {
+            // A close of the new OVM's own is held like any other: its service may have died in turn.
+            let position = leg.covers().then(|| early.unwrap_or(leg.answers.end()));
             self.recuperating = Some(recuperating);
             self.legs.put(slot, leg);
             if !position.is_some_and(|position| self.must_hold(position, true, ctx)) {

@@ -26,6 +26,8 @@ const LINKS: usize = 4096;
 /// How long RVMs may take for a closed conversation's last bytes before its addresses are used again
 /// (RFC 6298 §2.1: a SYN is sent again after a second).
 const REUSE: Duration = Duration::from_millis(900);
+/// Refused handshakes counted while closes are held; more tell no more.
+const HELD_REFUSALS: usize = 16;
 /// SYNs kept during a drain.
 const HELD_SYNS: usize = 1024;
 
@@ -322,6 +324,9 @@ impl Service {
             if !self.ctx.holding.is_empty() && self.handshakes.acknowledges(key, segment) {
                 // The service may have died inside the OVM: the client asks again, and gets whoever
                 // serves then.
+                if self.ctx.refusals.len() < HELD_REFUSALS {
+                    self.ctx.refusals.insert(*key);
+                }
                 return true;
             }
             if self.handshakes.handle_refusal(key, segment) {

@@ -572,6 +572,10 @@ impl Conversation {
                 if leg.is_open() {
                     self.send_reset_to(slot, &leg, ctx);
                 }
+                if leg.rcv_nxt < self.told.acked || leg.answers.end() < self.down.end() {
+                    // It never gets what the client was promised.
+                    ctx.mark_stale(slot, StaleReason::MissedBytes);
+                }
                 ctx.progressed[slot.index()] = true;
             }
         }

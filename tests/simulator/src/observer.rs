@@ -168,6 +168,9 @@ pub(crate) struct Conversation {
     /// Order and end of what is sent without a gap, after each growth.
     pub(crate) sent_growth: Vec<(u64, u64)>,
     pub(crate) reset_to_client: bool,
+    /// Positions of sequence and acknowledgement in the last segment from and to the client.
+    last_up: (i64, i64),
+    last_down: (i64, i64),
     /// The client was last told that there is no room.
     pub(crate) window_shut: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
@@ -196,6 +199,17 @@ impl Conversation {
     /// Neither side has closed or reset.
     pub(crate) fn is_open(&self) -> bool {
         !self.client_reset && !self.reset_to_client && self.client_fin.is_none() && self.sent_fin.is_none()
+    }
+
+    /// The client was sent an acknowledgement of all that reached dom0.
+    pub(crate) fn is_acknowledged(&self) -> bool {
+        self.last_down.1 >= self.received.contiguous() as i64
+    }
+
+    /// Both ends repeat what the other has: each drops the other's segments, and the acknowledgements
+    /// in them (RFC 9293 §3.10.7.4). smoltcp gets there, since it rewinds SND.NXT to retransmit.
+    pub(crate) fn is_deadlocked(&self) -> bool {
+        self.last_up.0 < self.last_down.1 && self.last_down.0 < self.last_up.1
     }
 
     /// Whether a server has all that the client sent and has said all that the client was sent.
@@ -326,6 +340,8 @@ impl Observer {
                     sent_fin: None,
                     sent_growth: Vec::new(),
                     reset_to_client: false,
+                    last_up: (0, 0),
+                    last_down: (0, 0),
                     window_shut: false,
                     legs: BTreeMap::new(),
                     recorded: Vec::new(),
@@ -352,6 +368,7 @@ impl Observer {
         conversation.established = true;
         let position = conversation.client_position(segment.seq);
         if let Some(acked) = segment.ack.and_then(|ack| conversation.view_position(ack)) {
+            conversation.last_up = (position, acked);
             conversation.client_acked = conversation.client_acked.max(acked);
         }
         for (from, to) in conversation.received.unknown(position, segment.payload.len()) {
@@ -435,6 +452,9 @@ impl Observer {
             return;
         };
         conversation.window_shut = segment.window == 0;
+        if let Some(ack) = segment.ack {
+            conversation.last_down = (position, conversation.client_position(ack));
+        }
         let before = conversation.sent.contiguous();
         conversation.sent.put(position, segment.payload);
         let after = conversation.sent.contiguous();

@@ -5,6 +5,7 @@ use understudy_protocol::Role;
 use crate::application::KEYS;
 use crate::client::{Client, Ending, Outcome};
 use crate::guest::Health;
+use crate::observer::Conversation;
 use crate::world::World;
 
 type Verdict = Result<(), (&'static str, String)>;
@@ -87,6 +88,13 @@ fn why_stuck(world: &World, client: &Client, index: usize) -> Option<&'static st
     let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
     let (own, psc) = client.ends(index)?;
     let conversation = world.observer.conversation_of(own, psc);
+    if conversation.is_some_and(Conversation::is_deadlocked) {
+        return Some("two smoltcp stacks in a deadlock");
+    }
+    if world.guests[ovm].health == Health::Spinning && conversation.is_some_and(Conversation::is_acknowledged)
+    {
+        return Some("the OVM spun, and an acknowledgement of it was lost");
+    }
     // The client can't say so much that RVMs could answer it.
     (world.guests[ovm].health == Health::Hung && conversation.is_some_and(|c| c.window_shut))
         .then_some("the OVM hung with its window shut")

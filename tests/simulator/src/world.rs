@@ -989,21 +989,30 @@ impl World {
 
     /// Replicas that could take over, and that nothing was done to.
     fn healthy_replicas(&self) -> Vec<usize> {
-        let status = self.service.status();
-        status
-            .servers
-            .iter()
-            .filter(|s| s.not_promotable.is_none() && !self.impaired.contains_key(&s.server))
-            .filter_map(|s| self.guest_of(s.server))
+        self.promotable_replicas()
+            .into_iter()
+            .filter(|&g| !self.impaired.contains_key(&self.guests[g].id))
             .collect()
     }
 
-    /// The last healthy replica may go while the OVM's fault is not seen yet.
+    fn promotable_replicas(&self) -> Vec<usize> {
+        let status = self.service.status();
+        let promotable = status.servers.iter().filter(|s| s.not_promotable.is_none());
+        promotable.filter_map(|s| self.guest_of(s.server)).collect()
+    }
+
+    /// The last healthy replica may go while the OVM's fault is not seen yet, or the majority that it
+    /// takes to see it.
     fn excuse_of_loss(&mut self) {
         let ovm = self.service.ovm().and_then(|id| self.guest_of(id));
-        if ovm.is_some_and(|g| self.guests[g].health != Health::Running) && self.healthy_replicas().is_empty()
-        {
+        let Some(health) = ovm.map(|g| self.guests[g].health).filter(|h| *h != Health::Running) else {
+            return;
+        };
+        let healthy = self.healthy_replicas().len();
+        if healthy == 0 {
             self.excuse.get_or_insert("no healthy replica");
+        } else if health == Health::Hung && healthy * 2 <= self.promotable_replicas().len() {
+            self.excuse.get_or_insert("no majority of healthy replicas");
         }
     }
 
@@ -1016,7 +1025,7 @@ impl World {
             return;
         }
         if let Fault::Kill { .. } = fault {
-            let half_open = |c: &&Conversation| c.view.is_some() && !c.established;
+            let half_open = |c: &&Conversation| !c.established;
             self.refused
                 .extend(self.observer.conversations.iter().filter(half_open).map(|c| (c.client, c.isn)));
             // A close is disputed by RVMs that have kept up within the hold, in several conversations.
@@ -1026,7 +1035,7 @@ impl World {
                     && link.is_none_or(|l| l.delay_us + l.jitter_us <= 500 && l.faithful());
                 let id = self.guests[g].id;
                 let conversations = &self.observer.conversations;
-                quick && conversations.iter().filter(|c| c.is_open() && c.kept_up(id)).count() > 1
+                quick && conversations.iter().filter(|c| c.is_open() && c.kept_up(id)).count() > 2
             });
             if !prompt {
                 self.excuse.get_or_insert("a close that nobody could dispute");

@@ -37,6 +37,21 @@ pub(crate) struct Failover {
 impl Failover {
     /// Collects the failover that followed `fault`, and waits for its end.
     pub(crate) fn observe(stage: &Stage, service: Service, fault: Fault, at: FaultInstant) -> Result<Self> {
+        Self::collect(stage, service, fault, at).with_context(|| {
+            let counters = match stage.operator.service(service.name()) {
+                Ok(service) => service.counters,
+                Err(_) => Default::default(),
+            };
+            let counted: Vec<_> = counters
+                .iter()
+                .filter(|(_, count)| **count > 0)
+                .map(|(name, count)| format!("{name} {count}"))
+                .collect();
+            format!("no complete failover; dom0d has counted {}", counted.join(", "))
+        })
+    }
+
+    fn collect(stage: &Stage, service: Service, fault: Fault, at: FaultInstant) -> Result<Self> {
         let name = service.name();
         let fault_us = at.monotonic_ns / 1_000;
         let events = &stage.events;

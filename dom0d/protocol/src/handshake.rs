@@ -19,7 +19,8 @@ use crate::{Instant, LinkAddress, ServerId};
 /// The OVM's answer to a SYN, as the client saw it.
 #[derive(Clone, Copy, Debug)]
 struct SynAck {
-    server: ServerId,
+    /// Whose it is; `None` if that server has forgotten the handshake since.
+    server: Option<ServerId>,
     iss: u32,
     window: u16,
     options: Options,
@@ -83,7 +84,7 @@ impl Handshakes {
             self.make_room(ctx);
         }
         if let (Some(embryonic), Some((slot, ovm))) = (self.by_key.get(&key), ctx.ovm()) {
-            if let Some(answer) = embryonic.answer.filter(|answer| answer.server != ovm) {
+            if let Some(answer) = embryonic.answer.filter(|answer| answer.server != Some(ovm)) {
                 // The client may have accepted the deposed OVM's answer: that one stands.
                 return embryonic.repeat(&key, &answer, ctx);
             }
@@ -162,15 +163,25 @@ impl Handshakes {
         if segment.ack != embryonic.iss.wrapping_add(1) {
             return false;
         }
-        embryonic.answer =
-            Some(SynAck { server, iss: segment.seq, window: segment.window, options: segment.options });
+        embryonic.answer = Some(SynAck {
+            server: Some(server),
+            iss: segment.seq,
+            window: segment.window,
+            options: segment.options,
+        });
         true
     }
 
-    /// Another server's SYN-ACK stands already: the client may have accepted it.
-    pub(crate) fn is_answered_by_other(&self, key: &Key, server: ServerId) -> bool {
-        let answer = self.by_key.get(key).and_then(|embryonic| embryonic.answer);
-        answer.is_some_and(|answer| answer.server != server)
+    /// Another SYN-ACK stands already, of another server or of a handshake that this one has forgotten:
+    /// the client may have accepted it.
+    pub(crate) fn is_answered_otherwise(&mut self, key: &Key, server: ServerId, iss: u32) -> bool {
+        let Some(answer) = self.by_key.get_mut(key).and_then(|embryonic| embryonic.answer.as_mut()) else {
+            return false;
+        };
+        if answer.server == Some(server) && answer.iss != iss {
+            answer.server = None;
+        }
+        answer.server != Some(server)
     }
 
     /// Whether a segment acknowledges the SYN of a handshake, as a refusal does.
@@ -339,7 +350,7 @@ impl Embryonic {
         ctx.open += 1;
         let mut recuperates = true;
         for (slot, server) in ctx.roster() {
-            let leg = if server == answer.server {
+            let leg = if Some(server) == answer.server {
                 let mut leg = Conversation::through_leg(server, &told, answer.window);
                 leg.mss = leg.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, ctx));
                 // A new OVM that has not caught up yet must not see this client's bytes before the

@@ -335,7 +335,7 @@ impl Service {
             }
             return false;
         }
-        if segment.flags.has(Flags::SYN) && self.handshakes.is_answered_by_other(key, server) {
+        if segment.flags.has(Flags::SYN) && self.handshakes.is_answered_otherwise(key, server, segment.seq) {
             return true;
         }
         if segment.flags.has(Flags::SYN) && self.handshakes.handle_syn_ack(key, server, segment) {

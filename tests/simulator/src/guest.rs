@@ -127,6 +127,11 @@ impl Guest {
         self.stack.forgot(now, client, self.port)
     }
 
+    /// A connection waits for the end of its handshake.
+    pub(crate) fn is_half_open(&self) -> bool {
+        self.stack.is_half_open()
+    }
+
     /// The service has answered more than the stack sends, for no reason to be seen.
     pub(crate) fn holds_back(&self, now: u64) -> bool {
         self.stack.holds_back(now, 50_000)

@@ -8,6 +8,9 @@ use understudy_protocol::{EventKind, ServerId, ServiceStatus};
 
 use crate::segment::Segment;
 
+/// How long a conversation that is over is remembered.
+const LINGER_US: u64 = 59_000_000;
+
 /// Longest stream that is followed; positions beyond come from hostile segments only.
 const STREAM_LIMIT: i64 = 16 << 20;
 
@@ -171,6 +174,8 @@ pub(crate) struct Conversation {
     /// Positions of sequence and acknowledgement in the last segment from and to the client.
     last_up: (i64, i64),
     last_down: (i64, i64),
+    /// When both sides had closed, or one reset.
+    over_at: Option<u64>,
     /// The client was last told that there is no room.
     pub(crate) window_shut: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
@@ -280,9 +285,28 @@ impl Observer {
         self.index_of(client, server).map(|i| &self.conversations[i])
     }
 
+    /// What happens concerns a conversation that was over long ago: nobody need remember it.
+    pub(crate) fn is_long_over(&self, seen: &Seen<'_>, at: u64) -> bool {
+        let conversation = match seen {
+            Seen::ToClient(segment) => self.conversation_of(segment.dst, segment.src),
+            Seen::ToServer(_, segment) => self.conversation_of(segment.src, segment.dst),
+            _ => None,
+        };
+        conversation.and_then(|c| c.over_at).is_some_and(|over| at > over + LINGER_US)
+    }
+
     /// Takes in what happened; called after the checkers have compared it with what was before.
     pub(crate) fn record(&mut self, at: u64, seen: &Seen<'_>) {
         self.order += 1;
+        if let Seen::FromClient(segment) = seen
+            && let Some(i) = self.index_of(segment.src, segment.dst)
+        {
+            let c = &mut self.conversations[i];
+            let closed = c.client_fin.is_some() && c.sent_fin.is_some_and(|fin| c.client_acked > fin);
+            if c.over_at.is_none() && (closed || c.client_reset || c.reset_to_client) {
+                c.over_at = Some(at);
+            }
+        }
         match seen {
             Seen::FromClient(segment) => self.client_says(at, segment),
             Seen::FromServer(server, segment) => self.server_says(*server, segment),
@@ -342,6 +366,7 @@ impl Observer {
                     reset_to_client: false,
                     last_up: (0, 0),
                     last_down: (0, 0),
+                    over_at: None,
                     window_shut: false,
                     legs: BTreeMap::new(),
                     recorded: Vec::new(),

@@ -150,6 +150,13 @@ impl Stack {
         self.idle_senders(now_us, for_us).next().is_some()
     }
 
+    pub(crate) fn is_half_open(&self) -> bool {
+        self.sockets.iter().any(|(_, socket)| {
+            let smoltcp::socket::Socket::Tcp(socket) = socket;
+            socket.state() == tcp::State::SynReceived
+        })
+    }
+
     /// Peer and own port of connections that have something to send and have not for this long.
     fn idle_senders(&self, now_us: u64, for_us: u64) -> impl Iterator<Item = (SocketAddr, u16)> {
         self.sockets.iter().filter_map(move |(_, socket)| {

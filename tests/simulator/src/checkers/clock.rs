@@ -53,6 +53,10 @@ impl Checker for Clock {
                 if segment.rst {
                     return Ok(());
                 }
+                if segment.syn && conversation.reset_to_client {
+                    // For a client that is still waiting for a SYN-ACK, time begins anew.
+                    self.latest.remove(&index);
+                }
                 let latest = self.latest.entry(index).or_insert(Latest {
                     tsval,
                     earlier: None,

@@ -18,7 +18,7 @@ impl Checker for OneStream {
         let Some(conversation) = observer.conversation_of(segment.dst, segment.src) else {
             return Ok(());
         };
-        if conversation.reset_to_client {
+        if conversation.reset_to_client || conversation.client_reset {
             // Whatever follows finds nobody there.
             return Ok(());
         }

@@ -667,6 +667,7 @@ impl Problems {
             ("conversations", u64::from(limits.conversations)),
             ("embryonic", u64::from(limits.embryonic)),
             ("conversation_bytes", u64::from(limits.conversation_bytes)),
+            ("retained_bytes", limits.retained_bytes),
             ("lag_bytes", limits.lag_bytes),
             ("inflight_bytes", u64::from(limits.inflight_bytes)),
             ("order_entries", u64::from(limits.order_entries)),

@@ -29,6 +29,7 @@ pub fn stale(reason: StaleReason) -> &'static str {
     match reason {
         StaleReason::NotSeeded => "nobody has stated that its state equals the OVM's",
         StaleReason::MissedBytes => "it missed bytes that the OVM received",
+        StaleReason::TookMore => "it was given a request that the OVM answered with a reset",
         StaleReason::UncoveredConversation => {
             "the OVM serves a conversation that could not be replicated to it"
         }

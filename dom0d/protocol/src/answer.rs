@@ -160,6 +160,9 @@ impl Conversation {
         let bytes = ack.min(self.up.end()).saturating_sub(leg.rcv_nxt.max(1));
         if let Some(slot) = ctx.queue.slot_of(leg.server) {
             ctx.due(slot, -(bytes as i64));
+            if ctx.queue.ovm() == Some(slot) {
+                ctx.last_taken = ctx.now;
+            }
         }
         leg.rcv_nxt = ack;
         leg.owes_since = None;
@@ -172,10 +175,9 @@ impl Conversation {
             return Some(None);
         }
         let before = self.down.end();
-        let limit = ctx.config.limits.conversation_bytes as usize;
-        let inserted = self.down.insert(start, payload, 0, limit);
+        let inserted = self.down.insert(start, payload, 0, ctx.room());
         if inserted.refused {
-            ctx.counters.conversation_bytes += 1;
+            ctx.note_refused();
             self.blame_laggards(ctx);
             return None;
         }
@@ -290,14 +292,16 @@ impl Conversation {
         true
     }
 
+    /// What the OVM has, as far as it was recorded.
+    fn ovm_had(&self, ctx: &Context) -> u64 {
+        let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
+        leg.map_or(self.up_end(), |leg| leg.rcv_nxt.min(self.up_end()))
+    }
+
     /// What the covering RVMs say about a close at `position`.
     fn opinion(&self, position: u64, ctx: &Context) -> Opinion {
         let ovm = ctx.queue.ovm();
-        // What the OVM had when it closed.
-        let had = ctx
-            .ovm()
-            .and_then(|(slot, server)| self.legs.get(slot, server))
-            .map_or(self.up_end(), |leg| leg.rcv_nxt.min(self.up_end()));
+        let had = self.ovm_had(ctx);
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
@@ -335,16 +339,25 @@ impl Conversation {
             return;
         }
         let flags = segment.flags;
-        self.pass_reset(start, flags, ctx);
+        self.pass_reset(start, flags, leg.rcv_nxt, ctx);
     }
 
-    /// Passes a RST of the OVM on, exactly where it was; servers that stay behind are reset too.
-    fn pass_reset(&mut self, position: u64, flags: Flags, ctx: &mut Context) {
+    /// Passes a RST of the OVM on, exactly where it was; servers that stay behind are reset too, when they
+    /// have what the OVM `had`. One that has more may have acted on what the OVM refused.
+    fn pass_reset(&mut self, position: u64, flags: Flags, had: u64, ctx: &mut Context) {
+        let had = had.min(self.up_end());
+        let ovm = ctx.queue.ovm();
+        self.for_each_leg(ctx, |slot, leg, ctx| {
+            let closed = leg.fin.is_some() || leg.gone.is_some();
+            if Some(slot) != ovm && leg.covers() && !closed && leg.sender.highest > had {
+                ctx.mark_stale(slot, crate::StaleReason::TookMore);
+            }
+        });
         let reset =
             Segment { seq: seq_of(self.told.iss, position), flags, window: 0, ..self.segment_to_client() };
         let link = self.link;
         ctx.send_to_client(link, reset.emit());
-        self.up_rst = Some((self.up_end(), ctx.order.mark()));
+        self.up_rst = Some((had, ctx.order.mark()));
         self.was_reset = true;
         self.close(ctx);
     }
@@ -377,7 +390,7 @@ impl Conversation {
             return self.reset(ctx);
         }
         if held.rst {
-            self.pass_reset(held.position, Flags::RST.with(Flags::ACK), ctx);
+            self.pass_reset(held.position, Flags::RST.with(Flags::ACK), self.ovm_had(ctx), ctx);
         } else {
             self.pass_fin(held.position);
             let fin = Segment {
@@ -417,10 +430,9 @@ impl Conversation {
         let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
         let text = text_before(leg.fin.into_iter().chain([edge]).min(), start, segment.payload);
         if !text.is_empty() {
-            let limit = ctx.config.limits.conversation_bytes as usize;
-            let inserted = leg.answers.insert(start, text, 0, limit);
+            let inserted = leg.answers.insert(start, text, 0, ctx.room());
             if inserted.refused {
-                ctx.counters.conversation_bytes += 1;
+                ctx.note_refused();
             }
             let grown = leg.answers.end() - before;
             if grown > 0 {

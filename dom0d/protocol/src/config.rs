@@ -56,6 +56,9 @@ pub struct Limits {
     pub embryonic: u32,
     /// Bytes, per conversation, of one direction that are kept because a server still lacks them.
     pub conversation_bytes: u32,
+    /// Bytes that the daemon keeps for the whole service, of all conversations. Beyond it an RVM is
+    /// evicted; where that doesn't help, segments find no room and are sent again by their sender.
+    pub retained_bytes: u64,
     /// Bytes, over the whole service, that one RVM may be behind before it is evicted (or the
     /// clients are slowed, see [`LagPolicy`]).
     pub lag_bytes: u64,
@@ -75,8 +78,9 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             conversations: 65_536,
-            embryonic: 4_096,
+            embryonic: 65_536,
             conversation_bytes: 16 << 20,
+            retained_bytes: 512 << 20,
             lag_bytes: 256 << 20,
             inflight_bytes: 256 << 10,
             order_entries: 1 << 20,

@@ -69,6 +69,8 @@ pub(crate) struct Context {
     pub(crate) laggards: Vec<Slot>,
     /// When the OVM last sent a new byte in any conversation.
     pub(crate) last_answer: Instant,
+    /// When the OVM last acknowledged something new in any conversation.
+    pub(crate) last_taken: Instant,
     /// When the caller was last found to have been starved of CPU.
     pub(crate) starved_at: Instant,
 }
@@ -97,6 +99,7 @@ impl Context {
             suspicion: None,
             laggards: Vec::new(),
             last_answer: Instant::default(),
+            last_taken: Instant::default(),
             starved_at: Instant::default(),
         }
     }
@@ -136,6 +139,21 @@ impl Context {
             self.cutover_untold = false;
         }
         effect
+    }
+
+    /// Bytes that one direction of a conversation may hold now.
+    pub(crate) fn room(&self) -> usize {
+        let full = self.retained >= self.config.limits.retained_bytes;
+        if full { 0 } else { self.config.limits.conversation_bytes as usize }
+    }
+
+    /// A segment found no [`Context::room`].
+    pub(crate) fn note_refused(&mut self) {
+        if self.room() == 0 {
+            self.counters.retained_bytes += 1;
+        } else {
+            self.counters.conversation_bytes += 1;
+        }
     }
 
     pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) {

@@ -83,8 +83,6 @@ pub(crate) struct Conversation {
     pub(crate) up_fin: Option<(u64, u64)>,
     /// Position of the client's RST, and its mark in the service-wide order.
     pub(crate) up_rst: Option<(u64, u64)>,
-    /// End of the client's urgent data.
-    pub(crate) urgent: Option<u64>,
     /// What the client was sent.
     pub(crate) down: Stream,
     /// Position of the FIN that the client was sent.
@@ -178,6 +176,12 @@ impl Conversation {
         };
         let mut first_copy = Vec::new();
         let mut passed = *segment;
+        if segment.flags.has(Flags::URG) {
+            // Urgent bytes leave the stream of a server that reads them out of band, one for each pointer
+            // that it saw: servers that see other segments would differ (RFC 6093 §3.4: middleboxes clear it).
+            ctx.counters.urgent += 1;
+            passed = Segment { flags: segment.flags.without(Flags::URG), urgent: 0, ..passed };
+        }
         if self.is_acceptable(start, segment) {
             self.last_heard = ctx.now;
             self.probes = 0;
@@ -272,7 +276,7 @@ impl Conversation {
         }
     }
 
-    /// Records payload, FIN and urgent pointer. `None` if there was no room: then the segment must not
+    /// Records payload and FIN. `None` if there was no room: then the segment must not
     /// be passed on either, and the client will send it again. Else whether it contradicts what was
     /// recorded: the OVM, too, gets the first copy only, so a client can't make servers differ.
     fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> Option<bool> {
@@ -284,10 +288,9 @@ impl Conversation {
             let mark = ctx.order.mark();
             let room = self.told.edge.max(self.told.acked).saturating_sub(start);
             let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
-            let limit = ctx.config.limits.conversation_bytes as usize;
-            let inserted = self.up.insert(start, taken, mark, limit);
+            let inserted = self.up.insert(start, taken, mark, ctx.room());
             if inserted.refused {
-                ctx.counters.conversation_bytes += 1;
+                ctx.note_refused();
                 self.blame_laggards(ctx);
                 return None;
             }
@@ -305,9 +308,6 @@ impl Conversation {
                 // A retransmission or a gap: the client waits for an ACK.
                 recuperating.ack_due |= grown == 0;
             }
-        }
-        if segment.flags.has(Flags::URG) && segment.urgent > 0 {
-            self.urgent = Some(start + u64::from(segment.urgent));
         }
         // Not one with text recorded behind it: that would be taken from servers that have it.
         if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
@@ -765,13 +765,23 @@ impl Conversation {
         }
     }
 
-    /// No SACK towards servers: the daemon's own ACKs are cumulative.
     pub(crate) fn options_to_leg(&self, leg: &Leg) -> Options {
         Options {
             timestamps: self.client.timestamps.then_some((self.client.tsval, leg.tsval)),
-            sack: SackBlocks::default(),
             ..Options::default()
         }
+    }
+
+    /// SACK blocks for an ACK of the daemon's own: without them a sender that was permitted SACK takes
+    /// its duplicates for nothing, and each loss costs a retransmission timeout.
+    pub(crate) fn sack_blocks(&self, stream: &Stream, iss: u32) -> SackBlocks {
+        let mut blocks = SackBlocks::default();
+        if self.client.sack {
+            for island in stream.islands() {
+                blocks.push(seq_of(iss, island.start), seq_of(iss, island.end));
+            }
+        }
+        blocks
     }
 }
 

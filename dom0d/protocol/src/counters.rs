@@ -49,8 +49,12 @@ counters! {
     unacceptable,
     /// Client segments that acknowledge what was never sent (RFC 5961 §5).
     bad_ack,
+    /// Client segments whose urgent pointer was cleared: servers would differ in what they read.
+    urgent,
     /// Segments dropped for [`crate::Limits::conversation_bytes`].
     conversation_bytes,
+    /// Segments dropped, and RVMs evicted, for [`crate::Limits::retained_bytes`].
+    retained_bytes,
     /// Handshakes forgotten for [`crate::Limits::embryonic`].
     embryonic,
     /// Conversations left unprotected for [`crate::Limits::conversations`].

@@ -61,6 +61,8 @@ pub enum StaleReason {
     MissedBytes,
     /// A conversation that the OVM serves could not be replicated to it.
     UncoveredConversation,
+    /// It was given a client's bytes that the OVM answered with a RST.
+    TookMore,
     /// It was the OVM and was deposed for a fault.
     Deposed,
     /// It was evicted for falling behind.

@@ -39,7 +39,7 @@ impl Conversation {
     }
 
     fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
-        if self.up_rst.is_some() && self.up.end() <= 1 && self.up_fin.is_none() {
+        if self.up_rst.is_some_and(|(position, _)| position <= 1) {
             // The client is gone before the server ever knew of it, and has said nothing.
             self.note_gone(slot, leg, ctx);
             return Ok(());
@@ -134,7 +134,8 @@ impl Conversation {
         if leg.ack_due || told.0 > leg.told.0 || opened {
             leg.ack_due = false;
             leg.told = told;
-            let ack = self.segment_to_leg(leg, guest);
+            let mut ack = self.segment_to_leg(leg, guest);
+            ack.options.sack = self.sack_blocks(&leg.answers, leg.iss);
             ctx.send_to_server(leg.server, ack.emit());
         }
     }
@@ -142,8 +143,11 @@ impl Conversation {
     /// Sends one segment of data if one may be sent.
     fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) -> bool {
         let from = leg.sender.nxt;
-        let limit =
-            leg.edge.min(leg.sender.limit(leg.rcv_nxt, ctx.config.limits.inflight_bytes)).min(self.up.end());
+        let stop = self.up_rst.map_or(u64::MAX, |(position, _)| position);
+        let limit = leg
+            .edge
+            .min(leg.sender.limit(leg.rcv_nxt, ctx.config.limits.inflight_bytes))
+            .min(self.up.end().min(stop));
         let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
         let mut to = from;
         while to < limit.min(from + room) {
@@ -171,15 +175,9 @@ impl Conversation {
         leg.told = self.told_to(leg);
         leg.ack_due = false;
         let payload = self.up.copy(from..to);
-        let mut flags = Flags::ACK.with(Flags::PSH);
-        let urgent = self.urgent.and_then(|end| u16::try_from(end.saturating_sub(from)).ok()).unwrap_or(0);
-        if urgent > 0 {
-            flags = flags.with(Flags::URG);
-        }
         let segment = Segment {
             seq: seq_of(self.client.iss, from),
-            flags,
-            urgent,
+            flags: Flags::ACK.with(Flags::PSH),
             payload: &payload,
             ..self.segment_to_leg(leg, guest)
         };
@@ -188,7 +186,12 @@ impl Conversation {
 
     fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
         let Some((position, mark)) = self.up_fin else { return };
-        if leg.sender.nxt != position || position != self.up.end() || !ctx.permits(slot, mark, self.id) {
+        let refused = self.up_rst.is_some_and(|(reset, _)| reset <= position);
+        if refused
+            || leg.sender.nxt != position
+            || position != self.up.end()
+            || !ctx.permits(slot, mark, self.id)
+        {
             return;
         }
         self.send_fin(leg, guest, position, ctx);

@@ -329,7 +329,6 @@ impl Embryonic {
             up: Stream::new(1),
             up_fin: None,
             up_rst: None,
-            urgent: None,
             down: Stream::new(1),
             down_fin: None,
             legs: Legs::none(),

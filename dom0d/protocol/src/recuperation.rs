@@ -206,7 +206,8 @@ impl Conversation {
             recuperating.sender.arm(ctx.now);
         }
         if recuperating.ack_due && !sent {
-            let ack = self.segment_to_client();
+            let mut ack = self.segment_to_client();
+            ack.options.sack = self.sack_blocks(&self.up, self.client.iss);
             self.send_to_client(&ack, ctx);
         }
         recuperating.ack_due = false;
@@ -238,6 +239,8 @@ impl Conversation {
             // It keeps what it was not told to be acknowledged; the daemon supplies the rest.
             && self.client.acked >= leg.told.0
             && leg.compared >= self.down.highest()
+            // It was told that these arrived: nobody but the daemon has them.
+            && leg.answers.islands().next().is_none()
             && (self.down_fin.is_none() || leg.fin == self.down_fin)
             && !ctx.is_catching_up()
     }

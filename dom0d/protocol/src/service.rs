@@ -582,6 +582,14 @@ impl Service {
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             }
         }
+        // An earlier eviction may not have freed yet what it will.
+        if self.ctx.retained >= limits.retained_bytes && self.sweep.is_none() {
+            let behind = |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind_bytes());
+            if let Some(slot) = self.ctx.queue.rvms().max_by_key(behind) {
+                self.ctx.counters.retained_bytes += 1;
+                promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
+            }
+        }
         self.ctx.release_order();
     }
 

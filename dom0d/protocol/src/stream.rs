@@ -7,6 +7,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// Neighbouring small chunks of one mark are joined up to this size.
 const JOINED_CHUNK: usize = 8 << 10;
 
+/// Bytes that arrive beyond a gap one behind the other are one run up to about this size.
+const JOINED_RUN: usize = 256 << 10;
+
 /// What a run costs beside its bytes: it counts, or tiny segments would take far more memory than the
 /// limits say.
 const RUN: usize = 96;
@@ -43,13 +46,18 @@ pub(crate) struct Stream {
     chunks: VecDeque<Chunk>,
     end: u64,
     pending: BTreeMap<u64, Vec<u8>>,
+    /// Where the latest bytes beyond a gap arrived.
+    latest: u64,
     retained: usize,
 }
+
+/// Runs beyond gaps that are looked at for a report; more are sent again needlessly.
+const REPORTED_RUNS: usize = 64;
 
 impl Stream {
     /// An empty stream whose next byte has position `start`.
     pub(crate) fn new(start: u64) -> Self {
-        Self { chunks: VecDeque::new(), end: start, pending: BTreeMap::new(), retained: 0 }
+        Self { chunks: VecDeque::new(), end: start, pending: BTreeMap::new(), latest: start, retained: 0 }
     }
 
     /// First retained position.
@@ -161,10 +169,38 @@ impl Stream {
             gaps.push(at..stop);
         }
         for gap in gaps {
-            self.retained += (gap.end - gap.start) as usize + RUN;
-            self.pending.insert(gap.start, slice(bytes, start, &gap).to_vec());
+            let new = slice(bytes, start, &gap);
+            self.latest = gap.start;
+            self.retained += new.len();
+            match self.pending.range_mut(..gap.start).next_back() {
+                Some((run, held)) if *run + held.len() as u64 == gap.start && held.len() < JOINED_RUN => {
+                    held.extend_from_slice(new);
+                }
+                _ => {
+                    self.retained += RUN;
+                    self.pending.insert(gap.start, new.to_vec());
+                }
+            }
         }
         conflict
+    }
+
+    /// What arrived beyond gaps, in the order of a receiver's report: where the latest bytes are first
+    /// (RFC 2018 §4), then from the lowest on.
+    pub(crate) fn islands(&self) -> impl Iterator<Item = Range<u64>> {
+        let mut islands: Vec<Range<u64>> = Vec::new();
+        let latest = self.pending.range(..=self.latest).next_back();
+        for (run, held) in self.pending.iter().take(REPORTED_RUNS).chain(latest) {
+            let end = run + held.len() as u64;
+            match islands.last_mut() {
+                Some(last) if last.end >= *run => last.end = last.end.max(end),
+                _ => islands.push(*run..end),
+            }
+        }
+        if let Some(at) = islands.iter().position(|island| island.contains(&self.latest)) {
+            islands[..=at].rotate_right(1);
+        }
+        islands.into_iter()
     }
 
     /// Moves pending runs that touch the contiguous part over to it.
@@ -294,6 +330,22 @@ mod tests {
             stream.restore(position, &mut copy);
             assert_eq!(copy, restored, "{position}");
         }
+    }
+
+    #[test]
+    fn what_is_beyond_gaps_is_reported_latest_first() {
+        let mut stream = Stream::new(0);
+        for start in [10, 30, 20, 12, 32] {
+            stream.insert(start, b"xy", 0, LIMIT);
+        }
+        assert_eq!(stream.islands().collect::<Vec<_>>(), [30..34, 10..14, 20..22]);
+        for start in (40..1_000).step_by(4) {
+            stream.insert(start, b"xy", 0, LIMIT);
+        }
+        assert_eq!(stream.islands().next(), Some(996..998));
+        assert_eq!(stream.islands().nth(1), Some(10..14));
+        stream.insert(0, &[0; 40], 0, LIMIT);
+        assert_eq!(stream.islands().next(), Some(44..46));
     }
 
     #[test]

@@ -91,7 +91,10 @@ impl Conversation {
             self.suspicion.unacked_since = None;
             return;
         }
-        if self.suspicion.unacked_since.is_none() || self.suspicion.unacked_at != acknowledged {
+        // A kernel that takes in what others send is not dead: one conversation, which a client may have
+        // brought to a standstill, deposes nobody.
+        let lives = self.suspicion.unacked_since.is_some_and(|since| ctx.last_taken > since);
+        if self.suspicion.unacked_since.is_none() || self.suspicion.unacked_at != acknowledged || lives {
             self.suspicion.unacked_since = Some(ctx.now);
             self.suspicion.unacked_at = acknowledged;
             self.suspicion.reminders = 0;

@@ -493,6 +493,7 @@ fn stale_text(reason: StaleReason) -> &'static str {
         StaleReason::NotSeeded => "never seeded",
         StaleReason::MissedBytes => "missed bytes",
         StaleReason::UncoveredConversation => "a conversation could not be replicated to it",
+        StaleReason::TookMore => "took what the OVM refused",
         StaleReason::Deposed => "deposed, or its domain stopped",
         StaleReason::Lagged => "fell behind",
     }

@@ -35,7 +35,7 @@ fn traces(lab: &Lab) -> Result<String> {
         &["ip", "rule"],
         &["ip", "route", "show", "table", "all"],
         &["bridge", "-d", "link"],
-        &["nft", "list", "ruleset"],
+        &["nft", "--stateless", "list", "ruleset"],
         &["tc", "qdisc"],
     ] {
         let output = dom0.run(words)?;

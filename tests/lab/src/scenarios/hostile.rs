@@ -88,7 +88,8 @@ fn garbage_of_ovm(lab: &str) -> Result<()> {
 /// 100,000 SYNs of clients that never answer, within ten seconds, while honest ones work and new
 /// honest ones come; then a failover.
 fn flood(lab: &str) -> Result<()> {
-    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let plan = Stage::plan(lab, 1, &[Service::Redis]);
+    let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nembryonic = 4096\n"))?;
     let target = stage.psc(Service::Redis)?;
     let mac = stage.psc_mac(Service::Redis)?;
     let load = Plan::new(target, "honest").start(&stage.client())?;

@@ -2,8 +2,8 @@
 
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::sender::Sender;
-use crate::seq::later;
 use crate::stream::Stream;
+use crate::translate::{latest_tsval, tsecr_for_server};
 use crate::{Instant, ServerId, Uncovered};
 
 /// How far the handshake with a server is.
@@ -120,23 +120,14 @@ impl Leg {
         self.answers.end() + u64::from(self.fin == Some(self.answers.end()))
     }
 
-    /// Remembers its TSval (RFC 7323 §4.3; its segments reach us by one wire, so the latest counts).
+    /// Remembers its TSval.
     pub(crate) fn note_tsval(&mut self, tsval: u32) {
-        if later(tsval, self.tsval) || self.tsval == 0 {
-            self.tsval = tsval;
-        }
+        self.tsval = latest_tsval(self.tsval, tsval);
     }
 
     /// The client's TSecr as this server must see it: one of its own TSvals since its promotion.
     pub(crate) fn translated_tsecr(&self, tsecr: u32) -> u32 {
-        let own = tsecr.wrapping_sub(self.ts_delta);
-        if later(own, self.tsval) {
-            self.tsval
-        } else if later(self.ts_floor, own) {
-            self.ts_floor
-        } else {
-            own
-        }
+        tsecr_for_server(tsecr, self.ts_delta, self.ts_floor, self.tsval)
     }
 }
 

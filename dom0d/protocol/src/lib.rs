@@ -26,6 +26,7 @@ mod status;
 mod stream;
 mod table;
 mod time;
+mod translate;
 mod verdict;
 mod wire;
 
@@ -39,6 +40,7 @@ pub use queue::MAX_SERVERS;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
 pub use time::Instant;
+pub use translate::{Aside, Flow};
 
 #[cfg(test)]
 mod stories;

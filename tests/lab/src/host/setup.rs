@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 use super::Service;
 
 /// Packages that the lab, dom0d's build and the tests need whatever the services.
-const PACKAGES: [&str; 16] = [
+const PACKAGES: [&str; 17] = [
     "iproute2",
     "nftables",
     "ethtool",
@@ -26,6 +26,7 @@ const PACKAGES: [&str; 16] = [
     "xenstore-utils",
     "build-essential",
     "clang",
+    "libbpf-dev",
     "libclang-dev",
     "libpcap-dev",
     "libxen-dev",

@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: GPL-3.0-only */
+/* What the programs share with the daemon, one set of maps per service. */
+#pragma once
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct control);
+} control SEC(".maps");
+
+/* Not preallocated: an idle service costs nothing, and only the daemon adds entries. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct key);
+	__type(value, struct conversation);
+} conversations SEC(".maps");
+
+/* Both directions of clients and OVM: the order of reservations is the service-wide order. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 25);
+} ring SEC(".maps");
+
+/* One per server that is not the OVM: what it sends can fill nothing else. */
+#define RVM_RING(slot)                                \
+	struct {                                      \
+		__uint(type, BPF_MAP_TYPE_RINGBUF);   \
+		__uint(max_entries, 1 << 20);         \
+	} rvm_ring_##slot SEC(".maps")
+RVM_RING(0);
+RVM_RING(1);
+RVM_RING(2);
+RVM_RING(3);
+RVM_RING(4);
+RVM_RING(5);
+RVM_RING(6);
+RVM_RING(7);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, REASONS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* A TCP header before and after; too big for the stack beside all else. */
+struct scratch {
+	__u8 old[64];
+	__u8 new[64];
+	/* Room for reads that begin within the header. */
+	__u8 beyond[64];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} scratches SEC(".maps");
+
+static __always_inline void count(__u32 reason)
+{
+	__u64 *counter = bpf_map_lookup_elem(&counters, &reason);
+	if (counter)
+		*counter += 1;
+}

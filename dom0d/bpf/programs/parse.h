@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: GPL-3.0-only */
+/* Is a frame a TCP segment right behind an IP header, whole, and where are its parts?
+ *
+ * What is not (fragments, extension headers, tags, truncated headers) is left to the daemon, which reads it
+ * from a socket. Headers are copied out: netback leaves only 128 bytes in the linear area.
+ */
+#pragma once
+
+#define ETHERNET 14
+#define TCP_LEAST 20
+
+struct segment {
+	__u32 l4; /* offset of the TCP header in the frame */
+	__u32 ip_length; /* bytes of the packet, IP header included */
+	__u32 header; /* bytes of the TCP header */
+	__u32 payload;
+	__u32 version;
+	__u16 source_port, destination_port;
+	__u8 source[16], destination[16]; /* an IPv4 address in the first four bytes */
+	__u8 source_mac[6], destination_mac[6];
+};
+
+static __always_inline __u16 be16_at(const __u8 *at)
+{
+	return (__u16)at[0] << 8 | at[1];
+}
+
+static __always_inline __u32 be32_at(const __u8 *at)
+{
+	return (__u32)at[0] << 24 | (__u32)at[1] << 16 | (__u32)at[2] << 8 | at[3];
+}
+
+static __always_inline void put_be32(__u8 *at, __u32 value)
+{
+	at[0] = value >> 24;
+	at[1] = value >> 16;
+	at[2] = value >> 8;
+	at[3] = value;
+}
+
+/* RFC 1982: a is later than b on a 32-bit circle. */
+static __always_inline int later(__u32 a, __u32 b)
+{
+	return (__s32)(a - b) > 0;
+}
+
+/* Fills `segment` and the first 20 bytes of `header`; 0 if the frame is no such segment. */
+static __always_inline int parse(struct __sk_buff *skb, struct segment *segment, __u8 *header)
+{
+	__u8 ethernet[ETHERNET];
+	__u8 ip[40];
+
+	__builtin_memset(segment, 0, sizeof(*segment));
+	if (skb->vlan_present || bpf_skb_load_bytes(skb, 0, ethernet, sizeof(ethernet)))
+		return 0;
+	__builtin_memcpy(segment->destination_mac, ethernet, 6);
+	__builtin_memcpy(segment->source_mac, ethernet + 6, 6);
+	switch (be16_at(ethernet + 12)) {
+	case 0x0800: {
+		__u32 ihl;
+
+		if (bpf_skb_load_bytes(skb, ETHERNET, ip, 20))
+			return 0;
+		ihl = (ip[0] & 0x0f) * 4;
+		if (ip[0] >> 4 != 4 || ihl < 20 || be16_at(ip + 6) & 0x3fff || ip[9] != 6)
+			return 0;
+		segment->version = 4;
+		segment->l4 = ETHERNET + ihl;
+		segment->ip_length = be16_at(ip + 2);
+		__builtin_memcpy(segment->source, ip + 12, 4);
+		__builtin_memcpy(segment->destination, ip + 16, 4);
+		break;
+	}
+	case 0x86dd:
+		if (bpf_skb_load_bytes(skb, ETHERNET, ip, 40))
+			return 0;
+		if (ip[0] >> 4 != 6 || ip[6] != 6)
+			return 0;
+		segment->version = 6;
+		segment->l4 = ETHERNET + 40;
+		segment->ip_length = 40 + be16_at(ip + 4);
+		__builtin_memcpy(segment->source, ip + 8, 16);
+		__builtin_memcpy(segment->destination, ip + 24, 16);
+		break;
+	default:
+		return 0;
+	}
+	if (ETHERNET + segment->ip_length > skb->len ||
+	    segment->l4 + TCP_LEAST > ETHERNET + segment->ip_length ||
+	    bpf_skb_load_bytes(skb, segment->l4, header, TCP_LEAST))
+		return 0;
+	segment->header = (header[12] >> 4) * 4;
+	if (segment->header < TCP_LEAST || segment->l4 + segment->header > ETHERNET + segment->ip_length)
+		return 0;
+	segment->payload = ETHERNET + segment->ip_length - segment->l4 - segment->header;
+	segment->source_port = be16_at(header);
+	segment->destination_port = be16_at(header + 2);
+	return 1;
+}
+
+static __always_inline int same(const __u8 *a, const __u8 *b, __u32 version)
+{
+	const __u32 *x = (const __u32 *)a, *y = (const __u32 *)b;
+
+	if (version == 4)
+		return x[0] == y[0];
+	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3];
+}
+
+static __always_inline int has_port(const struct control *service, __u16 port)
+{
+	for (int at = 0; at < PORTS; at++)
+		if (service->ports[at] == port)
+			return port != 0;
+	return 0;
+}

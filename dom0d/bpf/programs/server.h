@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: GPL-3.0-only */
+/* Server side: ingress of each vif. The OVM's segments go on to the bridge as if the PSC had sent them; those of
+ * everybody else go to that server's own ring and no further.
+ */
+#pragma once
+
+static __always_inline int from_server(struct __sk_buff *skb)
+{
+	struct segment segment;
+	struct control *service;
+	struct scratch *scratch;
+	struct conversation *known, next;
+	struct key key;
+	__u64 active;
+	__u32 zero = 0, slot = SLOTS, flags = 0;
+	int recorded, is_full = 0;
+
+	service = bpf_map_lookup_elem(&control, &zero);
+	scratch = bpf_map_lookup_elem(&scratches, &zero);
+	if (!service || !scratch)
+		return TC_ACT_UNSPEC;
+	for (__u32 at = 0; at < SLOTS; at++)
+		if (service->servers[at].ifindex == skb->ifindex)
+			slot = at;
+	if (slot >= SLOTS)
+		return TC_ACT_UNSPEC;
+	if (!parse(skb, &segment, scratch->old)) {
+		count(COUNT_FOREIGN_SERVER);
+		return TC_ACT_UNSPEC;
+	}
+	if (segment.version == 4 ? !service->servers[slot].has_v4 ||
+					   !same(segment.source, service->servers[slot].v4, 4) :
+				   !service->servers[slot].has_v6 ||
+					   !same(segment.source, service->servers[slot].v6, 6))
+		return TC_ACT_UNSPEC;
+	if (!has_port(service, segment.source_port))
+		return TC_ACT_UNSPEC;
+	if (segment.ip_length > LONGEST) {
+		count(COUNT_TOO_LONG);
+		return TC_ACT_SHOT;
+	}
+	active = *(volatile __u64 *)&service->active;
+	if (slot != (active & 0xff)) {
+		if (rvm_record(skb, &segment, service, active, slot) < 0)
+			count(COUNT_RVM_RING_FULL);
+		else
+			count(COUNT_RVM_TO_DAEMON);
+		return TC_ACT_SHOT;
+	}
+
+	__builtin_memset(&key, 0, sizeof(key));
+	__builtin_memcpy(key.client, segment.destination, 16);
+	key.client_port = segment.destination_port;
+	key.psc_port = segment.source_port;
+	key.version = segment.version;
+	known = bpf_map_lookup_elem(&conversations, &key);
+	if (known && known->epoch != active >> 8) {
+		count(COUNT_WRONG_EPOCH);
+		known = 0;
+	}
+	if (known && known->passing == PASSING) {
+		int outcome;
+
+		next = *known;
+		outcome = server_to_client(skb, &segment, scratch, &next);
+		if (outcome == PASSES)
+			flags |= FORWARDED;
+		if (outcome == ASIDE_FROM_NOW) {
+			known->passing = 0;
+			flags |= HANDED_OVER;
+			count(COUNT_HANDED_OVER);
+		}
+	}
+	recorded = record(skb, &segment, service, active, slot << 16 | flags);
+	if (recorded < 0) {
+		is_full = 1;
+		count(COUNT_RING_FULL);
+		if (!(flags & FORWARDED) || service->policy != SERVE ||
+		    bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns < service->grace_ns)
+			return TC_ACT_SHOT;
+	} else if (!(recorded & FORWARDED)) {
+		count(COUNT_SERVER_TO_DAEMON);
+		return TC_ACT_SHOT;
+	}
+	if (!known)
+		return TC_ACT_SHOT;
+	if (is_full) {
+		__sync_fetch_and_add(&service->unrecorded, 1);
+		count(COUNT_UNRECORDED);
+	}
+	known->server_tsval = next.server_tsval;
+	known->told_tsval = next.told_tsval;
+	known->told_edge = next.told_edge;
+	known->told_acked = next.told_acked;
+	known->down_nxt = next.down_nxt;
+	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 12 : 8, segment.source,
+		    segment.version == 4 ? service->psc_v4 : service->psc_v6, next.client_mac,
+		    service->psc_mac)) {
+		count(COUNT_REWRITE_FAILED);
+		return TC_ACT_SHOT;
+	}
+	count(COUNT_SERVER_FORWARDED);
+	/* As if it came in at the anchor: there the bridge expects the PSC's MAC. */
+	return bpf_redirect(service->anchor_ifindex, BPF_F_INGRESS);
+}

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: GPL-3.0-only
+/* The tc programs. What must hold of them is in DESIGN terms: recorded before forwarded; an older epoch never
+ * forwards; a replica's frames reach its own ring only. Verified also by kernel 6.1: no TCX, no dynptr, no
+ * open-coded iterators.
+ */
+#include <linux/bpf.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_helpers.h>
+#include "layout.h"
+#include "maps.h"
+#include "parse.h"
+#include "record.h"
+#include "translate.h"
+#include "client.h"
+#include "server.h"
+
+SEC("classifier")
+int client(struct __sk_buff *skb)
+{
+	return from_client(skb);
+}
+
+SEC("classifier")
+int server(struct __sk_buff *skb)
+{
+	return from_server(skb);
+}
+
+/* Some helpers are for programs under a GPL-compatible licence only. */
+char LICENSE[] SEC("license") = "GPL";

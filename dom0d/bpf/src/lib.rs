@@ -1,0 +1,98 @@
+//! The data plane in the kernel. Client and OVM talk through two tc programs that translate between them; the
+//! daemon reads copies of what passed, and deals itself with all that does not pass.
+//!
+//! ```text
+//!  client ── bridge ── anchor ⇥ egress:  program `client` ──redirect──▶ vif of the OVM
+//!                        ▲                    │ record, first
+//!                        │                    ▼
+//!                        │              lossless ring ──▶ daemon ──▶ replicas
+//!                        │                    ▲
+//!                        │                    │ record, first
+//!                        └──redirect── vif ⇤ ingress: program `server` (of a replica: its own lossy ring)
+//! ```
+//!
+//! * **Who may speak** is one word, [`Tap::activate`]: epoch and slot. Storing it is fence and promotion at once,
+//!   however many conversations there are.
+//! * **A conversation** passes by itself while it has an entry ([`Tap::install`]) of the present epoch, and as long
+//!   as each segment is what comes next in its direction (`understudy_protocol::Flow` says exactly what that
+//!   is, and how it is translated). The first segment that is not goes to the daemon with all that follow,
+//!   until the daemon installs the entry again. Nobody tells anybody: the record says it, and records are in order.
+//! * **Order.** Both directions of clients and OVM share one ring; the order of reservations is the order in which
+//!   things happened. After [`Tap::activate`], whoever finds the ring empty ([`Tap::is_drained`]) has seen everything
+//!   that was forwarded under the older epoch.
+//! * **Waking.** What the kernel forwarded wakes nobody, so the daemon looks every so often; what waits for the
+//!   daemon wakes it at once.
+//!
+//! [`layout`] is the one definition of what both sides share. The programs are C, in `programs/`, compiled by
+//! `build.rs`.
+
+mod control;
+pub mod layout;
+mod load;
+mod tap;
+
+pub use load::{LoadError, Programs, Settings, load};
+pub use tap::{Copied, Tap};
+
+impl layout::Conversation {
+    /// A conversation as the kernel must know it from now on; [`Tap::install`] gives it its epoch.
+    pub fn new(flow: &understudy_protocol::Flow, client_mac: [u8; 6]) -> Self {
+        Self {
+            epoch: 0,
+            passing: layout::PASSING,
+            client_mac,
+            server_shift: flow.server_shift,
+            told_shift: flow.told_shift,
+            timestamps: u32::from(flow.timestamps),
+            seq_delta: flow.seq_delta,
+            ts_delta: flow.ts_delta,
+            ts_floor: flow.ts_floor,
+            server_tsval: flow.server_tsval,
+            told_tsval: flow.told_tsval,
+            ts_recent: flow.ts_recent,
+            up_nxt: flow.up_nxt,
+            told_acked: flow.told_acked,
+            told_edge: flow.told_edge,
+            down_nxt: flow.down_nxt,
+            client_acked: flow.client_acked,
+        }
+    }
+
+    /// What the protocol calls it.
+    pub fn flow(&self) -> understudy_protocol::Flow {
+        understudy_protocol::Flow {
+            seq_delta: self.seq_delta,
+            ts_delta: self.ts_delta,
+            ts_floor: self.ts_floor,
+            server_tsval: self.server_tsval,
+            told_tsval: self.told_tsval,
+            ts_recent: self.ts_recent,
+            up_nxt: self.up_nxt,
+            told_acked: self.told_acked,
+            told_edge: self.told_edge,
+            down_nxt: self.down_nxt,
+            client_acked: self.client_acked,
+            server_shift: self.server_shift,
+            told_shift: self.told_shift,
+            timestamps: self.timestamps != 0,
+        }
+    }
+}
+
+impl layout::Key {
+    /// The conversation of `client` with port `psc_port` of the PSC.
+    pub fn new(client: std::net::SocketAddr, psc_port: u16) -> Self {
+        let mut key = Self { client_port: client.port(), psc_port, ..Self::default() };
+        match client.ip() {
+            std::net::IpAddr::V4(v4) => {
+                key.version = 4;
+                key.client[..4].copy_from_slice(&v4.octets());
+            }
+            std::net::IpAddr::V6(v6) => {
+                key.version = 6;
+                key.client = v6.octets();
+            }
+        }
+        key
+    }
+}

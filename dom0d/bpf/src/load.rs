@@ -1,0 +1,220 @@
+//! How the programs get into the kernel and onto interfaces. Whatever may wait (verification, netlink) is here.
+#![allow(unsafe_code)]
+
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, RingBuf};
+use aya::programs::tc::{
+    NlOptions, SchedClassifierLinkId, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program,
+};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfError, EbpfLoader, Pod, TestRun as _, TestRunOptions};
+
+use crate::control::SharedControl;
+use crate::layout::{Control, Conversation, Key, NO_SLOT, PORTS, SERVE, SLOTS};
+use crate::tap::Tap;
+
+// SAFETY: `repr(C)` of integers without implicit padding (the build asserts sizes against C).
+unsafe impl Pod for Control {}
+// SAFETY: as above.
+unsafe impl Pod for Key {}
+// SAFETY: as above.
+unsafe impl Pod for Conversation {}
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/understudy.bpf.o"));
+
+/// Interfaces that this process has cleared of what a killed predecessor left.
+static CLEARED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// What the programs must know of a service from the start.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The PSC's addresses: at most one per family.
+    pub psc: Vec<IpAddr>,
+    /// The PSC's MAC.
+    pub psc_mac: [u8; 6],
+    /// Its ports.
+    pub ports: Vec<u16>,
+    /// Entries for conversations.
+    pub conversations: u32,
+    /// How long the daemon may be silent before `serve` counts.
+    pub daemon_grace: Duration,
+    /// Whether conversations go on, unrecorded, when the ring is full and the daemon silent for that long.
+    pub serve: bool,
+}
+
+/// Why the programs can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The kernel refused programs or maps.
+    #[error("the kernel does not take the tc programs: {0}")]
+    Refused(#[from] EbpfError),
+    /// The kernel refused a program.
+    #[error("the kernel does not take a tc program: {0}")]
+    Program(#[from] ProgramError),
+    /// A map is not usable.
+    #[error("a map of the tc programs can't be used: {0}")]
+    Map(#[from] MapError),
+    /// The control block can't be shared.
+    #[error("the control block can't be mapped: {0}")]
+    Control(#[from] nix::Error),
+    /// An interface takes no programs.
+    #[error("a tc program can't be attached to {interface}: {error}")]
+    Attach {
+        /// Which.
+        interface: String,
+        /// Why.
+        error: String,
+    },
+    /// More ports than there is room for.
+    #[error("the fast plane has room for {PORTS} ports, and the service has {0}; use plane = \"pcap\"")]
+    TooManyPorts(usize),
+    /// The object file lacks a part; the build is broken.
+    #[error("the tc programs lack {0}; this is a bug in the build")]
+    Missing(&'static str),
+}
+
+/// The programs of one service. Dropped, they leave the interfaces.
+pub struct Programs {
+    ebpf: Ebpf,
+    attached: Vec<(&'static str, String, SchedClassifierLinkId)>,
+}
+
+/// Loads the programs with maps of their own.
+pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
+    if settings.ports.len() > PORTS {
+        return Err(LoadError::TooManyPorts(settings.ports.len()));
+    }
+    let mut ebpf =
+        EbpfLoader::new().map_max_entries("conversations", settings.conversations.max(1)).load(OBJECT)?;
+    for name in ["client", "server"] {
+        classifier(&mut ebpf, name)?.load()?;
+    }
+    let mut take = |name: &'static str| ebpf.take_map(name).ok_or(LoadError::Missing(name));
+    let mut map = take("control")?;
+    Array::<_, Control>::try_from(&mut map)?.set(0, first_control(settings), 0)?;
+    let control = match &map {
+        Map::Array(map) => SharedControl::map(map.fd())?,
+        _ => return Err(LoadError::Missing("control")),
+    };
+    let names: [&'static str; SLOTS] = [
+        "rvm_ring_0",
+        "rvm_ring_1",
+        "rvm_ring_2",
+        "rvm_ring_3",
+        "rvm_ring_4",
+        "rvm_ring_5",
+        "rvm_ring_6",
+        "rvm_ring_7",
+    ];
+    let mut rvm_rings = Vec::with_capacity(SLOTS);
+    for name in names {
+        rvm_rings.push(RingBuf::try_from(take(name)?)?);
+    }
+    let tap = Tap::new(
+        control,
+        RingBuf::try_from(take("ring")?)?,
+        rvm_rings,
+        HashMap::try_from(take("conversations")?)?,
+        PerCpuArray::try_from(take("counters")?)?,
+    );
+    Ok((Programs { ebpf, attached: Vec::new() }, tap))
+}
+
+fn first_control(settings: &Settings) -> Control {
+    let mut control = Control {
+        active: NO_SLOT,
+        grace_ns: u64::try_from(settings.daemon_grace.as_nanos()).unwrap_or(u64::MAX),
+        policy: if settings.serve { SERVE } else { 0 },
+        psc_mac: settings.psc_mac,
+        ..Control::default()
+    };
+    for address in &settings.psc {
+        match address {
+            IpAddr::V4(v4) => (control.has_v4, control.psc_v4) = (1, v4.octets()),
+            IpAddr::V6(v6) => (control.has_v6, control.psc_v6) = (1, v6.octets()),
+        }
+    }
+    control.ports[..settings.ports.len()].copy_from_slice(&settings.ports);
+    control
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, LoadError> {
+    Ok(ebpf.program_mut(name).ok_or(LoadError::Missing(name))?.try_into()?)
+}
+
+impl Programs {
+    /// Puts the client side on the anchor, the PSC's port of the bridge.
+    pub fn attach_anchor(&mut self, interface: &str) -> Result<(), LoadError> {
+        self.attach("client", interface, TcAttachType::Egress)
+    }
+
+    /// Puts the server side on a vif.
+    pub fn attach_vif(&mut self, interface: &str) -> Result<(), LoadError> {
+        self.attach("server", interface, TcAttachType::Ingress)
+    }
+
+    /// Takes the programs from an interface, if it is still there.
+    pub fn detach(&mut self, interface: &str) {
+        let (gone, kept) =
+            std::mem::take(&mut self.attached).into_iter().partition(|(_, on, _)| on == interface);
+        self.attached = kept;
+        for (name, _, link) in gone {
+            if let Ok(program) = classifier(&mut self.ebpf, name) {
+                // An interface that is gone took its programs along.
+                let _ = program.detach(link);
+            }
+        }
+    }
+
+    /// What the programs would do with a frame, as if it came from a client or from the server whose vif is the
+    /// loopback interface: the kernel's own test-run. Records and conversations change as in earnest. Puts
+    /// the frame as it would leave into `out`; gives the program's verdict, and the time of one of `repeat` runs.
+    pub fn rehearse(
+        &mut self,
+        from_client: bool,
+        frame: &[u8],
+        out: &mut Vec<u8>,
+        repeat: u32,
+    ) -> Result<(i32, Duration), LoadError> {
+        out.resize(frame.len(), 0);
+        let program = classifier(&mut self.ebpf, if from_client { "client" } else { "server" })?;
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(out.as_mut_slice()),
+            repeat,
+            ..TestRunOptions::new()
+        };
+        let result = program.test_run(options)?;
+        Ok((result.return_value.cast_signed(), result.duration))
+    }
+
+    fn attach(&mut self, name: &'static str, interface: &str, side: TcAttachType) -> Result<(), LoadError> {
+        let failed = |error: String| LoadError::Attach { interface: interface.to_owned(), error };
+        self.detach(interface);
+        match qdisc_add_clsact(interface) {
+            // There already: ours from before, or somebody else's.
+            Ok(()) | Err(TcError::AlreadyAttached) => {}
+            Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(failed(error.to_string()));
+            }
+            // Attaching says what is wrong, if anything is.
+            Err(_) => {}
+        }
+        let mut cleared = CLEARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if !cleared.iter().any(|known| known == interface) {
+            // Left by a dom0d that was killed: it would take all frames first.
+            let _ = qdisc_detach_program(interface, side, name);
+            cleared.push(interface.to_owned());
+        }
+        let options = TcAttachOptions::Netlink(NlOptions::default());
+        let program = classifier(&mut self.ebpf, name)?;
+        let link = program
+            .attach_with_options(interface, side, options)
+            .map_err(|error| failed(error.to_string()))?;
+        self.attached.push((name, interface.to_owned(), link));
+        Ok(())
+    }
+}

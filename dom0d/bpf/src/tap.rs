@@ -1,0 +1,146 @@
+//! The maps of one service, for the thread that everything passes through: nothing here waits.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::control::SharedControl;
+use crate::layout::{
+    COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, Server,
+};
+
+/// See the module.
+pub struct Tap {
+    control: SharedControl,
+    ring: RingBuf<MapData>,
+    rvm_rings: Vec<RingBuf<MapData>>,
+    conversations: HashMap<MapData, Key, Conversation>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+/// What a record says of the packet that it copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copied {
+    /// The slot of the server that sent it; `None` for a client.
+    pub slot: Option<usize>,
+    /// The kernel has forwarded it, translated.
+    pub forwarded: bool,
+    /// The kernel forwards nothing of this conversation any more, this packet included.
+    pub handed_over: bool,
+    /// Epoch of the plane when it came.
+    pub epoch: u32,
+    /// The frame's source address.
+    pub source_mac: [u8; 6],
+}
+
+impl Tap {
+    pub(crate) fn new(
+        control: SharedControl,
+        ring: RingBuf<MapData>,
+        rvm_rings: Vec<RingBuf<MapData>>,
+        conversations: HashMap<MapData, Key, Conversation>,
+        counters: PerCpuArray<MapData, u64>,
+    ) -> Self {
+        Self { control, ring, rvm_rings, conversations, counters }
+    }
+
+    /// Begins a new epoch of the plane, in which the server in `slot` may speak, or nobody. In force at once;
+    /// entries of older epochs count no more.
+    pub fn activate(&mut self, slot: Option<usize>) {
+        let epoch = (self.control.active() >> 8).wrapping_add(1) & 0xffff_ffff;
+        let slot = slot.map_or(NO_SLOT, |slot| slot as u64);
+        self.control.set_active(epoch << 8 | slot);
+    }
+
+    /// The present epoch of the plane.
+    pub fn epoch(&self) -> u32 {
+        (self.control.active() >> 8) as u32
+    }
+
+    /// What is known of the server in a slot. Not for the active one.
+    pub fn set_server(&mut self, slot: usize, server: Server) {
+        self.control.set_server(slot, server);
+    }
+
+    /// The PSC's port of the bridge.
+    pub fn set_anchor(&mut self, ifindex: u32) {
+        self.control.set_anchor(ifindex);
+    }
+
+    /// The daemon lives.
+    pub fn beat(&mut self, now_ns: u64) {
+        self.control.set_heartbeat(now_ns);
+    }
+
+    /// Segments that were forwarded without a record, ever.
+    pub fn unrecorded(&self) -> u64 {
+        self.control.unrecorded()
+    }
+
+    /// Lets a conversation pass from now on, in the present epoch.
+    pub fn install(&mut self, key: &Key, conversation: Conversation) -> Result<(), MapError> {
+        self.conversations.insert(key, Conversation { epoch: self.epoch(), ..conversation }, 0)
+    }
+
+    /// The entry of a conversation.
+    pub fn conversation(&self, key: &Key) -> Option<Conversation> {
+        self.conversations.get(key, 0).ok()
+    }
+
+    /// Lets a conversation pass no more. None there is fine.
+    pub fn remove(&mut self, key: &Key) {
+        let _ = self.conversations.remove(key);
+    }
+
+    /// Copies the next packet of clients and OVM into `packet`; `None` if there is none yet.
+    pub fn next(&mut self, packet: &mut Vec<u8>) -> Option<Copied> {
+        take(&mut self.ring, packet)
+    }
+
+    /// The next packet of the server in `slot`, sent while it was not the OVM.
+    pub fn next_of(&mut self, slot: usize, packet: &mut Vec<u8>) -> Option<Copied> {
+        take(self.rvm_rings.get_mut(slot)?, packet)
+    }
+
+    /// Nothing is in the ring of clients and OVM, nor being written there.
+    pub fn is_drained(&self) -> bool {
+        let mut polled = [PollFd::new(self.ring.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
+    }
+
+    /// What to poll: the ring of clients and OVM first, then those of the servers by slot.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(&self.ring).chain(&self.rvm_rings).map(AsFd::as_fd)
+    }
+
+    /// Monotonic counters.
+    pub fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let sum = |place: usize| {
+            let values = self.counters.get(&(place as u32), 0);
+            values.map_or(0, |values| values.iter().sum())
+        };
+        COUNTERS.iter().enumerate().map(|(place, &name)| (name, sum(place))).collect()
+    }
+}
+
+fn take(ring: &mut RingBuf<MapData>, packet: &mut Vec<u8>) -> Option<Copied> {
+    loop {
+        let item = ring.next()?;
+        let Some((head, rest)) = item.split_at_checked(size_of::<Record>()) else { continue };
+        let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let u16_at = |at: usize| u16::from_ne_bytes([head[at], head[at + 1]]);
+        let Some(bytes) = rest.get(..u32_at(0) as usize) else { continue };
+        let flags = u16_at(4);
+        packet.clear();
+        packet.extend_from_slice(bytes);
+        return Some(Copied {
+            slot: (flags & FROM_CLIENT == 0).then_some(usize::from(u16_at(6))),
+            forwarded: flags & FORWARDED != 0,
+            handed_over: flags & HANDED_OVER != 0,
+            epoch: u32_at(8),
+            source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
+        });
+    }
+}

@@ -1,0 +1,360 @@
+//! Do the programs in the kernel translate as the protocol crate says? Random and hostile segments through both,
+//! byte for byte. Needs root.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use understudy_bpf::layout::{Conversation, Key, Server};
+use understudy_bpf::{Copied, Programs, Settings, Tap, load};
+use understudy_protocol::{Aside, Flow};
+
+const CASES: u32 = 1_000_000;
+
+/// linux/pkt_cls.h
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+const TC_ACT_REDIRECT: i32 = 7;
+
+const PSC_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
+const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 4];
+const PORT: u16 = 6379;
+const LOOPBACK: u32 = 1;
+
+/// SplitMix64.
+struct Chance(u64);
+
+impl Chance {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u32) -> u32 {
+        (((self.next() >> 32) * u64::from(bound)) >> 32) as u32
+    }
+
+    fn one_in(&mut self, n: u32) -> bool {
+        self.below(n) == 0
+    }
+
+    /// Near `value` mostly, and most often at it.
+    fn near(&mut self, value: u32) -> u32 {
+        match self.below(16) {
+            0 => self.next() as u32,
+            1 => value.wrapping_add(self.below(3000)),
+            2 => value.wrapping_sub(self.below(3000)),
+            3 => value.wrapping_add(1),
+            4 => value.wrapping_sub(1),
+            5 => value.wrapping_add(1 << 31),
+            _ => value,
+        }
+    }
+}
+
+struct Bench {
+    programs: Programs,
+    tap: Tap,
+}
+
+fn addresses(v6: bool) -> (IpAddr, IpAddr, SocketAddr) {
+    if v6 {
+        ("fd77::100".parse().unwrap(), "fd77::11".parse().unwrap(), "[fd77::1]:40000".parse().unwrap())
+    } else {
+        ("10.77.0.100".parse().unwrap(), "10.77.0.11".parse().unwrap(), "10.77.0.1:40000".parse().unwrap())
+    }
+}
+
+fn bench() -> Bench {
+    let settings = Settings {
+        psc: vec![addresses(false).0, addresses(true).0],
+        psc_mac: PSC_MAC,
+        ports: vec![80, PORT],
+        conversations: 16,
+        daemon_grace: Duration::from_secs(1),
+        serve: false,
+    };
+    let (programs, mut tap) = load(&settings).expect("the programs load (root, CONFIG_BPF_SYSCALL)");
+    let (IpAddr::V4(v4), IpAddr::V6(v6)) = (addresses(false).1, addresses(true).1) else { unreachable!() };
+    let guest =
+        Server { ifindex: LOOPBACK, has_v4: 1, has_v6: 1, mac: GUEST_MAC, v4: v4.octets(), v6: v6.octets() };
+    tap.set_server(3, guest);
+    tap.set_anchor(LOOPBACK);
+    tap.activate(Some(3));
+    Bench { programs, tap }
+}
+
+fn flow(chance: &mut Chance) -> Flow {
+    let up_nxt = chance.next() as u32;
+    let told_acked = up_nxt.wrapping_sub(if chance.one_in(2) { 0 } else { chance.below(5000) });
+    let down_nxt = chance.next() as u32;
+    Flow {
+        seq_delta: if chance.one_in(4) { 0 } else { chance.next() as u32 },
+        ts_delta: if chance.one_in(4) { 0 } else { chance.next() as u32 },
+        ts_floor: chance.next() as u32,
+        server_tsval: if chance.one_in(16) { 0 } else { chance.next() as u32 },
+        told_tsval: chance.next() as u32,
+        ts_recent: chance.next() as u32,
+        up_nxt,
+        told_acked,
+        told_edge: up_nxt.wrapping_add(chance.below(100_000)),
+        down_nxt,
+        client_acked: down_nxt.wrapping_sub(chance.below(5000)),
+        server_shift: chance.below(15) as u8,
+        told_shift: chance.below(15) as u8,
+        timestamps: !chance.one_in(4),
+    }
+}
+
+/// TCP options: as a kernel writes them, in odd layouts, and broken ones.
+fn options(chance: &mut Chance, flow: &Flow, from_client: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let (near_value, near_echo) = if from_client {
+        (flow.ts_recent, flow.server_tsval.wrapping_add(flow.ts_delta))
+    } else {
+        (flow.told_tsval.wrapping_sub(flow.ts_delta), flow.ts_recent)
+    };
+    let stamps = |chance: &mut Chance, bytes: &mut Vec<u8>| {
+        bytes.extend([8, 10]);
+        bytes.extend(chance.near(near_value).to_be_bytes());
+        bytes.extend(chance.near(near_echo).to_be_bytes());
+    };
+    if flow.timestamps != chance.one_in(32) {
+        bytes.extend([1; 2].iter().take(if chance.one_in(8) { chance.below(3) as usize } else { 2 }));
+        stamps(chance, &mut bytes);
+    }
+    if chance.one_in(3) {
+        let blocks = 1 + chance.below(4);
+        bytes.extend([1; 2].iter().take(if chance.one_in(8) { chance.below(3) as usize } else { 2 }));
+        bytes.extend([5, 2 + 8 * blocks as u8]);
+        for _ in 0..2 * blocks {
+            bytes.extend((chance.next() as u32).to_be_bytes());
+        }
+    }
+    while chance.one_in(6) {
+        match chance.below(6) {
+            0 => bytes.extend([2, 4, 5, 0xb4]),
+            1 => bytes.extend([3, 3, 7]),
+            2 => bytes.extend([4, 2]),
+            3 => stamps(chance, &mut bytes),
+            4 => bytes.extend([19, 18]),
+            _ => {
+                let length = 2 + chance.below(10) as usize;
+                bytes.extend([30 + chance.below(200) as u8, length as u8]);
+                bytes.extend((2..length).map(|_| chance.next() as u8));
+            }
+        }
+    }
+    while bytes.len() % 4 != 0 {
+        bytes.push(if chance.one_in(4) { 0 } else { 1 });
+    }
+    bytes.truncate(40);
+    if !bytes.is_empty() && chance.one_in(8) {
+        let at = chance.below(bytes.len() as u32) as usize;
+        bytes[at] = chance.next() as u8;
+    }
+    bytes
+}
+
+fn sum(bytes: &[u8]) -> u64 {
+    bytes.chunks(2).map(|word| u64::from(word[0]) << 8 | u64::from(*word.get(1).unwrap_or(&0))).sum()
+}
+
+fn fold(mut sum: u64) -> u16 {
+    while sum > 0xffff {
+        sum = (sum >> 16) + (sum & 0xffff);
+    }
+    sum as u16
+}
+
+/// An IP packet, mostly sound, and near what `flow` takes next.
+fn packet(chance: &mut Chance, flow: &Flow, from_client: bool, v6: bool) -> Vec<u8> {
+    let (psc, guest, client) = addresses(v6);
+    let (source, destination) = if from_client { (client.ip(), psc) } else { (guest, client.ip()) };
+    let ports = if from_client { (client.port(), PORT) } else { (PORT, client.port()) };
+    let options = options(chance, flow, from_client);
+    let payload = match chance.below(4) {
+        0 => 0,
+        1 => chance.below(32),
+        _ => chance.below(1400),
+    };
+    let payload: Vec<u8> = (0..payload).map(|at| (at as u8).wrapping_mul(7)).collect();
+    let (seq, ack) = if from_client {
+        (chance.near(flow.up_nxt), chance.near(flow.down_nxt))
+    } else {
+        (chance.near(flow.down_nxt).wrapping_sub(flow.seq_delta), chance.near(flow.up_nxt))
+    };
+    let flags = if chance.one_in(12) { chance.next() as u8 } else { 0x10 | (chance.below(2) as u8) << 3 };
+    let mut tcp = Vec::new();
+    tcp.extend(ports.0.to_be_bytes());
+    tcp.extend(ports.1.to_be_bytes());
+    tcp.extend(seq.to_be_bytes());
+    tcp.extend(ack.to_be_bytes());
+    tcp.extend([(((20 + options.len()) / 4) << 4) as u8, flags]);
+    tcp.extend((chance.next() as u16).to_be_bytes());
+    tcp.extend([0, 0]);
+    tcp.extend((if chance.one_in(8) { chance.next() as u16 } else { 0 }).to_be_bytes());
+    tcp.extend(&options);
+    tcp.extend(&payload);
+    let mut ip = Vec::new();
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let words = if chance.one_in(8) { chance.below(11) as usize } else { 0 };
+            ip.extend([0x45 + words as u8, chance.next() as u8]);
+            ip.extend(((20 + 4 * words + tcp.len()) as u16).to_be_bytes());
+            ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0]);
+            ip.extend(source.octets());
+            ip.extend(destination.octets());
+            ip.extend(std::iter::repeat_n(1, 4 * words));
+            let check = !fold(sum(&ip));
+            ip[10..12].copy_from_slice(&check.to_be_bytes());
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            ip.extend([0x60, 0, 0, 0]);
+            ip.extend((tcp.len() as u16).to_be_bytes());
+            ip.extend([6, 64]);
+            ip.extend(source.octets());
+            ip.extend(destination.octets());
+        }
+        _ => unreachable!(),
+    }
+    let octets = |address: IpAddr| match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    let pseudo = sum(&octets(source)) + sum(&octets(destination)) + 6 + tcp.len() as u64;
+    let check = match chance.below(8) {
+        0 => chance.next() as u16,
+        1 => fold(pseudo),
+        2 => 0xffff,
+        _ => !fold(pseudo + sum(&tcp)),
+    };
+    tcp[16..18].copy_from_slice(&check.to_be_bytes());
+    ip.extend(tcp);
+    // Hostile: a bit anywhere in the headers, a frame cut off, or padded.
+    if chance.one_in(16) {
+        let at = chance.below(60.min(ip.len() as u32)) as usize;
+        ip[at] ^= 1 << chance.below(8);
+    }
+    if chance.one_in(32) {
+        // The kernel refuses to run on less than an IP header.
+        let length = 40 + chance.below(ip.len() as u32 - 39) as usize;
+        ip.truncate(length);
+    }
+    if chance.one_in(32) {
+        ip.extend(std::iter::repeat_n(0xa5, chance.below(20) as usize));
+    }
+    ip
+}
+
+fn frame(packet: &[u8], source: [u8; 6], destination: [u8; 6], v6: bool) -> Vec<u8> {
+    let mut frame = [destination, source].concat();
+    frame.extend(if v6 { [0x86, 0xdd] } else { [8, 0] });
+    frame.extend(packet);
+    frame
+}
+
+/// Whether the packet is still one of this conversation, so that the programs look at it.
+fn belongs(
+    packet: &[u8],
+    original: (usize, usize, usize),
+    psc: IpAddr,
+    guest: IpAddr,
+    client: SocketAddr,
+    from_client: bool,
+) -> bool {
+    let (source_at, destination_at, length) = original;
+    let octets = |address: IpAddr| match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    let (source, destination) = if from_client { (client.ip(), psc) } else { (guest, client.ip()) };
+    let tcp = if psc.is_ipv4() { usize::from(packet[0] & 15) * 4 } else { 40 };
+    let ports = if from_client { (client.port(), PORT) } else { (PORT, client.port()) };
+    packet[source_at..source_at + length] == octets(source)
+        && packet[destination_at..destination_at + length] == octets(destination)
+        && packet[tcp..tcp + 2] == ports.0.to_be_bytes()
+        && packet[tcp + 2..tcp + 4] == ports.1.to_be_bytes()
+}
+
+#[test]
+fn the_kernel_translates_as_the_protocol_says() {
+    let Bench { mut programs, mut tap } = bench();
+    let seed = std::env::var("BPF_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let mut chance = Chance(seed);
+    let (mut passed, mut aside, mut foreign) = (0, 0, 0);
+    let (mut out, mut recorded) = (Vec::new(), Vec::new());
+    for case in 0..CASES {
+        let (v6, from_client) = (chance.one_in(3), chance.one_in(2));
+        let (psc, guest, client) = addresses(v6);
+        let flow = flow(&mut chance);
+        let packet = packet(&mut chance, &flow, from_client, v6);
+        let key = Key::new(client, PORT);
+        tap.install(&key, Conversation::new(&flow, CLIENT_MAC)).unwrap();
+        let (source_mac, destination_mac) =
+            if from_client { (CLIENT_MAC, PSC_MAC) } else { (GUEST_MAC, OTHER_MAC) };
+        let before = frame(&packet, source_mac, destination_mac, v6);
+        let mut expected_flow = flow;
+        let mut expected = packet.clone();
+        let outcome = if from_client {
+            expected_flow.client_to_server(&mut expected, guest)
+        } else {
+            expected_flow.server_to_client(&mut expected, psc)
+        };
+        let (verdict, _) = programs.rehearse(from_client, &before, &mut out, 1).unwrap();
+        let record = tap.next(&mut recorded);
+        let entry = tap.conversation(&key).unwrap();
+        let about = format!(
+            "case {case} of seed {seed}: {outcome:?}, from client {from_client}, {flow:?}\n{packet:02x?}"
+        );
+        let offsets = if v6 { (8, 24, 16) } else { (12, 16, 4) };
+        if outcome != Err(Aside::Foreign) && !belongs(&packet, offsets, psc, guest, client, from_client) {
+            // Somebody else's: only that it is not touched.
+            assert_eq!(out, before, "{about}");
+            while tap.next_of(3, &mut recorded).is_some() {}
+            continue;
+        }
+        match outcome {
+            Ok(()) => {
+                passed += 1;
+                assert_eq!(verdict, TC_ACT_REDIRECT, "{about}");
+                let (to, from) = if from_client { (GUEST_MAC, PSC_MAC) } else { (CLIENT_MAC, PSC_MAC) };
+                let after = frame(&expected, from, to, v6);
+                assert_eq!(out, after, "{about}");
+                let record = record.unwrap_or_else(|| panic!("not recorded: {about}"));
+                assert!(record.forwarded && !record.handed_over, "{about}");
+            }
+            Err(Aside::Foreign) => {
+                foreign += 1;
+                assert_eq!(verdict, TC_ACT_UNSPEC, "{about}");
+                assert_eq!(record, None, "{about}");
+            }
+            Err(why) => {
+                aside += 1;
+                assert_eq!(verdict, TC_ACT_SHOT, "{about}");
+                assert_eq!(out, before, "{about}");
+                let slot = (!from_client).then_some(3);
+                let handed_over = why == Aside::DaemonFromNow;
+                let expected = Copied { slot, forwarded: false, handed_over, epoch: tap.epoch(), source_mac };
+                assert_eq!(record, Some(expected), "{about}");
+            }
+        }
+        if outcome != Err(Aside::Foreign) {
+            let length = if v6 {
+                40 + usize::from(u16::from_be_bytes([packet[4], packet[5]]))
+            } else {
+                usize::from(u16::from_be_bytes([packet[2], packet[3]]))
+            };
+            assert_eq!(recorded, packet[..length], "{about}");
+        }
+        assert_eq!(entry.flow(), if outcome.is_ok() { expected_flow } else { flow }, "{about}");
+        assert_eq!(entry.passing == 0, outcome == Err(Aside::DaemonFromNow), "{about}");
+    }
+    println!("{passed} passed, {aside} for the daemon, {foreign} foreign");
+    assert!(passed > CASES / 8 && aside > CASES / 8 && foreign > CASES / 64, "{passed} {aside} {foreign}");
+}

@@ -1,0 +1,325 @@
+//! Which segments of a conversation may pass between client and OVM without the daemon's hand, and how
+//! their headers change on the way.
+//!
+//! This is the specification of the data plane in the kernel, which does the same to the same bytes, and
+//! the engine translates by the same functions. Only what is next in its direction passes: whatever
+//! repeats, leaves a gap, ends or contradicts is the daemon's. A segment is never resized; options that
+//! have no translation are overwritten by NOPs.
+//!
+//! Read before an edit: RFC 9293 §3.4, RFC 7323 §3 to §5, RFC 2018, RFC 1624 (incremental checksums).
+
+use core::net::IpAddr;
+
+use crate::seq::later;
+
+/// What both sides know of one conversation, as the numbers that its segments carry. "Told" is what the
+/// client was told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Added to the server's sequence numbers for the client.
+    pub seq_delta: u32,
+    /// Added to the server's TSval for the client.
+    pub ts_delta: u32,
+    /// The server's TSval when it was promoted: it is never echoed an earlier one.
+    pub ts_floor: u32,
+    /// The server's latest TSval.
+    pub server_tsval: u32,
+    /// Latest TSval that the client was told.
+    pub told_tsval: u32,
+    /// TS.Recent of the client's segments (RFC 7323 §4.3).
+    pub ts_recent: u32,
+    /// RCV.NXT of what is recorded of the client.
+    pub up_nxt: u32,
+    /// Highest acknowledgment that the client was told.
+    pub told_acked: u32,
+    /// Furthest right edge of the window that the client was told.
+    pub told_edge: u32,
+    /// SND.NXT towards the client.
+    pub down_nxt: u32,
+    /// SND.UNA towards the client.
+    pub client_acked: u32,
+    /// Shift of the windows that the server advertises.
+    pub server_shift: u8,
+    /// Shift of the windows that the client is told.
+    pub told_shift: u8,
+    /// Both sides send timestamps.
+    pub timestamps: bool,
+}
+
+/// Why a segment was not translated; it is unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aside {
+    /// Not a TCP segment right behind an IP header, or not whole.
+    Foreign,
+    /// The daemon must deal with it.
+    Daemon,
+    /// Likewise, and with all that follow, because it moves the conversation on.
+    DaemonFromNow,
+}
+
+const FIN_RST_URG: u8 = 0x25;
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+/// The echo of a server's TSval as that server must see it: one of its own since its promotion.
+pub(crate) const fn tsecr_for_server(tsecr: u32, ts_delta: u32, floor: u32, latest: u32) -> u32 {
+    let own = tsecr.wrapping_sub(ts_delta);
+    if later(own, latest) {
+        latest
+    } else if later(floor, own) {
+        floor
+    } else {
+        own
+    }
+}
+
+/// The later of a server's TSvals (RFC 7323 §4.3; its segments come by one wire, so the latest counts).
+pub(crate) const fn latest_tsval(known: u32, tsval: u32) -> u32 {
+    if later(tsval, known) || known == 0 { tsval } else { known }
+}
+
+impl Flow {
+    /// Translates a segment of the client for the server at `server`.
+    pub fn client_to_server(&mut self, packet: &mut [u8], server: IpAddr) -> Result<(), Aside> {
+        let layout = Layout::of(packet, server).ok_or(Aside::Foreign)?;
+        let old = layout.header(packet);
+        let seq = be32(&old, 4);
+        let end = seq.wrapping_add(layout.payload);
+        let moves = layout.payload > 0 && later(end, self.up_nxt);
+        if let Some(aside) = aside_for_flags(old[13], moves) {
+            return Err(aside);
+        }
+        let aside = Err(if moves { Aside::DaemonFromNow } else { Aside::Daemon });
+        let mut new = old;
+        let Some(found) = read_options(&mut new, layout.header) else { return aside };
+        let ack = be32(&old, 8);
+        let in_order = seq == self.up_nxt && !(layout.payload > 0 && later(end, self.told_edge));
+        let acceptable = !later(ack, self.down_nxt) && !later(self.client_acked, ack);
+        if !in_order || !acceptable || found.timestamps.is_some() != self.timestamps {
+            return aside;
+        }
+        if let Some(at) = found.timestamps {
+            let tsval = be32(&old, at + 2);
+            // PAWS, with a tick of tolerance as Linux has it.
+            if later(self.ts_recent, tsval.wrapping_add(1)) {
+                return aside;
+            }
+            let echo = tsecr_for_server(be32(&old, at + 6), self.ts_delta, self.ts_floor, self.server_tsval);
+            put32(&mut new, at + 6, echo);
+            if !later(seq, self.told_acked) && later(tsval, self.ts_recent) {
+                self.ts_recent = tsval;
+            }
+        }
+        put32(&mut new, 8, ack.wrapping_sub(self.seq_delta));
+        if let Some((at, length)) = found.sack {
+            for edge in (at + 2..at + length).step_by(4) {
+                let moved = be32(&old, edge).wrapping_sub(self.seq_delta);
+                put32(&mut new, edge, moved);
+            }
+        }
+        self.up_nxt = end;
+        self.client_acked = ack;
+        layout.write(packet, &old, &new, layout.destination, server);
+        Ok(())
+    }
+
+    /// Translates a segment of the server for the client, who knows the service as `psc`.
+    pub fn server_to_client(&mut self, packet: &mut [u8], psc: IpAddr) -> Result<(), Aside> {
+        let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
+        let old = layout.header(packet);
+        let seq = be32(&old, 4).wrapping_add(self.seq_delta);
+        let end = seq.wrapping_add(layout.payload);
+        let moves = layout.payload > 0 && later(end, self.down_nxt);
+        if let Some(aside) = aside_for_flags(old[13], moves) {
+            return Err(aside);
+        }
+        let aside = Err(if moves { Aside::DaemonFromNow } else { Aside::Daemon });
+        let mut new = old;
+        let Some(found) = read_options(&mut new, layout.header) else { return aside };
+        let ack = be32(&old, 8);
+        if seq != self.down_nxt
+            || later(ack, self.up_nxt)
+            || later(self.told_acked, ack)
+            || found.timestamps.is_some() != self.timestamps
+        {
+            return aside;
+        }
+        if let Some(at) = found.timestamps {
+            let tsval = be32(&old, at + 2);
+            self.server_tsval = latest_tsval(self.server_tsval, tsval);
+            let told = tsval.wrapping_add(self.ts_delta);
+            if later(told, self.told_tsval) {
+                self.told_tsval = told;
+            }
+            put32(&mut new, at + 2, self.told_tsval);
+        }
+        put32(&mut new, 4, seq);
+        let window = u32::from(u16::from_be_bytes([old[14], old[15]]));
+        let edge = ack.wrapping_add(window << (self.server_shift & 15));
+        if later(edge, self.told_edge) {
+            self.told_edge = edge;
+        }
+        self.told_acked = ack;
+        let room = self.told_edge.wrapping_sub(ack) >> (self.told_shift & 15);
+        let room = u16::try_from(room).unwrap_or(u16::MAX);
+        new[14..16].copy_from_slice(&room.to_be_bytes());
+        self.down_nxt = end;
+        layout.write(packet, &old, &new, layout.source, psc);
+        Ok(())
+    }
+}
+
+/// What passes has ACK, and nothing that begins, ends or marks urgent.
+const fn aside_for_flags(flags: u8, moves: bool) -> Option<Aside> {
+    if flags & FIN_RST_URG != 0 {
+        return Some(Aside::DaemonFromNow);
+    }
+    match (flags & (SYN | ACK) == ACK, moves) {
+        (true, _) => None,
+        (false, true) => Some(Aside::DaemonFromNow),
+        (false, false) => Some(Aside::Daemon),
+    }
+}
+
+/// The longest TCP header (RFC 9293 §3.1).
+const LONGEST_HEADER: usize = 60;
+
+/// Where the parts of a packet are.
+struct Layout {
+    source: usize,
+    destination: usize,
+    tcp: usize,
+    /// Bytes of the TCP header.
+    header: usize,
+    /// Bytes of payload.
+    payload: u32,
+    is_ipv4: bool,
+}
+
+impl Layout {
+    /// Of a packet of the same family as `other`.
+    fn of(packet: &[u8], other: IpAddr) -> Option<Self> {
+        let (tcp, total) = match (packet.first()? >> 4, other) {
+            (4, IpAddr::V4(_)) => {
+                let ip = packet.get(..20)?;
+                let header = usize::from(ip[0] & 0x0f) * 4;
+                let fragment = u16::from_be_bytes([ip[6], ip[7]]) & 0x3fff;
+                if header < 20 || fragment != 0 || ip[9] != 6 {
+                    return None;
+                }
+                (header, usize::from(u16::from_be_bytes([ip[2], ip[3]])))
+            }
+            (6, IpAddr::V6(_)) => {
+                let ip = packet.get(..40)?;
+                if ip[6] != 6 {
+                    return None;
+                }
+                (40, 40 + usize::from(u16::from_be_bytes([ip[4], ip[5]])))
+            }
+            _ => return None,
+        };
+        if total > packet.len() || tcp + 20 > total {
+            return None;
+        }
+        let header = usize::from(packet[tcp + 12] >> 4) * 4;
+        let payload = total.checked_sub(tcp + header).filter(|_| header >= 20)?;
+        let is_ipv4 = other.is_ipv4();
+        let (source, destination) = if is_ipv4 { (12, 16) } else { (8, 24) };
+        Some(Self { source, destination, tcp, header, payload: payload as u32, is_ipv4 })
+    }
+
+    fn header(&self, packet: &[u8]) -> [u8; LONGEST_HEADER] {
+        let mut header = [0; LONGEST_HEADER];
+        header[..self.header].copy_from_slice(&packet[self.tcp..self.tcp + self.header]);
+        header
+    }
+
+    /// Writes the new header, and `address` at `at`; the checksums follow by what changed.
+    fn write(&self, packet: &mut [u8], old: &[u8], new: &[u8], at: usize, address: IpAddr) {
+        let mut octets = [0; 16];
+        let length = match address {
+            IpAddr::V4(v4) => {
+                octets[..4].copy_from_slice(&v4.octets());
+                4
+            }
+            IpAddr::V6(v6) => {
+                octets = v6.octets();
+                16
+            }
+        };
+        let moved = difference(&packet[at..at + length], &octets[..length]);
+        packet[at..at + length].copy_from_slice(&octets[..length]);
+        if self.is_ipv4 {
+            adjust(packet, 10, moved);
+        }
+        packet[self.tcp..self.tcp + self.header].copy_from_slice(&new[..self.header]);
+        adjust(packet, self.tcp + 16, difference(old, new));
+        adjust(packet, self.tcp + 16, moved);
+    }
+}
+
+/// What a one's-complement sum over `old` gains when `new` takes its place.
+fn difference(old: &[u8], new: &[u8]) -> u64 {
+    let pairs = old.chunks_exact(2).zip(new.chunks_exact(2));
+    pairs
+        .map(|(old, new)| {
+            u64::from(!u16::from_be_bytes([old[0], old[1]])) + u64::from(u16::from_be_bytes([new[0], new[1]]))
+        })
+        .sum()
+}
+
+/// RFC 1624 equation 3 on the checksum field at `at`.
+fn adjust(packet: &mut [u8], at: usize, gained: u64) {
+    let field = u16::from_be_bytes([packet[at], packet[at + 1]]);
+    // As the kernel does it: a sum of zero is written as all ones before the complement.
+    let mut sum = 0xffff_0000 + u64::from(!field) + gained;
+    while sum > 0xffff {
+        sum = (sum >> 16) + (sum & 0xffff);
+    }
+    packet[at..at + 2].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+}
+
+/// Offsets in a TCP header of the options that are translated.
+#[derive(Default)]
+struct Found {
+    timestamps: Option<usize>,
+    /// With its length.
+    sack: Option<(usize, usize)>,
+}
+
+/// Finds the options; those without a translation become NOPs. `None` if they are malformed, given twice, or
+/// authenticate the segment, which then can't be rewritten (RFC 2385, RFC 5925).
+fn read_options(header: &mut [u8; LONGEST_HEADER], end: usize) -> Option<Found> {
+    let mut found = Found::default();
+    let mut at = 20;
+    while at < end {
+        let length = match header[at] {
+            0 => break,
+            1 => {
+                at += 1;
+                continue;
+            }
+            _ if at + 1 < end => usize::from(header[at + 1]),
+            _ => return None,
+        };
+        if length < 2 || at + length > end {
+            return None;
+        }
+        match (header[at], length) {
+            (8, 10) if found.timestamps.is_none() => found.timestamps = Some(at),
+            (5, 10 | 18 | 26 | 34) if found.sack.is_none() => found.sack = Some((at, length)),
+            (5 | 8 | 19 | 29, _) => return None,
+            _ => header[at..at + length].fill(1),
+        }
+        at += length;
+    }
+    Some(found)
+}
+
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn put32(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+}

@@ -174,20 +174,14 @@ fn conversation_row(conversation: &Conversation) -> Vec<String> {
         true => format!("{}, recuperating", conversation.state),
         false => conversation.state.clone(),
     };
-    let servers = match conversation.unprotected {
-        Some(reason) => format!("unprotected: {}", words::uncovered(reason)),
-        None => {
-            let legs: Vec<String> = conversation.legs.iter().map(leg).collect();
-            legs.join("; ")
-        }
-    };
+    let legs: Vec<String> = conversation.legs.iter().map(leg).collect();
     vec![
         conversation.client.to_string(),
         conversation.psc.to_string(),
         state,
         bytes(conversation.received_bytes),
         bytes(conversation.sent_bytes),
-        servers,
+        legs.join("; "),
     ]
 }
 
@@ -319,23 +313,23 @@ redis    10.77.0.100,fd77::100  6379   pcap   -                 0              6
                 "uncovered": uncovered, "diverged_at": diverged_at,
             })
         };
-        let row = |port: u16, unprotected: Option<&str>| {
+        let row = |port: u16, legs: serde_json::Value| {
             json!({
                 "client": format!("10.77.0.1:{port}"), "psc": "10.77.0.100:6379",
                 "state": "established", "recuperating": port == 2, "received_bytes": 0,
-                "sent_bytes": 1048576, "unprotected": unprotected,
-                "legs": [leg(2, None, None), leg(3, Some("attached_later"), None), leg(4, None, Some(9))],
+                "sent_bytes": 1048576, "legs": legs,
             })
         };
+        let mixed = json!([leg(2, None, None), leg(3, Some("attached_later"), None), leg(4, None, Some(9))]);
         let mut page: Conversations = serde_json::from_value(json!({
             "service": "redis", "total": 9, "skip": 0,
-            "conversations": [row(1, None), row(2, Some("mid_stream"))],
+            "conversations": [row(1, mixed), row(2, json!([leg(2, None, None)]))],
         }))
         .unwrap();
         let expected = "\
 CLIENT       PSC               STATE                      RECEIVED     SENT  SERVERS
 10.77.0.1:1  10.77.0.100:6379  established                     0 B  1.0 MiB  redis-2 covered; redis-3 uncovered (the RVM was attached after it began); redis-4 diverged at byte 9
-10.77.0.1:2  10.77.0.100:6379  established, recuperating       0 B  1.0 MiB  unprotected: its SYN was not seen
+10.77.0.1:2  10.77.0.100:6379  established, recuperating       0 B  1.0 MiB  redis-2 covered
 2 of 9 open conversations; see more with --limit and --skip
 ";
         assert_eq!(super::conversations(&page), expected);

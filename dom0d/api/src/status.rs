@@ -178,8 +178,6 @@ pub struct Conversation {
     pub received_bytes: u64,
     /// Answer bytes sent to the client.
     pub sent_bytes: u64,
-    /// Why it could survive no promotion at all, if so.
-    pub unprotected: Option<Uncovered>,
     /// Each server's part in it.
     pub legs: Vec<Leg>,
 }

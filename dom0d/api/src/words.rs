@@ -47,7 +47,6 @@ pub fn uncovered(reason: Uncovered) -> &'static str {
         Uncovered::OptionsDiffer => "the RVM's SYN-ACK lacks options that the client relies on",
         Uncovered::RvmReset => "the RVM refused or reset it",
         Uncovered::RvmLagged => "the RVM did not answer, or fell behind a limit",
-        Uncovered::UnrecordedAck => "the OVM acknowledged bytes that were not recorded",
         Uncovered::Authenticated => "TCP-MD5 or TCP-AO: its segments can't be rewritten",
     }
 }

@@ -116,6 +116,12 @@ impl Conversation {
             // Behind its RST, which may be held, there is nothing to hear.
             return;
         }
+        let ack = position_of(self.client.iss, segment.ack, leg.rcv_nxt);
+        if segment.flags.has(Flags::ACK) && ack.is_some_and(|ack| ack > self.up_end()) {
+            // It acknowledges what nobody sent (RFC 9293 §3.10.7.4): no kernel says that.
+            ctx.counters.bad_ack += 1;
+            return;
+        }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
             // A retransmitted SYN-ACK: the client's third ACK was lost on the way to the OVM.
@@ -142,10 +148,6 @@ impl Conversation {
 
     fn note_ovm_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
         let Some(ack) = position_of(self.client.iss, segment.ack, leg.rcv_nxt) else { return };
-        if ack > self.up_end() {
-            // It took bytes that were never recorded: no RVM can have them.
-            self.unprotect(Uncovered::UnrecordedAck, ctx);
-        }
         if ack < leg.rcv_nxt {
             return;
         }

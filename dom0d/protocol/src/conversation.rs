@@ -91,7 +91,6 @@ pub(crate) struct Conversation {
     pub(crate) held: Option<Held>,
     pub(crate) recuperating: Option<Box<Recuperating>>,
     pub(crate) suspicion: Suspicion,
-    pub(crate) unprotected: Option<Uncovered>,
     /// When it ended for client and OVM.
     pub(crate) closed: Option<Instant>,
     /// It was reset by the daemon: whatever the client still sends is answered with a RST.
@@ -486,23 +485,6 @@ impl Conversation {
         if self.is_open() {
             let (covered, diverged) = leg.counts();
             ctx.count(slot, -covered, -diverged);
-        }
-    }
-
-    /// The conversation flows, but none of the RVMs can carry it on.
-    pub(crate) fn unprotect(&mut self, reason: Uncovered, ctx: &mut Context) {
-        if self.unprotected.is_some() {
-            return;
-        }
-        self.unprotected = Some(reason);
-        ctx.event(EventKind::Unprotected { client: self.key.client, reason });
-        let ovm = ctx.queue.ovm();
-        for (slot, server) in ctx.roster() {
-            if Some(slot) != ovm
-                && let Some(leg) = self.legs.take(slot, server)
-            {
-                self.drop_leg(slot, &leg, reason, ctx);
-            }
         }
     }
 

@@ -47,7 +47,7 @@ counters! {
     authenticated,
     /// Client segments that a TCP would not accept: forwarded or answered, not recorded.
     unacceptable,
-    /// Client segments that acknowledge what was never sent (RFC 5961 §5).
+    /// Segments of clients and of the OVM that acknowledge what was never sent (RFC 5961 §5).
     bad_ack,
     /// Client segments whose urgent pointer was cleared: servers would differ in what they read.
     urgent,

@@ -85,8 +85,6 @@ pub enum Uncovered {
     RvmReset,
     /// The RVM did not answer, or fell behind a limit.
     RvmLagged,
-    /// The OVM acknowledged bytes that were never recorded.
-    UnrecordedAck,
     /// TCP-MD5 or TCP-AO: segments can't be rewritten.
     Authenticated,
 }

@@ -335,7 +335,6 @@ impl Embryonic {
             held: None,
             recuperating: None,
             suspicion: Default::default(),
-            unprotected: None,
             closed: None,
             was_reset: false,
             last_heard: ctx.now,

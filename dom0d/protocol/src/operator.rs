@@ -283,7 +283,6 @@ impl Service {
             recuperating: conversation.recuperating.is_some(),
             received_bytes: conversation.up.end() - 1,
             sent_bytes: conversation.down.end() - 1,
-            unprotected: conversation.unprotected,
             legs: self.ctx.roster().map(leg).collect(),
         }
     }

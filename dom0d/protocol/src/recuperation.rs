@@ -58,10 +58,9 @@ impl Conversation {
             return;
         }
         let Some((slot, server)) = ovm else { return };
-        let fit = self.unprotected.is_none();
         let tsval = self.told.tsval;
         match self.legs.get_mut(slot, server) {
-            Some(leg) if fit && leg.gone.is_none() && leg.covers() => {
+            Some(leg) if leg.gone.is_none() && leg.covers() => {
                 leg.through = false;
                 leg.ts_delta = tsval.wrapping_sub(leg.tsval);
                 leg.ts_floor = leg.tsval;

@@ -74,8 +74,6 @@ pub struct ConversationStatus {
     pub received_bytes: u64,
     /// Answer bytes sent to the client.
     pub sent_bytes: u64,
-    /// Why the conversation as a whole is unprotected.
-    pub unprotected: Option<Uncovered>,
     /// Per server: covered, or why not.
     pub legs: Vec<LegStatus>,
 }

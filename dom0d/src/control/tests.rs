@@ -243,7 +243,6 @@ fn conversations() -> Conversations {
             recuperating: false,
             received_bytes: 100,
             sent_bytes: 200,
-            unprotected: None,
             legs: vec![
                 LegStatus {
                     server: ServerId(2),

@@ -83,11 +83,10 @@ pub(super) fn conversations(service: String, skip: usize, page: command::Convers
 }
 
 fn conversation(row: ConversationStatus, domains: &BTreeMap<u32, DomainRef>) -> Conversation {
-    let protected = row.unprotected.is_none();
     let leg = |leg: LegStatus| Leg {
         server: leg.server,
         domain: domains.get(&leg.server.0).map(|d| d.name.clone()),
-        covered: protected && leg.uncovered.is_none() && leg.diverged_at.is_none(),
+        covered: leg.uncovered.is_none() && leg.diverged_at.is_none(),
         acknowledged_bytes: leg.acknowledged_bytes,
         produced_bytes: leg.produced_bytes,
         uncovered: leg.uncovered,
@@ -100,7 +99,6 @@ fn conversation(row: ConversationStatus, domains: &BTreeMap<u32, DomainRef>) -> 
         recuperating: row.recuperating,
         received_bytes: row.received_bytes,
         sent_bytes: row.sent_bytes,
-        unprotected: row.unprotected,
         legs: row.legs.into_iter().map(leg).collect(),
     }
 }

@@ -114,6 +114,8 @@ pub(crate) struct Seen {
     pub(crate) sequence: u32,
     pub(crate) acknowledgment: u32,
     pub(crate) flags: u8,
+    /// 0 if it has no timestamps where Linux lays them out.
+    pub(crate) tsval: u32,
     pub(crate) payload: usize,
 }
 
@@ -156,6 +158,7 @@ pub(crate) fn parse(frame: &[u8]) -> Option<Seen> {
         sequence: long(4)?,
         acknowledgment: long(8)?,
         flags: *tcp.get(13)?,
+        tsval: if tcp.get(20..24) == Some(&[1, 1, 8, 10]) { long(24)? } else { 0 },
         payload: tcp.len().saturating_sub(header),
     })
 }

@@ -152,7 +152,10 @@ fn broken(seen: &Seen, n: usize, random: &mut Random) -> Vec<u8> {
         }
         13 => {
             // A timestamp from long ago (PAWS, RFC 7323 section 5).
-            segment.options = vec![1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 1];
+            let tsval = seen.tsval.wrapping_sub(100_000_000);
+            segment.options = vec![1, 1, 8, 10];
+            segment.options.extend_from_slice(&tsval.to_be_bytes());
+            segment.options.extend_from_slice(&[0, 0, 0, 1]);
             build(&segment)
         }
         14 => {

@@ -75,7 +75,8 @@ fn garbage_of_ovm(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = Plan::new(stage.psc(Service::Redis)?, "honest").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    super::replica::garbage(&stage.lab.domain("guest-1")?)?;
+    // Well-formed new bytes are its answer, whatever they say: these contradict what was acknowledged.
+    super::replica::garbage(&stage.lab.domain("guest-1")?, 100)?;
     load.wait_answers(300, Duration::from_secs(20))?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;

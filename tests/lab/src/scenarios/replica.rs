@@ -163,7 +163,7 @@ fn make(stage: &Stage, trouble: Trouble, guest: &str) -> Result<()> {
         Trouble::AnswersWrong => answer_wrong(&guest?),
         Trouble::Floods => flood(&guest?),
         Trouble::SendsResets => reset(&guest?),
-        Trouble::SendsGarbage => garbage(&guest?),
+        Trouble::SendsGarbage => garbage(&guest?, 0),
     }
 }
 
@@ -234,8 +234,9 @@ fn reset(guest: &Domain) -> Result<()> {
     })
 }
 
-/// Malformed and contradictory segments, as if they belonged to the replica's conversations.
-pub(super) fn garbage(guest: &Domain) -> Result<()> {
+/// Malformed and contradictory segments, as if they belonged to the guest's conversations, at a position
+/// so many bytes `behind` what the client has acknowledged.
+pub(super) fn garbage(guest: &Domain, behind: u32) -> Result<()> {
     let (place, own) = own_address(guest, Service::Redis)?;
     place.run(move || {
         let wire = Wire::open_only()?;
@@ -247,9 +248,10 @@ pub(super) fn garbage(guest: &Domain) -> Result<()> {
                 destination: seen.source,
                 from: seen.to,
                 to: seen.from,
-                sequence: seen.acknowledgment,
+                sequence: seen.acknowledgment.wrapping_sub(behind),
                 acknowledgment: seen.sequence,
                 flags: ACK,
+                tsval: 0,
                 payload: 0,
             },
             None => crate::client::frames::Seen {
@@ -260,6 +262,7 @@ pub(super) fn garbage(guest: &Domain) -> Result<()> {
                 sequence: 1,
                 acknowledgment: 1,
                 flags: ACK,
+                tsval: 0,
                 payload: 0,
             },
         };

@@ -23,7 +23,7 @@ impl Conversation {
     ) {
         let Some(mut leg) = self.legs.take(slot, server) else { return };
         let was_open = self.is_open();
-        if let Some((tsval, _)) = segment.options.timestamps {
+        if let Some((tsval, _)) = segment.options.timestamps.filter(|_| !segment.flags.has(Flags::RST)) {
             leg.note_tsval(tsval);
         }
         let kept = match leg.phase {
@@ -124,6 +124,11 @@ impl Conversation {
         }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
+            if start != 0 {
+                // It began anew, and will refuse the client's next segment.
+                ctx.counters.unacceptable += 1;
+                return;
+            }
             // A retransmitted SYN-ACK: the client's third ACK was lost on the way to the OVM.
             self.forward_to_client(leg, start, segment, segment.flags, segment.payload, ctx);
             return;
@@ -274,7 +279,7 @@ impl Conversation {
     pub(crate) fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
         // Behind a FIN that was passed a RST is still one to be doubted.
         let open = self.closed.is_none() && (rst || self.down_fin.is_none());
-        let opinion = self.opinion(position, ctx);
+        let opinion = self.opinion(position, rst, ctx);
         if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             self.release_hold(ctx);
             return false;
@@ -301,14 +306,23 @@ impl Conversation {
     }
 
     /// What the covering RVMs say about a close at `position`.
-    fn opinion(&self, position: u64, ctx: &Context) -> Opinion {
+    fn opinion(&self, position: u64, rst: bool, ctx: &Context) -> Opinion {
         let ovm = ctx.queue.ovm();
         let had = self.ovm_had(ctx);
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
+            if leg.gone.is_some() && ctx.queue.get(slot).is_none_or(|server| server.stale.is_some()) {
+                // It may have gone for reasons of its own.
+                continue;
+            }
             let answered = leg.answers.end();
-            if leg.fin == Some(position) || (leg.gone.is_some() && leg.produced() >= position) {
+            // One that has closed still repeats what the client lacks; behind a RST nobody does.
+            let closed = match rst {
+                true => leg.fin.is_some_and(|fin| self.client.acked > fin),
+                false => leg.fin == Some(position),
+            };
+            if closed || (leg.gone.is_some() && leg.produced() >= position) {
                 return Opinion::Shared;
             }
             // One that is merely behind disputes nothing: it has what the OVM had, has answered all
@@ -328,6 +342,9 @@ impl Conversation {
     }
 
     fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        // Behind a FIN that is held, the client knows of neither.
+        let start =
+            if leg.fin.is_some_and(|fin| start == fin + 1) { self.down_end().min(start) } else { start };
         // At its SND.NXT, or, where there is no socket any more, at what the client acknowledged
         // (RFC 9293 §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so do we.
         if start != self.down_end() && start != self.down.end() && start != self.client.acked {
@@ -359,16 +376,14 @@ impl Conversation {
             Segment { seq: seq_of(self.told.iss, position), flags, window: 0, ..self.segment_to_client() };
         let link = self.link;
         ctx.send_to_client(link, reset.emit());
-        self.up_rst = Some((had, ctx.order.mark()));
-        self.was_reset = true;
-        self.close(ctx);
+        self.abort(had, ctx);
     }
 
     /// Decides about a held FIN or RST: an RVM shares it, or its time is over. Disputed on several
     /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
     pub(crate) fn review_hold(&mut self, ctx: &mut Context) {
         let Some(held) = self.held else { return };
-        let opinion = self.opinion(held.position, ctx);
+        let opinion = self.opinion(held.position, held.rst, ctx);
         if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             if opinion == Opinion::Disputed {
                 ctx.disputes.insert(self.id);
@@ -460,7 +475,7 @@ impl Conversation {
 
     fn note_suppressed_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
         let Some(ack) = position_of(self.client.iss, segment.ack, leg.rcv_nxt) else { return };
-        if ack < leg.rcv_nxt || ack > leg.sender.highest {
+        if ack < leg.rcv_nxt || ack > leg.sender.highest.max(leg.direct) {
             return;
         }
         let edge = ack + (u64::from(segment.window) << leg.shift);

@@ -106,7 +106,8 @@ pub struct Timing {
     pub lag_limit: Duration,
     /// Window in which [`Limits::promotions`] are counted.
     pub promotion_window: Duration,
-    /// A closed conversation is remembered this long (late segments, TIME-WAIT).
+    /// A closed conversation is remembered this long (late segments, TIME-WAIT); one that a new OVM has yet
+    /// to end, for [`Timing::idle_probe`].
     pub linger: Duration,
     /// A conversation silent for this long is probed, and dropped when nobody answers.
     pub idle_probe: Duration,

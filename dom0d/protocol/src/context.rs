@@ -49,6 +49,8 @@ pub(crate) struct Context {
     pub(crate) retained: u64,
     /// Open conversations.
     pub(crate) open: u64,
+    /// Conversations that ended under an earlier OVM, and that the present one has yet to end.
+    pub(crate) owed: BTreeSet<ConversationId>,
     /// Conversations in which a FIN or RST of the OVM is held.
     pub(crate) holding: BTreeSet<ConversationId>,
     /// Handshakes that the OVM refused while closes were held.
@@ -89,6 +91,7 @@ impl Context {
             effects: VecDeque::new(),
             retained: 0,
             open: 0,
+            owed: BTreeSet::new(),
             holding: BTreeSet::new(),
             refusals: BTreeSet::new(),
             gaps: BTreeMap::new(),

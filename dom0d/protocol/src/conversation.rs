@@ -508,13 +508,21 @@ impl Conversation {
         self.end_recuperation(ctx);
     }
 
-    /// It leaves the table. An RVM that still lacked bytes of it lacks them for good.
+    /// It leaves the table. An RVM that still lacked bytes of it lacks them for good; one that still owed
+    /// answers is held to no order any more.
     pub(crate) fn end(&mut self, ctx: &mut Context) {
         self.close(ctx);
+        let open_at_ovm = self.is_open_at_ovm(ctx);
+        let ovm = ctx.queue.ovm();
+        ctx.owed.remove(&self.id);
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.take(slot, server) {
-                if leg.gone.is_none() && leg.rcv_nxt < self.up.end() {
+                let owes = !leg.through && leg.covers() && leg.answers.end() < self.down.end();
+                if leg.gone.is_none() && (leg.rcv_nxt < self.up.end() || owes) {
                     ctx.mark_stale(slot, StaleReason::MissedBytes);
+                }
+                if open_at_ovm && ovm == Some(slot) && leg.is_open() {
+                    self.send_reset_to(slot, &leg, ctx);
                 }
                 self.settle_accounts(slot, &leg, ctx);
             }
@@ -548,26 +556,21 @@ impl Conversation {
         if self.was_reset || self.closed.is_some() {
             return;
         }
-        for (slot, server) in ctx.roster() {
-            if let Some(leg) = self.legs.take(slot, server) {
-                self.settle_accounts(slot, &leg, ctx);
-                if leg.is_open() {
-                    self.send_reset_to(slot, &leg, ctx);
-                }
-                if leg.rcv_nxt < self.told.acked || leg.answers.end() < self.down.end() {
-                    // It never gets what the client was promised.
-                    ctx.mark_stale(slot, StaleReason::MissedBytes);
-                }
-                ctx.progressed[slot.index()] = true;
-            }
-        }
-        self.was_reset = true;
         ctx.recuperation.reset += 1;
         ctx.counters.resets += 1;
         ctx.event(EventKind::Reset { client: self.key.client });
         ctx.resets.push_back(self.id);
+        let fin = self.up_fin.is_some_and(|(fin, _)| fin == self.up.end());
+        self.abort(self.up.end() + u64::from(fin), ctx);
+    }
+
+    /// The client is, or will be, sent a RST. Servers get what it had been promised up to `position`, then
+    /// a RST too.
+    pub(crate) fn abort(&mut self, position: u64, ctx: &mut Context) {
+        self.up_rst = Some((position, ctx.order.mark()));
+        self.was_reset = true;
+        self.play_client(ctx);
         self.close(ctx);
-        self.up = Stream::new(self.up.end());
     }
 
     /// The RST of [`Conversation::reset`]. The position is a guess when data is in flight; the client
@@ -575,7 +578,6 @@ impl Conversation {
     pub(crate) fn send_reset(&mut self, ctx: &mut Context) {
         let reset = Segment { flags: Flags::RST.with(Flags::ACK), window: 0, ..self.segment_to_client() };
         ctx.send_to_client(self.link, reset.emit());
-        self.down = Stream::new(self.down.end());
     }
 
     /// Resets the server's side, at the exact position.
@@ -634,6 +636,11 @@ impl Conversation {
             self.judge(ctx);
         }
         self.release(ctx);
+        if self.is_open_at_ovm(ctx) {
+            ctx.owed.insert(self.id);
+        } else {
+            ctx.owed.remove(&self.id);
+        }
         self.is_wanted(ctx)
     }
 
@@ -644,9 +651,20 @@ impl Conversation {
         ovm.is_some_and(|ovm| ctx.order.awaited(ovm) == Some(self.id))
     }
 
+    /// It ended under an earlier OVM, and the present one has yet to take the client's last bytes, or to
+    /// close: until then they must be supplied, and what it says is not for the client.
+    fn is_open_at_ovm(&self, ctx: &Context) -> bool {
+        self.closed.is_some()
+            && ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| {
+                let ended = leg.rcv_nxt >= self.up_end() && leg.fin.is_some_and(|fin| leg.told.0 > fin);
+                !leg.through && leg.gone.is_none() && leg.covers() && !ended
+            })
+    }
+
     /// Forgets bytes that nobody needs any more.
     fn release(&mut self, ctx: &mut Context) {
-        let (mut up, mut down) = (self.up.end(), self.client.acked);
+        let mut up = self.up.end();
+        let mut down = if self.was_reset { self.down.end() } else { self.client.acked };
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
                 up = up.min(leg.rcv_nxt);
@@ -669,7 +687,11 @@ impl Conversation {
     /// Whether to keep it: open and its client alive, or closed and its linger not over.
     fn is_wanted(&mut self, ctx: &mut Context) -> bool {
         match self.closed {
-            Some(closed) => ctx.now < closed + ctx.config.timing.linger || self.is_awaited(ctx),
+            Some(closed) => {
+                let timing = ctx.config.timing;
+                let keep = if self.is_open_at_ovm(ctx) { timing.idle_probe } else { timing.linger };
+                ctx.now < closed + keep.max(timing.linger)
+            }
             None if self.probes >= IDLE_PROBES && ctx.now >= self.idle_deadline(ctx) => {
                 // Nobody there: every server is told, the client would not hear it.
                 self.reset(ctx);
@@ -709,6 +731,10 @@ impl Conversation {
                 consider(leg.sender.deadline());
                 if leg.gone.is_some() && !leg.through && self.is_open() {
                     consider(leg.gone.map(|gone| gone + crate::feed::GONE_GRACE));
+                }
+                if leg.is_open() && !leg.covers() && self.up_rst.is_some() {
+                    let grace = self.closed.map(|closed| closed + crate::feed::GONE_GRACE);
+                    consider(grace.filter(|grace| *grace > ctx.now));
                 }
             }
         }

@@ -27,10 +27,12 @@ impl Conversation {
         }
         self.compare(slot, leg, ctx);
         if let Some(gone) = leg.gone {
-            let taken =
-                ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
-            // It left before it had all that the OVM took, or nobody follows it.
-            let alone = leg.rcv_nxt < taken || (self.is_open() && ctx.now >= gone + GONE_GRACE);
+            let ovm = ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
+            let unsaid = self.up_rst.is_none() && leg.covers() && leg.answers.end() < self.down.end();
+            let lacks = ctx.queue.ovm() != Some(slot) && (leg.rcv_nxt < self.told.acked.max(ovm) || unsaid);
+            // It left before it had all that others took, or had said all that the client was sent; or
+            // nobody follows it.
+            let alone = lacks || (self.is_open() && ctx.now >= gone + GONE_GRACE);
             return if alone { Err(Uncovered::RvmReset) } else { Ok(()) };
         }
         self.feed(slot, leg, ctx);
@@ -111,7 +113,7 @@ impl Conversation {
         let una = leg.rcv_nxt;
         if leg.sender.expired(una, ctx.now) {
             ctx.counters.retransmissions += 1;
-            if una == leg.sender.highest {
+            if una == leg.sender.highest || leg.edge <= una {
                 self.probe_window(leg, guest, ctx);
             }
         }
@@ -119,10 +121,9 @@ impl Conversation {
         self.feed_fin(slot, leg, guest, ctx);
         // A RST makes a kernel forget what its service has not read yet: it comes after the answers that
         // the client had been sent.
-        if self
-            .up_rst
-            .is_some_and(|(position, mark)| position <= leg.rcv_nxt && ctx.permits(slot, mark, self.id))
-        {
+        if self.up_rst.is_some_and(|(position, mark)| {
+            position <= leg.rcv_nxt && self.has_answered(leg, ctx) && ctx.permits(slot, mark, self.id)
+        }) {
             self.send_reset_to(slot, leg, ctx);
             self.note_gone(slot, leg, ctx);
             return;
@@ -138,6 +139,14 @@ impl Conversation {
             ack.options.sack = self.sack_blocks(&leg.answers, leg.iss);
             ctx.send_to_server(leg.server, ack.emit());
         }
+    }
+
+    /// The order does not wait for one that diverged. That it has read the requests shows in the length
+    /// of its answers, as far as these have the same length; hence the limit.
+    fn has_answered(&self, leg: &Leg, ctx: &Context) -> bool {
+        leg.covers()
+            || leg.answers.end() >= self.down.end()
+            || self.closed.is_none_or(|closed| ctx.now >= closed + GONE_GRACE)
     }
 
     /// Sends one segment of data if one may be sent.
@@ -252,7 +261,7 @@ impl Conversation {
             return (self.client.acked, self.client.edge);
         }
         let mut acknowledged = leg.produced().min(self.client.acked);
-        if self.is_client_silent {
+        if self.is_client_silent || self.was_reset {
             acknowledged = acknowledged.max(leg.compared.min(self.down.end()));
         }
         (acknowledged.max(leg.told.0), self.client.edge)

@@ -9,7 +9,7 @@ use crate::context::Context;
 use crate::conversation::{Client, Conversation, Told};
 use crate::leg::{Leg, Legs};
 use crate::queue::Slot;
-use crate::seq::position_of;
+use crate::seq::{later, position_of};
 use crate::stream::Stream;
 use crate::table::{ConversationId, Key};
 use crate::verdict::REMINDERS;
@@ -191,20 +191,36 @@ impl Handshakes {
         })
     }
 
+    /// A server acknowledges no more than the SYN; true if it does. The client learns its time.
+    pub(crate) fn note_acknowledgment(&mut self, key: &Key, segment: &Segment<'_>) -> bool {
+        let begins = segment.sequence_length() == 0 && self.acknowledges(key, segment);
+        let told = self.by_key.get_mut(key).and_then(|embryonic| embryonic.answer.as_mut());
+        if let (Some((told, _)), Some((tsval, _))) =
+            (told.and_then(|answer| answer.options.timestamps.as_mut()), segment.options.timestamps)
+            && begins
+            && later(tsval, *told)
+        {
+            *told = tsval;
+        }
+        begins
+    }
+
     /// The OVM refused the handshake; true if it is one's.
     pub(crate) fn handle_refusal(&mut self, key: &Key, segment: &Segment<'_>) -> bool {
         self.acknowledges(key, segment) && self.by_key.remove(key).is_some()
     }
 
     /// A client's segment with an ACK: its third, or data that overtook it.
-    pub(crate) fn handle_third(&mut self, key: &Key, segment: &Segment<'_>) -> Third {
+    pub(crate) fn handle_third(&mut self, key: &Key, segment: &Segment<'_>, ctx: &Context) -> Third {
         let Some(embryonic) = self.by_key.get(key) else { return Third::NotYet };
         let accepted = embryonic.answer.is_some_and(|answer| {
+            // What the OVM would not take for the third opens nothing at RVMs either. Where the server that
+            // answered was deposed, the daemon takes a keepalive as well: this client has a connection.
+            let known = ctx.ovm().map(|(_, ovm)| ovm) == answer.server;
+            let window = u64::from(known)..=1 + u64::from(answer.window);
             segment.flags.has(Flags::ACK)
-                // What the OVM would not take for the third opens nothing at RVMs either.
                 && segment.ack == answer.iss.wrapping_add(1)
-                && position_of(embryonic.iss, segment.seq, 1)
-                    .is_some_and(|start| (1..=1 + u64::from(answer.window)).contains(&start))
+                && position_of(embryonic.iss, segment.seq, 1).is_some_and(|start| window.contains(&start))
         });
         if !accepted || segment.flags.has(Flags::RST) {
             return Third::NotYet;

@@ -42,6 +42,8 @@ pub(crate) struct Leg {
     pub(crate) edge: u64,
     /// What the daemon sends it.
     pub(crate) sender: Sender,
+    /// End of what the client itself sent it as the OVM, beyond a gap perhaps: it may acknowledge that.
+    pub(crate) direct: u64,
     /// What it answered and was not compared yet; its end is the server's SND.NXT as received.
     pub(crate) answers: Stream,
     /// Answers are compared up to here.
@@ -84,6 +86,7 @@ impl Leg {
             rcv_nxt: 0,
             edge: 1,
             sender: Sender::new(0),
+            direct: 0,
             answers: Stream::new(1),
             compared: 1,
             fin: None,

@@ -135,11 +135,12 @@ impl Service {
         Ok(())
     }
 
-    fn check_seeding(&self, seeding: Seeding) -> Result<(), OperatorError> {
+    fn check_seeding(&mut self, seeding: Seeding) -> Result<(), OperatorError> {
         match seeding {
-            Seeding::AssumeIdentical if self.ctx.open > 0 => {
-                Err(OperatorError::ConversationsOpen(self.ctx.open))
-            }
+            Seeding::AssumeIdentical => match self.unsettled() {
+                0 => Ok(()),
+                open => Err(OperatorError::ConversationsOpen(open)),
+            },
             Seeding::Drain { .. } if self.drain.is_some() => Err(OperatorError::DrainUnderWay),
             _ => Ok(()),
         }

@@ -39,13 +39,32 @@ impl Conversation {
         self.suspicion = Default::default();
         // What the deposed OVM wanted to close is the new OVM's to decide.
         self.release_hold(ctx);
-        let ovm = ctx.ovm();
+        self.play_client(ctx);
+        if self.closed.is_some() {
+            return;
+        }
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let tsval = self.told.tsval;
+        match self.legs.get_mut(slot, server) {
+            Some(leg) if leg.gone.is_none() && leg.covers() => {
+                leg.ts_delta = tsval.wrapping_sub(leg.tsval);
+                leg.ts_floor = leg.tsval;
+                self.begin_recuperation(ctx);
+            }
+            _ => self.reset(ctx),
+        }
+    }
+
+    /// From now on the daemon plays the client towards every server, also towards one that was the OVM
+    /// (and may be it again): everything that the client was sent came from that one.
+    pub(crate) fn play_client(&mut self, ctx: &mut Context) {
         let (down_end, down_fin, acked) = (self.down.end(), self.down_fin, self.client.acked);
-        self.for_each_leg(ctx, |slot, leg, _| {
-            if leg.through && ovm.is_some_and(|(ovm, _)| ovm != slot) {
-                // A former OVM that stays as an RVM: everything the client was sent came from it.
+        let direct = self.up.highest().max(self.up_end());
+        self.for_each_leg(ctx, |_, leg, _| {
+            if leg.through {
                 leg.through = false;
                 leg.sender = Sender::new(leg.rcv_nxt);
+                leg.direct = direct;
                 leg.answers = Stream::new(down_end);
                 leg.compared = down_end;
                 // It may have closed, and the client not been told yet.
@@ -54,20 +73,6 @@ impl Conversation {
                 leg.ack_due = true;
             }
         });
-        if self.closed.is_some() {
-            return;
-        }
-        let Some((slot, server)) = ovm else { return };
-        let tsval = self.told.tsval;
-        match self.legs.get_mut(slot, server) {
-            Some(leg) if leg.gone.is_none() && leg.covers() => {
-                leg.through = false;
-                leg.ts_delta = tsval.wrapping_sub(leg.tsval);
-                leg.ts_floor = leg.tsval;
-                self.begin_recuperation(ctx);
-            }
-            _ => self.reset(ctx),
-        }
     }
 
     /// From now on the daemon plays the server.
@@ -141,10 +146,8 @@ impl Conversation {
             self.note_answer(before, ctx);
             self.note_gap(ctx);
             if let Some(slot) = ctx.queue.slot_of(leg.server) {
-                // It can't be behind what it answered itself.
-                ctx.due(slot, -((self.down.end() - before) as i64));
-                let ahead = leg.answers.end().min(self.down.end()) - before;
-                ctx.due(slot, ahead as i64);
+                // It was counted as ahead by what it had answered.
+                ctx.due(slot, (self.down.end() - before) as i64);
                 // Bytes beyond a gap, sent under the old OVM, are compared as they are reached.
                 self.compare(slot, leg, ctx);
             }
@@ -163,7 +166,7 @@ impl Conversation {
         let una = self.client.acked;
         if recuperating.sender.expired(una, ctx.now) {
             ctx.counters.retransmissions += 1;
-            if una == recuperating.sender.highest {
+            if una == recuperating.sender.highest || self.client.edge <= una {
                 // The client's window is closed: ask for it.
                 let probe =
                     Segment { seq: seq_of(self.told.iss, una).wrapping_sub(1), ..self.segment_to_client() };

@@ -113,7 +113,7 @@ impl Service {
         if segment.flags.has(Flags::SYN) {
             return self.handle_client_syn(key, link, &segment, packet);
         }
-        if let Third::Complete(embryonic) = self.handshakes.handle_third(&key, &segment) {
+        if let Third::Complete(embryonic) = self.handshakes.handle_third(&key, &segment, &self.ctx) {
             self.open(key, embryonic);
         }
         if let Some(id) = self.table.find(&key) {
@@ -154,7 +154,7 @@ impl Service {
         if self.ctx.queue.ovm() == Some(slot) {
             self.handshakes.note_ovm_heard();
         } else if self.handshakes.is_witness(&key, &segment) {
-            return self.hear_witness(slot, server, &segment);
+            return self.hear_witness(slot);
         }
         if self.ctx.queue.ovm() == Some(slot) && self.handle_ovm_handshake(&key, server, &segment) {
             return;
@@ -163,7 +163,8 @@ impl Service {
             self.with(id, |conversation, ctx| conversation.handle_server(slot, server, &segment, ctx));
         } else if self.ctx.queue.ovm() == Some(slot) {
             self.pass_unprotected_to_client(key, &segment);
-        } else {
+        } else if !(segment.flags.has(Flags::SYN) && self.handshakes.acknowledges(&key, &segment)) {
+            // One that was asked, or was the OVM, may wait for the handshake's end: its leg begins there.
             self.refuse(server, &segment);
         }
     }
@@ -364,8 +365,7 @@ impl Service {
     }
 
     /// An RVM answered a SYN that the OVM, silent altogether, did not.
-    fn hear_witness(&mut self, slot: Slot, server: ServerId, segment: &Segment<'_>) {
-        self.refuse(server, segment);
+    fn hear_witness(&mut self, slot: Slot) {
         self.handshakes.note_ovm_heard();
         let trusted =
             self.ctx.queue.get(slot).is_some_and(|server| self.ctx.queue.not_promotable(server).is_none());
@@ -601,7 +601,10 @@ impl Service {
     }
 
     fn end_drain(&mut self) {
-        let open = self.ctx.open;
+        if self.drain.is_none() {
+            return;
+        }
+        let open = self.unsettled();
         let Some(drain) = self.drain.take_if(|drain| open == 0 || self.ctx.now >= drain.deadline) else {
             return;
         };
@@ -613,6 +616,15 @@ impl Service {
         for (link, packet) in drain.held {
             self.handle_client(self.ctx.now, link, &packet);
         }
+    }
+
+    /// Conversations that may still change the OVM's state: open ones, and those that it has yet to be
+    /// given to the end.
+    pub(crate) fn unsettled(&mut self) -> u64 {
+        while self.sweep.is_some() {
+            self.sweep();
+        }
+        self.ctx.open + self.ctx.owed.len() as u64
     }
 
     pub(crate) fn mark_seeded(&mut self, id: ServerId) {
@@ -640,11 +652,12 @@ impl Service {
         translated.emit_split(mss, |packet| self.ctx.send_to_server(server, packet));
     }
 
-    /// An OVM's segment in a conversation that the daemon does not know. Unless it is a refusal, the
-    /// OVM serves somebody whose bytes no RVM gets.
+    /// An OVM's segment in a conversation that the daemon does not know. Unless it is a refusal, or the
+    /// handshake is still to be completed, the OVM serves somebody whose bytes no RVM gets.
     fn pass_unprotected_to_client(&mut self, key: Key, segment: &Segment<'_>) {
         self.ctx.counters.unprotected_segments += 1;
-        if !segment.flags.has(Flags::RST.with(Flags::SYN)) {
+        let begins = self.handshakes.note_acknowledgment(&key, segment);
+        if !segment.flags.has(Flags::RST.with(Flags::SYN)) && !begins {
             self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
         }
         self.send_as_is(key, segment);

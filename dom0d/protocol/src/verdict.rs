@@ -165,7 +165,7 @@ impl Conversation {
     /// that it has room for: what tells is that it takes nothing more where RVMs do.
     fn judge_window(&mut self, ovm: &Leg, ctx: &mut Context) {
         let least = u64::from(ovm.mss);
-        let shut = ovm.through && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.shift);
+        let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.shift);
         let (mut witnesses, mut open) = (0, 0);
         for server in ctx.queue.iter().filter(|server| shut && ctx.queue.not_promotable(server).is_none()) {
             witnesses += 1;

@@ -245,7 +245,7 @@ impl Client {
 
     /// This host's stack let a connection down.
     pub(crate) fn forgot(&self, now: u64, index: usize) -> bool {
-        self.ends(index).is_some_and(|(own, psc)| self.stack.forgot(now, psc, own.port()))
+        self.ends(index).is_some_and(|(own, psc)| self.stack.forgot(now, Some(psc), own.port()))
     }
 
     /// Runs what is due and gives the packets that leave.

@@ -122,8 +122,8 @@ impl Guest {
         }
     }
 
-    /// This domain's stack let its connection with a client down.
-    pub(crate) fn forgot(&self, now: u64, client: SocketAddr) -> bool {
+    /// This domain's stack let its connection with a client down (with any, if none is named).
+    pub(crate) fn forgot(&self, now: u64, client: Option<SocketAddr>) -> bool {
         self.stack.forgot(now, client, self.port)
     }
 
@@ -216,6 +216,11 @@ impl Guest {
             position += 1;
             !stale
         });
+        for &handle in &self.listening {
+            if stack.socket(handle).state() == tcp::State::Listen {
+                stack.renew(handle);
+            }
+        }
         let free = self.listening.iter().filter(|&&h| stack.socket(h).state() == tcp::State::Listen).count();
         let room = SOCKETS.saturating_sub(self.listening.len());
         for _ in 0..BACKLOG.saturating_sub(free).min(room) {

@@ -1,5 +1,6 @@
 //! One direction of a network link: delay, loss, reordering, duplication, corruption, cut-off.
 
+use crate::disguise::complete_checksum;
 use crate::prng::Prng;
 
 /// What a link does to packets; the rates are per million.
@@ -38,6 +39,11 @@ impl Link {
         self.was_cut = true;
     }
 
+    /// Nothing passes, or passed, until then.
+    pub(crate) fn cut_until(&self) -> u64 {
+        self.cut_until
+    }
+
     /// Sends a packet; calls `arrive` with the time and bytes of each copy that gets through.
     pub(crate) fn carry(&mut self, now: u64, packet: Vec<u8>, mut arrive: impl FnMut(u64, Vec<u8>)) {
         if now < self.cut_until || self.rng.chance(self.knobs.loss) {
@@ -65,11 +71,17 @@ impl Link {
 
     /// Flips one bit that a checksum covers: anywhere behind the network header.
     fn corrupt(&mut self, mut packet: Vec<u8>) -> Vec<u8> {
+        // A device that fills checksums in does so before anything can happen to the packet.
+        complete_checksum(&mut packet);
         let header = if packet.first().is_some_and(|b| b >> 4 == 6) { 40 } else { 20 };
+        let mut corrupted = packet.clone();
         if packet.len() > header {
             let bit = self.rng.between(0, (packet.len() - header) as u64 * 8 - 1) as usize;
-            packet[header + bit / 8] ^= 1 << (bit % 8);
+            corrupted[header + bit / 8] ^= 1 << (bit % 8);
         }
-        packet
+        // One in 65,536 checksums looks like one that a guest left to its device, and covers nothing then.
+        let mut completed = corrupted.clone();
+        complete_checksum(&mut completed);
+        if completed == corrupted { corrupted } else { packet }
     }
 }

@@ -138,6 +138,8 @@ pub(crate) struct Leg {
     pub(crate) contradicts_itself: bool,
     pub(crate) fin: Option<i64>,
     pub(crate) reset: bool,
+    /// When its FIN or RST was first seen.
+    pub(crate) closed_at: Option<u64>,
     /// Client bytes handed to it end here.
     pub(crate) handed: u64,
     /// Furthest right edge of the window that it announced, as a position of client bytes.
@@ -176,6 +178,8 @@ pub(crate) struct Conversation {
     last_down: (i64, i64),
     /// When both sides had closed, or one reset.
     over_at: Option<u64>,
+    /// When one of its streams last grew.
+    pub(crate) moved_at: u64,
     /// The client was last told that there is no room.
     pub(crate) window_shut: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
@@ -298,19 +302,10 @@ impl Observer {
     /// Takes in what happened; called after the checkers have compared it with what was before.
     pub(crate) fn record(&mut self, at: u64, seen: &Seen<'_>) {
         self.order += 1;
-        if let Seen::FromClient(segment) = seen
-            && let Some(i) = self.index_of(segment.src, segment.dst)
-        {
-            let c = &mut self.conversations[i];
-            let closed = c.client_fin.is_some() && c.sent_fin.is_some_and(|fin| c.client_acked > fin);
-            if c.over_at.is_none() && (closed || c.client_reset || c.reset_to_client) {
-                c.over_at = Some(at);
-            }
-        }
         match seen {
             Seen::FromClient(segment) => self.client_says(at, segment),
-            Seen::FromServer(server, segment) => self.server_says(*server, segment),
-            Seen::ToClient(segment) => self.client_hears(segment),
+            Seen::FromServer(server, segment) => self.server_says(at, *server, segment),
+            Seen::ToClient(segment) => self.client_hears(at, segment),
             Seen::ToServer(server, segment) => {
                 if let Some(i) = self.index_of(segment.src, segment.dst) {
                     let conversation = &mut self.conversations[i];
@@ -336,6 +331,15 @@ impl Observer {
                 }
             }
             Seen::Event(_) | Seen::Status(_) | Seen::Blemish(_) => {}
+        }
+        if let Seen::FromClient(segment) = seen
+            && let Some(i) = self.index_of(segment.src, segment.dst)
+        {
+            let c = &mut self.conversations[i];
+            let closed = c.client_fin.is_some() && c.sent_fin.is_some_and(|fin| c.client_acked > fin);
+            if c.over_at.is_none() && (closed || c.client_reset || c.reset_to_client) {
+                c.over_at = Some(at);
+            }
         }
     }
 
@@ -367,6 +371,7 @@ impl Observer {
                     last_up: (0, 0),
                     last_down: (0, 0),
                     over_at: None,
+                    moved_at: at,
                     window_shut: false,
                     legs: BTreeMap::new(),
                     recorded: Vec::new(),
@@ -399,13 +404,17 @@ impl Observer {
         for (from, to) in conversation.received.unknown(position, segment.payload.len()) {
             conversation.arrivals.push((from as u64, to as u64, order, at));
         }
+        let before = conversation.received.contiguous();
         conversation.received.put(position, segment.payload);
+        if conversation.received.contiguous() > before {
+            conversation.moved_at = at;
+        }
         if segment.fin {
             conversation.client_fin = Some(position + segment.payload.len() as i64);
         }
     }
 
-    fn server_says(&mut self, server: ServerId, segment: &Segment<'_>) {
+    fn server_says(&mut self, at: u64, server: ServerId, segment: &Segment<'_>) {
         let own = self.servers.get(&server).into_iter().flatten();
         if !own.clone().any(|a| *a == segment.src) {
             return;
@@ -427,6 +436,7 @@ impl Observer {
             }
         } else if segment.rst {
             leg.reset = true;
+            leg.closed_at.get_or_insert(at);
             return;
         }
         if let Some((tsval, _)) = segment.timestamps
@@ -444,6 +454,7 @@ impl Observer {
         leg.produced.put(position, segment.payload);
         if segment.fin {
             leg.fin = Some(position + segment.payload.len() as i64);
+            leg.closed_at.get_or_insert(at);
         }
         if let Some(acked) = acked {
             let edge = acked + (i64::from(segment.window) << leg.window_scale);
@@ -451,7 +462,7 @@ impl Observer {
         }
     }
 
-    fn client_hears(&mut self, segment: &Segment<'_>) {
+    fn client_hears(&mut self, at: u64, segment: &Segment<'_>) {
         let order = self.order;
         let Some(i) = self.index_of(segment.dst, segment.src) else {
             return;
@@ -484,6 +495,7 @@ impl Observer {
         conversation.sent.put(position, segment.payload);
         let after = conversation.sent.contiguous();
         if after > before {
+            conversation.moved_at = at;
             conversation.sent_growth.push((order, after));
         }
         if segment.fin && conversation.sent_fin.is_none() {

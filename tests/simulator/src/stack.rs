@@ -31,7 +31,7 @@ pub(crate) struct StackKnobs {
 }
 
 /// smoltcp's bound on its retransmission timeout.
-const LONGEST_RTO_US: u64 = 60_000_000;
+pub(crate) const LONGEST_RTO_US: u64 = 60_000_000;
 
 thread_local! {
     // smoltcp takes a plain function as its timestamp clock, so the value of the host that is
@@ -87,10 +87,17 @@ impl Stack {
         socket.set_nagle_enabled(knobs.nagle);
         socket.set_keep_alive(knobs.keep_alive_us.map(micros));
         socket.set_congestion_control(knobs.congestion_control);
-        if knobs.timestamp_tick_us.is_some() {
-            socket.set_tsval_generator(Some(tsval));
+        let handle = self.sockets.add(socket);
+        self.renew(handle);
+        handle
+    }
+
+    /// smoltcp forgets for good that a listening socket has timestamps, once somebody without them had
+    /// half opened it.
+    pub(crate) fn renew(&mut self, handle: SocketHandle) {
+        if self.knobs.timestamp_tick_us.is_some() {
+            self.socket(handle).set_tsval_generator(Some(tsval));
         }
-        self.sockets.add(socket)
     }
 
     pub(crate) fn socket(&mut self, handle: SocketHandle) -> &mut tcp::Socket<'static> {
@@ -140,14 +147,21 @@ impl Stack {
 
     /// A connection has something to send or unacknowledged, and its stack does nothing about it for
     /// longer than any retransmission timeout. smoltcp loses its timer when a window opens again while
-    /// data is in flight.
-    pub(crate) fn forgot(&self, now_us: u64, peer: SocketAddr, port: u16) -> bool {
-        self.idle_senders(now_us, 2 * LONGEST_RTO_US).any(|ends| ends == (peer, port))
+    /// data is in flight. Any connection, if no `peer` is named.
+    pub(crate) fn forgot(&self, now_us: u64, peer: Option<SocketAddr>, port: u16) -> bool {
+        let unsent = |socket: &tcp::Socket<'_>| {
+            // Or it forgets a FIN that the other side had no use for yet.
+            let fin =
+                matches!(socket.state(), tcp::State::FinWait1 | tcp::State::Closing | tcp::State::LastAck);
+            fin || socket.send_queue() > 0
+        };
+        self.idle_senders(now_us, 2 * LONGEST_RTO_US, unsent)
+            .any(|(far, near)| peer.is_none_or(|peer| peer == far) && near == port)
     }
 
     /// Some connection has something to send, and the stack does nothing about it for this long.
     pub(crate) fn holds_back(&self, now_us: u64, for_us: u64) -> bool {
-        self.idle_senders(now_us, for_us).next().is_some()
+        self.idle_senders(now_us, for_us, |socket| socket.send_queue() > 0).next().is_some()
     }
 
     pub(crate) fn is_half_open(&self) -> bool {
@@ -158,14 +172,19 @@ impl Stack {
     }
 
     /// Peer and own port of connections that have something to send and have not for this long.
-    fn idle_senders(&self, now_us: u64, for_us: u64) -> impl Iterator<Item = (SocketAddr, u16)> {
+    fn idle_senders(
+        &self,
+        now_us: u64,
+        for_us: u64,
+        unsent: impl Fn(&tcp::Socket<'_>) -> bool,
+    ) -> impl Iterator<Item = (SocketAddr, u16)> {
         self.sockets.iter().filter_map(move |(_, socket)| {
             let smoltcp::socket::Socket::Tcp(socket) = socket;
             let (local, remote) = (socket.local_endpoint()?, socket.remote_endpoint()?);
             let ends = (SocketAddr::new(remote.addr.into(), remote.port), local.port);
             let spoke = self.spoke_at.get(&ends).copied().unwrap_or(0);
             let idle = socket.state() != tcp::State::Closed
-                && socket.send_queue() > 0
+                && unsent(socket)
                 && now_us > spoke.saturating_add(for_us);
             idle.then_some(ends)
         })

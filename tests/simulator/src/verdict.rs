@@ -1,11 +1,13 @@
 //! The end of a run: what every client got, and what the servers hold.
 
-use understudy_protocol::Role;
+use understudy_protocol::{Role, ServerId};
 
 use crate::application::KEYS;
-use crate::client::{Client, Ending, Outcome};
+use crate::client::{Client, Ending, Outcome, Step};
 use crate::guest::Health;
+use crate::link::LinkKnobs;
 use crate::observer::Conversation;
+use crate::stack::LONGEST_RTO_US;
 use crate::world::World;
 
 type Verdict = Result<(), (&'static str, String)>;
@@ -53,7 +55,7 @@ fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict
         None => "is stuck",
     };
     let stuck = connection.outcome.is_none();
-    let why = || if stuck { why_stuck(world, client, n) } else { why_reset(world, client, n) };
+    let why = || if stuck { why_stuck(world, c, client, n) } else { why_reset(world, client, n) };
     match world.excuse.or_else(why) {
         Some(excuse) => {
             world.coverage.hit(&format!("harm excused: {excuse}"));
@@ -70,14 +72,35 @@ fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static st
     if world.refused.contains(&(own, conversation.isn)) {
         return Some("the service died during the handshake");
     }
+    if world.died.iter().any(|dead| is_lone_close(world, *dead, conversation)) {
+        return Some("a dead service closed it alone");
+    }
     // With no conversation left to dispute anything, refused SYNs are evidence of nothing.
     let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
     let dead = world.guests[ovm].health == Health::Killed;
     (dead && conversation.view.is_none()).then_some("a dead service refused")
 }
 
+/// A dead service's kernel closed this conversation, and no other within the time that closes are held: only
+/// several are evidence. Others it could not close yet, or the link lost their FINs.
+fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> bool {
+    let Some(leg) = conversation.legs.get(&dead) else { return false };
+    let passed =
+        leg.reset && conversation.reset_to_client || leg.fin.is_some() && leg.fin == conversation.sent_fin;
+    let hold = world.knobs.timing.close_hold.as_micros() as u64;
+    let together = |c: &&Conversation| {
+        if c.client_reset {
+            // The client had left as well.
+            return false;
+        }
+        let closed = c.legs.get(&dead).and_then(|leg| leg.closed_at).zip(leg.closed_at);
+        closed.is_some_and(|(one, other)| one.abs_diff(other) <= hold)
+    };
+    passed && world.observer.conversations.iter().filter(together).count() == 1
+}
+
 /// Reasons for a connection to hang that no evidence can show, or that are not the engine's.
-fn why_stuck(world: &World, client: &Client, index: usize) -> Option<&'static str> {
+fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&'static str> {
     if forgotten(world, client, index) {
         return Some("smoltcp forgot to retransmit");
     }
@@ -88,6 +111,21 @@ fn why_stuck(world: &World, client: &Client, index: usize) -> Option<&'static st
     let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
     let (own, psc) = client.ends(index)?;
     let conversation = world.observer.conversation_of(own, psc);
+    if conversation.is_some_and(|c| c.reset_to_client && world.refused.contains(&(own, c.isn))) {
+        // The client did not hear of it, and the OVM says nothing at all: RVMs know of no such conversation.
+        return Some("the service died during the handshake");
+    }
+    // A new OVM gets nobody's next bytes before it has said all that clients were told.
+    let all = world.service.conversations(0, usize::MAX);
+    let waits = all.iter().any(|c| (c.client, c.psc) == (own, psc) && c.recuperating);
+    if waits && world.guests[ovm].forgot(world.now, None) {
+        return Some("smoltcp forgot to retransmit what others wait for");
+    }
+    let lossy = |links: &[LinkKnobs], index: usize| links.get(index).is_some_and(|link| !link.faithful());
+    let moves = conversation.is_some_and(|c| world.now < c.moved_at + 2 * LONGEST_RTO_US);
+    if moves && (lossy(&world.knobs.client_links, c) || lossy(&world.knobs.guest_links, ovm)) {
+        return Some("lost packets made it slow");
+    }
     if conversation.is_some_and(Conversation::is_deadlocked) {
         return Some("two smoltcp stacks in a deadlock");
     }
@@ -107,7 +145,7 @@ fn forgotten(world: &World, client: &Client, index: usize) -> bool {
     let Some((own, _)) = client.ends(index) else {
         return false;
     };
-    client.forgot(now, index) || ovm.is_some_and(|g| world.guests[g].forgot(now, own))
+    client.forgot(now, index) || ovm.is_some_and(|g| world.guests[g].forgot(now, Some(own)))
 }
 
 /// Every acknowledged request is in the state of the server that serves, and of each that could.
@@ -122,17 +160,14 @@ fn servers(world: &mut World) -> Verdict {
         let Some(guest) = world.guest_of(server.server) else {
             continue;
         };
-        // In a conversation in which it diverged it is held to no order any more (rule 2.3).
-        if !serves && world.observer.conversations.iter().any(|c| c.diverged(server.server)) {
-            continue;
-        }
+        let unordered = unordered_keys(world, server.server);
         let guest = &world.guests[guest];
         if guest.health != Health::Running {
             continue;
         }
-        for key in 0..KEYS {
+        for (key, unordered) in unordered.into_iter().enumerate() {
             let (want, have) = (world.agreement.shared.logs[key], guest.shared.logs[key]);
-            let settled = !world.agreement.unknown[key] && !world.agreement.in_use(key);
+            let settled = !world.agreement.unknown[key] && !world.agreement.in_use(key) && !unordered;
             if settled && want != have {
                 return Err((
                     if serves { "nothing lost" } else { "no stale hero" },
@@ -147,4 +182,24 @@ fn servers(world: &mut World) -> Verdict {
         }
     }
     Ok(())
+}
+
+/// Keys of conversations in which a server diverged: there it is held to no order any more (rule 2.3).
+fn unordered_keys(world: &World, server: ServerId) -> [bool; KEYS] {
+    let mut keys = [false; KEYS];
+    let diverged = |c: &&Conversation| c.diverged(server);
+    for conversation in world.observer.conversations.iter().filter(diverged) {
+        for client in &world.clients {
+            for (index, plan) in client.knobs.plans.iter().enumerate() {
+                if client.ends(index).is_some_and(|(own, _)| own == conversation.client) {
+                    for step in &plan.steps {
+                        if let Step::Shared { key, .. } = step {
+                            keys[usize::from(*key)] = true;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    keys
 }

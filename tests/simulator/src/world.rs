@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use understudy_protocol::{
     Destination, Effect, EventKind, Evidence, Instant, LinkAddress, OperatorError, Role, Seeding, ServerId,
-    ServerSpec, Service, ServiceConfig,
+    ServerSpec, ServerStatus, Service, ServiceConfig,
 };
 
 use crate::checkers::{self, Checker, Licence};
@@ -112,6 +112,10 @@ pub(crate) struct World {
     last_status: u64,
     /// Handshakes that nobody but the OVM knew of when its service died.
     pub(crate) refused: BTreeSet<(SocketAddr, u32)>,
+    /// Servers whose service died while they served.
+    pub(crate) died: BTreeSet<ServerId>,
+    /// How far each server was behind when the run was last about to end.
+    standing: Vec<u64>,
     /// Faults, actions and promotions so far.
     story: String,
     bare: bool,
@@ -222,6 +226,8 @@ impl World {
             lies_served: false,
             last_status: 0,
             refused: BTreeSet::new(),
+            died: BTreeSet::new(),
+            standing: Vec::new(),
             story: String::new(),
             bare,
             clients,
@@ -317,6 +323,10 @@ impl World {
             let limit = settled_at.unwrap_or(PATIENCE_US);
             let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 <= limit) else {
                 self.now = limit;
+                if settled_at.is_some() && self.is_settling() {
+                    settled_at = Some(limit + SETTLE_US);
+                    continue;
+                }
                 break;
             };
             let ((at, _), event) = entry.remove_entry();
@@ -331,6 +341,18 @@ impl World {
         }
         self.describe();
         self.failure.clone()
+    }
+
+    /// The OVM lacks something still, and gets on with it, or could not reach dom0 all the time.
+    fn is_settling(&mut self) -> bool {
+        let status = self.service.status();
+        let catches_up = |s: &ServerStatus| s.role != Role::Rvm && s.behind_bytes > 0;
+        let behind = status.recuperating > 0 || status.servers.iter().any(catches_up);
+        let standing = status.servers.iter().map(|s| s.behind_bytes).collect();
+        let moved = core::mem::replace(&mut self.standing, standing) != self.standing;
+        let links = self.guest_up.iter().chain(&self.guest_down);
+        let cut = links.map(Link::cut_until).max().unwrap_or(0) + SETTLE_US > self.now;
+        behind && (moved || cut) && self.now < PATIENCE_US
     }
 
     /// Where everybody stands, at the end of a trace.
@@ -1028,6 +1050,9 @@ impl World {
     /// Whether a fault of the OVM may harm connections by design: nobody healthy is there to take over,
     /// or what the fault shows is no evidence.
     fn excuse_of_blow(&mut self, fault: Fault) {
+        if let (Fault::Kill { .. }, Some(ovm)) = (fault, self.service.ovm()) {
+            self.died.insert(ovm);
+        }
         let healthy = self.healthy_replicas();
         if healthy.is_empty() {
             self.excuse.get_or_insert("no healthy replica");

@@ -86,3 +86,73 @@ fn a_conversation_that_the_ovm_reset_is_not_counted_any_more() {
     let status = story.service.status();
     assert_eq!((status.conversations, status.servers[0].covered), (0, 0));
 }
+
+#[test]
+fn a_reset_is_not_shared_by_a_replica_that_still_repeats_its_fin() {
+    let mut story = Story::established(1);
+    fin(&mut story, 1, 1);
+    fin(&mut story, 0, 1);
+    assert!(story.client_hears().flags.has(Flags::FIN));
+    // The FIN was lost: the client asks, and finds that the service's host knows nothing any more.
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
+    story.server_says(0, Say { seq: iss(0) + 1, ack: at(1), flags: Flags::RST, ..Say::default() });
+    assert!(story.client.is_empty(), "held");
+    story.fail_ovm();
+    assert!(story.client_hears().flags.has(Flags::FIN), "said again by the replica");
+    assert_eq!(story.service.status().counters["resets"], 0);
+}
+
+#[test]
+fn a_reset_behind_a_held_fin_is_held_in_its_place() {
+    let mut story = Story::established(1);
+    fin(&mut story, 0, 1);
+    story.client.clear();
+    story.server_says(0, Say { seq: iss(0) + 2, ack: at(1), flags: Flags::RST, ..Say::default() });
+    assert!(story.client.is_empty());
+    story.wait(Duration::from_millis(21));
+    let reset = story.client_hears();
+    assert_eq!((reset.seq, reset.flags.has(Flags::RST)), (iss(0) + 1, true), "where the client is");
+}
+
+/// The client says `set` and closes, the OVM answers and closes, and fails; the replica has taken nothing.
+fn closed_and_failed() -> Story {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"set", 1);
+    story.server_sends(0, 1, b"ok", 4);
+    let closes = Flags::FIN.with(Flags::ACK);
+    story.client_says(Say { seq: at(4), ack: iss(0) + 3, flags: closes, ..Say::default() });
+    story.server_says(0, Say { seq: iss(0) + 3, ack: at(5), flags: closes, ..Say::default() });
+    story.wait(Duration::from_millis(21));
+    story.client_says(Say { seq: at(5), ack: iss(0) + 4, ..Say::default() });
+    assert_eq!(story.service.status().conversations, 0);
+    story.fail_ovm();
+    story
+}
+
+#[test]
+fn what_ended_for_the_client_is_supplied_until_the_new_ovm_has_it() {
+    let mut story = closed_and_failed();
+    story.wait(Duration::from_secs(70));
+    story.servers[1].clear();
+    story.client.clear();
+    // A keepalive of the new OVM is not for the client, to whom its numbers mean nothing.
+    story.server_says(1, Say { seq: iss(1), ack: at(1), ..Say::default() });
+    assert!(story.client.is_empty());
+    assert_eq!(story.server_hears(1).ack, iss(1).wrapping_add(1));
+    story.wait(Duration::from_secs(5));
+    assert_eq!(story.server_hears(1).payload, b"set");
+    story.server_sends(1, 1, b"ok", 5);
+    let closes = Flags::FIN.with(Flags::ACK);
+    story.server_says(1, Say { seq: iss(1).wrapping_add(3), ack: at(5), flags: closes, ..Say::default() });
+    assert_eq!(story.servers[1].back().map(|heard| heard.ack), Some(iss(1).wrapping_add(4)));
+    story.wait(Duration::from_secs(2));
+    assert_eq!(story.service.status().retained_bytes, 0);
+    assert!(story.client.is_empty());
+}
+
+#[test]
+fn nothing_equals_an_ovm_that_still_has_to_take_what_clients_were_promised() {
+    let mut story = closed_and_failed();
+    let refused = story.service.attach(story.now, spec(2), Seeding::AssumeIdentical);
+    assert_eq!(refused, Err(crate::OperatorError::ConversationsOpen(1)));
+}

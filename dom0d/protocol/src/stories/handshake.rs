@@ -100,3 +100,54 @@ fn a_full_table_leaves_the_new_flow_unprotected_and_the_old_alone() {
     let rvm = &story.service.status().servers[1];
     assert!(rvm.not_promotable.is_some(), "it missed bytes");
 }
+
+/// A handshake that the client has yet to complete; the OVM has answered.
+fn half_open(rvms: u32) -> Story {
+    let mut story = Story::new(rvms);
+    story.timestamps = true;
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, tsval: 100, ..Say::default() });
+    story.syn_ack(0);
+    story.client.clear();
+    story.servers[0].clear();
+    story
+}
+
+#[test]
+fn a_former_ovm_that_repeats_its_syn_ack_is_let_be() {
+    let mut story = half_open(1);
+    story.service.switchover(story.now, None).unwrap();
+    story.drain();
+    story.syn_ack(0);
+    story.silence();
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, tsval: 100, tsecr: 1000, ..Say::default() });
+    assert_eq!(story.server_hears(0).flags, Flags::ACK);
+    assert_eq!(story.server_hears(1).flags, Flags::SYN);
+}
+
+#[test]
+fn a_keepalive_tells_that_a_deposed_servers_handshake_was_completed() {
+    let mut story = half_open(1);
+    story.fail_ovm();
+    story.client_says(Say { seq: CLIENT_ISS, ack: iss(0) + 1, payload: b"?", tsval: 100, ..Say::default() });
+    assert_eq!(story.server_hears(1).flags, Flags::SYN);
+    assert_eq!(story.service.status().conversations, 1);
+}
+
+#[test]
+fn an_ovm_that_answers_in_mid_handshake_serves_nobody_yet() {
+    let mut story = half_open(1);
+    let later = tsval(0) + 500;
+    // A keepalive, its third segment having been lost.
+    story.client_says(Say { seq: CLIENT_ISS, ack: iss(0) + 1, payload: b"?", tsval: 100, ..Say::default() });
+    story.server_says(0, Say { seq: iss(0) + 1, ack: at(1), tsval: later, tsecr: 100, ..Say::default() });
+    assert_eq!(story.client_hears().timestamps, Some((later, 100)));
+    assert_eq!(story.service.status().servers[1].stale, None);
+    // Nor does the client's time run backwards if somebody else goes on from here.
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, tsval: 100, tsecr: later, ..Say::default() });
+    story.syn_ack(1);
+    story.fail_ovm();
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, payload: b"q", tsval: 100, ..Say::default() });
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(2), tsval: tsval(1), ..Say::default() });
+    let told: Vec<_> = story.client.iter().filter_map(|heard| heard.timestamps).collect();
+    assert!(!told.is_empty() && told.iter().all(|(tsval, _)| *tsval >= later), "{told:?}");
+}

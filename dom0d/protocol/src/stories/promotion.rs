@@ -161,3 +161,91 @@ fn a_planned_switchover_and_back_keeps_the_conversation() {
     assert_eq!(story.service.status().counters["resets"], 0);
     assert_eq!(story.service.status().servers.iter().filter(|server| server.stale.is_some()).count(), 0);
 }
+
+#[test]
+fn an_ovm_that_was_an_rvm_for_no_time_at_all_goes_on() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    for server in [0, 1] {
+        story.server_sends(server, 1, b"A", 2);
+    }
+    story.client_says(Say { seq: at(2), ack: iss(0) + 2, ..Say::default() });
+    story.service.switchover(story.now, None).unwrap();
+    story.drain();
+    story.client_sends(2, b"r", 2);
+    story.server_sends(1, 2, b"B", 3);
+    story.client_says(Say { seq: at(3), ack: iss(0) + 3, ..Say::default() });
+    // There and back before the conversation is looked at.
+    story.service.switchover(story.now, None).unwrap();
+    story.service.switchover(story.now, None).unwrap();
+    story.drain();
+    story.client.clear();
+    story.servers[1].clear();
+    story.client_sends(3, b"s", 3);
+    assert_eq!(story.server_hears(1).payload, b"s");
+    story.server_sends(1, 3, b"C", 4);
+    assert_eq!(story.client_hears().payload, b"C");
+}
+
+#[test]
+fn a_former_ovm_may_acknowledge_what_the_client_itself_sent_it_beyond_a_gap() {
+    let mut story = Story::configured(1, |config| config.limits.inflight_bytes = 1);
+    story.establish(1);
+    story.client_sends(2, b"bc", 1);
+    assert_eq!(story.server_hears(0).payload, b"bc");
+    story.service.switchover(story.now, None).unwrap();
+    story.drain();
+    story.servers[0].clear();
+    story.client_sends(1, b"a", 1);
+    assert_eq!(story.server_hears(0).payload, b"a");
+    story.server_sends(0, 1, b"", 4);
+    let acknowledged = story.service.conversations(0, 1)[0].legs[0].acknowledged_bytes;
+    assert_eq!(acknowledged, 3);
+}
+
+#[test]
+fn a_new_ovm_still_gets_the_bytes_of_a_conversation_that_had_to_be_reset() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"right", 2);
+    story.server_sends(1, 1, b"wrong", 2);
+    story.servers[1].clear();
+    story.client_sends(2, b"set", 6);
+    story.server_sends(0, 6, b"ok", 5);
+    story.servers[1].clear(); // lost on its vif
+    story.fail_ovm();
+    story.wait(Duration::from_millis(210));
+    assert!(story.client.iter().any(|heard| heard.flags.has(Flags::RST)));
+    assert!(story.servers[1].iter().all(|heard| !heard.flags.has(Flags::RST)));
+    assert!(story.servers[1].iter().any(|heard| heard.payload == b"set"));
+    story.servers[1].clear();
+    // It has read the request: the answer is as long.
+    story.server_sends(1, 6, b"ok", 5);
+    let reset = story.servers[1].pop_back().unwrap();
+    assert_eq!((reset.seq, reset.flags.has(Flags::RST)), (at(5), true));
+}
+
+#[test]
+fn a_new_ovm_is_not_counted_as_ahead_of_its_own_answers() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(1, 1, b"answer", 4);
+    story.fail_ovm();
+    assert_eq!(story.service.ctx.queue.ovm_server().map(|ovm| ovm.behind), Some(0));
+}
+
+#[test]
+fn a_new_ovm_whose_window_stays_shut_is_accused() {
+    let mut story = Story::established(2);
+    story.client_sends(1, b"upload", 1);
+    story.servers[1].clear();
+    story.servers[2].clear();
+    story.server_sends(0, 1, b"", 7);
+    let open = Say { seq: iss(2).wrapping_add(1), ack: at(7), window: 5000, ..Say::default() };
+    story.server_says(2, open);
+    story.service.failover(story.now, Some(ServerId(1)), false).unwrap();
+    story.drain();
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(4), window: 0, ..Say::default() });
+    story.wait(Duration::from_millis(260));
+    assert_eq!(story.service.ovm(), Some(ServerId(2)), "{:?}", story.events);
+}

@@ -115,3 +115,28 @@ fn what_the_client_acknowledges_without_having_been_sent_is_dropped() {
     story.silence();
     assert_eq!(story.service.status().counters["bad_ack"], 1);
 }
+
+#[test]
+fn a_window_that_shuts_on_bytes_in_flight_is_probed() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"abc", 1);
+    assert_eq!(story.server_hears(1).payload, b"abc");
+    // It had no room for the last byte, and its window update is lost.
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(3), window: 0, ..Say::default() });
+    story.wait(Duration::from_millis(500));
+    let probe = story.server_hears(1);
+    assert_eq!((probe.seq, probe.payload.len()), (at(2), 0));
+}
+
+#[test]
+fn a_replica_that_leaves_before_it_had_everything_is_stale_at_once() {
+    let mut story = Story::established(2);
+    story.client_sends(1, b"set", 1);
+    story.server_sends(0, 1, b"ok", 4);
+    // The new OVM has not got it either: what counts is what the client was told.
+    story.service.failover(story.now, Some(ServerId(1)), false).unwrap();
+    story.drain();
+    let leaves = Say { seq: iss(2).wrapping_add(1), ack: at(1), flags: Flags::RST, ..Say::default() };
+    story.server_says(2, leaves);
+    assert!(story.service.status().servers[1].stale.is_some());
+}

@@ -67,9 +67,10 @@ impl Checker for Delivery {
             ));
         }
         let is_ovm = observer.ovm == Some(*server);
-        // What the OVM said to a silent client is the daemon's to supply. The FIN counts one.
+        // What an OVM said to a silent client is the daemon's to supply. The FIN counts one.
         let ovm = observer.ovm.and_then(|ovm| conversation.legs.get(&ovm));
-        let kept = ovm.map_or(0, |leg| leg.produced.contiguous()).max(conversation.sent.contiguous());
+        let said = conversation.recorded.iter().chain(ovm).map(|leg| leg.produced.contiguous()).max();
+        let kept = said.unwrap_or(0).max(conversation.sent.contiguous());
         if acked > conversation.client_acked.max(kept as i64 + 1) && !is_ovm {
             return Err(format!(
                 "{server:?} is acknowledged up to {acked}, the client acknowledged {} and the OVM said {kept} ({segment})",

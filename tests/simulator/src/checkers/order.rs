@@ -68,6 +68,10 @@ impl CauseBeforeEffect {
         let Some(conversation) = observer.conversation_of(segment.src, segment.dst) else {
             return Ok(());
         };
+        if conversation.reset_to_client && conversation.legs.get(&server).is_some_and(|leg| leg.reset) {
+            // The server refused the client: nobody is there to take the bytes.
+            return Ok(());
+        }
         let start = conversation.client_position(segment.seq).max(0) as u64;
         let end = start + segment.payload.len() as u64;
         let handed = conversation.legs.get(&server).map_or(0, |leg| leg.handed);

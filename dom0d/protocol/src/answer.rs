@@ -136,11 +136,20 @@ impl Conversation {
         if segment.flags.has(Flags::ACK) {
             self.note_ovm_acknowledgment(leg, segment, ctx);
         }
-        let text = text_before(leg.fin, start, segment.payload);
+        // What the client has no window for it does not take; a window probe may carry one byte more.
+        let stop = (self.client.edge + 1).max(self.down.highest());
+        if start > stop {
+            ctx.counters.unacceptable += 1;
+            return;
+        }
+        let text = text_before(leg.fin.into_iter().chain([stop]).min(), start, segment.payload);
         let Some(payload) = self.record_answer(start, text, ctx) else { return };
         let mut flags = segment.flags;
+        let position = start + segment.payload.len() as u64;
+        if position > stop {
+            flags = flags.without(Flags::FIN);
+        }
         if flags.has(Flags::FIN) {
-            let position = start + segment.payload.len() as u64;
             leg.fin = Some(position);
             if self.must_hold(position, false, ctx) {
                 flags = flags.without(Flags::FIN);

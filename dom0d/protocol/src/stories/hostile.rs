@@ -324,3 +324,64 @@ fn a_fin_behind_a_held_reset_leaves_no_deadline_that_can_not_be_met() {
     assert!(story.service.poll_timeout().is_none_or(|due| due > story.now));
     assert_eq!(story.service.status().conversations, 0);
 }
+
+#[test]
+fn what_an_ovm_says_beyond_the_clients_window_keeps_nobody_from_recuperating() {
+    let mut story = Story::established(1);
+    story.server_sends(0, 1 << 30, b"far", 1);
+    story.server_sends(0, 900, &[9; 400], 1);
+    let heard = story.client.drain(..).map(|heard| heard.payload.len()).sum::<usize>();
+    // A window of 1000 bytes, and the byte of a probe.
+    assert_eq!(heard, 102);
+    story.server_says(
+        0,
+        Say { seq: iss(0) + (1 << 20), ack: at(1), flags: Flags::FIN.with(Flags::ACK), ..Say::default() },
+    );
+    assert!(is_promotable(&story, 1));
+    story.silence();
+}
+
+#[test]
+fn an_ovm_that_acknowledges_what_nobody_sent_is_not_heard() {
+    let mut story = Story::established(1);
+    story.server_sends(0, 1, b"lie", 12);
+    story.silence();
+    assert!(is_promotable(&story, 1));
+}
+
+#[test]
+fn urgent_pointers_reach_no_server() {
+    let mut story = Story::established(1);
+    story.client_says(Say {
+        seq: at(1),
+        ack: iss(0) + 1,
+        flags: Flags::ACK.with(Flags::URG),
+        payload: b"!",
+        ..Say::default()
+    });
+    for server in 0..2 {
+        let heard = story.server_hears(server);
+        assert_eq!((heard.payload.as_slice(), heard.flags.has(Flags::URG)), (&b"!"[..], false));
+    }
+}
+
+#[test]
+fn a_request_that_the_ovm_refused_is_kept_from_replicas_or_makes_them_stale() {
+    for given in [false, true] {
+        let mut story = Story::established(1);
+        if !given {
+            // No room there for now.
+            story
+                .server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(1), window: 0, ..Say::default() });
+        }
+        story.client_sends(1, b"SET", 1);
+        story.server_says(
+            0,
+            Say { seq: iss(0) + 1, ack: at(1), flags: Flags::RST.with(Flags::ACK), ..Say::default() },
+        );
+        story.wait(Duration::from_millis(30));
+        assert_eq!(is_promotable(&story, 1), !given);
+        let bytes: usize = story.servers[1].drain(..).map(|heard| heard.payload.len()).sum();
+        assert_eq!(bytes, if given { 3 } else { 0 });
+    }
+}

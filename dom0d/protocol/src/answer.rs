@@ -358,6 +358,13 @@ impl Conversation {
         // (RFC 9293 §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so do we.
         if start != self.down_end() && start != self.down.end() && start != self.client.acked {
             ctx.counters.unacceptable += 1;
+            if (self.client.acked..self.client.edge.max(self.down_end())).contains(&start)
+                && let Some(guest) = ctx.queue.ovm().and_then(|slot| ctx.guest(slot, self.key.psc))
+            {
+                // It is asked as the client would: if the connection is gone, the answer is exact.
+                let challenge = self.segment_to_leg(leg, guest);
+                ctx.send_to_server(leg.server, challenge.emit());
+            }
             return;
         }
         if let Some(slot) = ctx.queue.ovm() {

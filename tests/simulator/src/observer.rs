@@ -424,6 +424,7 @@ impl Observer {
         };
         let conversation = &mut self.conversations[i];
         let acks_isn = segment.ack == Some(conversation.isn.wrapping_add(1));
+        let client_acked = conversation.client_acked;
         let acked = segment.ack.map(|ack| conversation.client_position(ack));
         let leg = conversation.legs.entry(server).or_default();
         if segment.syn {
@@ -436,7 +437,12 @@ impl Observer {
             }
         } else if segment.rst {
             leg.reset = true;
-            leg.closed_at.get_or_insert(at);
+            // smoltcp's RST may lie before what it has sent: nobody takes notice of it (RFC 5961 §3.2).
+            let position = leg.iss.map(|iss| i64::from(segment.seq.wrapping_sub(iss.wrapping_add(1)) as i32));
+            let end = leg.produced.contiguous() as i64;
+            if position.is_some_and(|p| p == end || Some(p - 1) == leg.fin || p == client_acked) {
+                leg.closed_at.get_or_insert(at);
+            }
             return;
         }
         if let Some((tsval, _)) = segment.timestamps

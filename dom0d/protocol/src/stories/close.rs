@@ -156,3 +156,19 @@ fn nothing_equals_an_ovm_that_still_has_to_take_what_clients_were_promised() {
     let refused = story.service.attach(story.now, spec(2), Seeding::AssumeIdentical);
     assert_eq!(refused, Err(crate::OperatorError::ConversationsOpen(1)));
 }
+
+#[test]
+fn a_reset_of_the_ovm_beside_the_exact_position_is_challenged() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"answer", 2);
+    story.client.clear();
+    story.servers[0].clear();
+    story.server_says(0, Say { seq: iss(0) + 4, ack: at(2), flags: Flags::RST, ..Say::default() });
+    assert!(story.client.is_empty());
+    let challenge = story.server_hears(0);
+    assert_eq!((challenge.seq, challenge.ack, challenge.flags), (at(2), iss(0) + 1, Flags::ACK));
+    story.server_says(0, Say { seq: iss(0) + 1, flags: Flags::RST, ..Say::default() });
+    story.wait(Duration::from_millis(21));
+    assert!(story.client_hears().flags.has(Flags::RST));
+}

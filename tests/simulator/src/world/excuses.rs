@@ -1,0 +1,67 @@
+//! Why connections may come to harm by design, as far as that is known when something strikes.
+
+use super::World;
+use crate::fault::Fault;
+use crate::guest::Health;
+use crate::observer::Conversation;
+
+impl World {
+    /// Replicas that could take over, and that nothing was done to.
+    fn healthy_replicas(&self) -> Vec<usize> {
+        self.promotable_replicas()
+            .into_iter()
+            .filter(|&g| !self.impaired.contains_key(&self.guests[g].id))
+            .collect()
+    }
+
+    fn promotable_replicas(&self) -> Vec<usize> {
+        let status = self.service.status();
+        let promotable = status.servers.iter().filter(|s| s.not_promotable.is_none());
+        promotable.filter_map(|s| self.guest_of(s.server)).collect()
+    }
+
+    /// The last healthy replica may go while the OVM's fault is not seen yet, or the majority that it
+    /// takes to see it.
+    pub(super) fn excuse_of_loss(&mut self) {
+        let ovm = self.service.ovm().and_then(|id| self.guest_of(id));
+        let Some(health) = ovm.map(|g| self.guests[g].health).filter(|h| *h != Health::Running) else {
+            return;
+        };
+        let healthy = self.healthy_replicas().len();
+        if healthy == 0 {
+            self.excuse.get_or_insert("no healthy replica");
+        } else if health == Health::Hung && healthy * 2 <= self.promotable_replicas().len() {
+            self.excuse.get_or_insert("no majority of healthy replicas");
+        }
+    }
+
+    /// Whether a fault of the OVM may harm connections by design: nobody healthy is there to take over,
+    /// or what the fault shows is no evidence.
+    pub(super) fn excuse_of_blow(&mut self, fault: Fault) {
+        if let (Fault::Kill { .. }, Some(ovm)) = (fault, self.service.ovm()) {
+            self.died.insert(ovm);
+        }
+        let healthy = self.healthy_replicas();
+        if healthy.is_empty() {
+            self.excuse.get_or_insert("no healthy replica");
+            return;
+        }
+        if let Fault::Kill { .. } = fault {
+            let half_open = |c: &&Conversation| !c.established;
+            self.refused
+                .extend(self.observer.conversations.iter().filter(half_open).map(|c| (c.client, c.isn)));
+            // A close is disputed by RVMs that have kept up within the hold, in several conversations.
+            let prompt = healthy.iter().any(|&g| {
+                let (guest, link) = (&self.knobs.guests[g], &self.knobs.guest_links.get(g));
+                let quick = guest.think_us.1 <= 1000
+                    && link.is_none_or(|l| l.delay_us + l.jitter_us <= 500 && l.faithful());
+                let id = self.guests[g].id;
+                let conversations = &self.observer.conversations;
+                quick && conversations.iter().filter(|c| c.is_open() && c.kept_up(id)).count() > 2
+            });
+            if !prompt {
+                self.excuse.get_or_insert("a close that nobody could dispute");
+            }
+        }
+    }
+}

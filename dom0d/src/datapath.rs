@@ -20,7 +20,7 @@ use crate::event::{DaemonEvent, Happening};
 use crate::fencing::{Job, Outcome};
 use crate::hypervisor::{DomainId, Hypervisor};
 use crate::memory::Memory;
-use crate::plane::Plane;
+use crate::plane::Interface;
 use crate::plane::device::Device;
 use crate::plane::rules::{Numbered, RuleSet};
 use crate::report::Reporter;
@@ -43,6 +43,8 @@ pub(crate) enum Message {
         bridge: String,
         /// The far end of the anchor.
         device: Device,
+        /// Number of the bridge's port.
+        port: u32,
     },
     /// A domain can be used by a service, or its lost interface is open again.
     Arrived {
@@ -51,7 +53,7 @@ pub(crate) enum Message {
         /// The domain.
         arrival: Arrival,
         /// Its vif.
-        device: Device,
+        vif: Interface,
     },
     /// A domain can't be used by a service any more.
     Departed {
@@ -303,15 +305,15 @@ impl DataPath {
     fn take(&mut self, now: Instant, message: Message) {
         match message {
             Message::Command(command) => self.carry_out(now, command),
-            Message::Anchored { service, bridge, device } => {
+            Message::Anchored { service, bridge, device, port } => {
                 let (service, mut around) = self.split(service);
-                service.anchored(now, bridge, device, &mut around);
+                service.anchored(now, bridge, (device, port), &mut around);
             }
-            Message::Arrived { service, arrival, device } => {
+            Message::Arrived { service, arrival, vif } => {
                 // The version that pass_on gives to the rules which this changes.
                 let version = self.rules_version + 1;
                 let (service, mut around) = self.split(service);
-                service.arrived(now, &arrival, device, version, &mut around);
+                service.arrived(now, &arrival, vif, version, &mut around);
             }
             Message::Departed { service, domain } => {
                 let (service, mut around) = self.split(service);

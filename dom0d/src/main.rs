@@ -49,7 +49,7 @@ use crate::hypervisor::HypervisorKind;
 use crate::memory::Memory;
 use crate::notify::Notifier;
 use crate::placement::Placement;
-use crate::plane::{anchor, rules};
+use crate::plane::{Plane, anchor, rules};
 use crate::report::Reporter;
 use crate::service::Service;
 use crate::wake::Waker;
@@ -178,14 +178,24 @@ async fn run(
 
     let (events, _) = broadcast::channel(EVENTS_KEPT);
     let (lost, lost_interfaces) = tokio::sync::mpsc::unbounded_channel();
-    let mut threads = start_threads(&config, hypervisor, &events, lost, memory_path)?;
+    let mut planes = Vec::with_capacity(config.services.len());
+    let mut programs = Vec::with_capacity(config.services.len());
+    for service in &config.services {
+        let choice = plane::choose(service);
+        if let Some(reason) = choice.reason {
+            tracing::warn!(service = service.engine.name, "{reason}");
+        }
+        planes.push(choice.plane);
+        programs.push(choice.programs);
+    }
+    let mut threads = start_threads(&config, hypervisor, &events, lost, memory_path, planes)?;
     let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
     let relist = Relist::default();
     let control = tokio::spawn(control::serve(socket, commands, relist.clone(), &events));
     let (found, domains) = watch::channel(Found::default());
     let discovery = tokio::spawn(discovery::watch_domains(found, relist));
-    let placement =
-        Placement::new(Arc::clone(&config), netlink.clone(), threads.messages.clone(), threads.waker.clone());
+    let (messages, waker) = (threads.messages.clone(), threads.waker.clone());
+    let placement = Placement::new(Arc::clone(&config), netlink.clone(), messages, waker, programs);
     let placement = tokio::spawn(placement.run(domains, lost_interfaces));
     for warning in preflight::warnings() {
         tracing::warn!("{warning}");
@@ -224,6 +234,7 @@ fn start_threads(
     events: &Events,
     lost: tokio::sync::mpsc::UnboundedSender<datapath::LostInterface>,
     memory_path: PathBuf,
+    planes: Vec<Box<dyn Plane>>,
 ) -> anyhow::Result<Threads> {
     let waker = Waker::new().context("eventfd")?;
     let (messages, inbox) = mpsc::channel();
@@ -249,13 +260,13 @@ fn start_threads(
     });
     let (memory_sender, memory_writer) = memory::spawn_writer(memory_path)?;
     let heartbeat = Arc::new(AtomicU64::new(clock::now().as_micros()));
-    let services = config.services.iter().enumerate();
+    let services = config.services.iter().zip(planes).enumerate();
     let services = services
-        .map(|(index, service)| {
+        .map(|(index, (service, plane))| {
             let seed = Uuid::new_v4().as_u64_pair().0;
             let name = &service.engine.name;
             let memory = memory.services.get(name).cloned().unwrap_or_default();
-            Service::new(index, service.clone(), seed, memory)
+            Service::new(index, service.clone(), seed, memory, plane)
         })
         .collect();
     let datapath = DataPath::new(

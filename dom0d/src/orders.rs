@@ -182,9 +182,8 @@ impl DataPath {
         let index = self.index(service)?;
         let (service, mut around) = self.split(index);
         let id = to.map(|to| find(service, to)).transpose()?;
-        let promoted = service.engine.switchover(now, id);
+        let promoted = service.cut_over(now, &mut around, |engine| engine.switchover(now, id));
         let id = promoted.map_err(|error| refused(service.name(), to.unwrap_or(""), error))?;
-        service.drain(now, &mut around);
         Ok(promoted_reply(service, id))
     }
 
@@ -202,7 +201,7 @@ impl DataPath {
                 id
             }
             _ => {
-                let promoted = service.engine.failover(now, id, force);
+                let promoted = service.cut_over(now, &mut around, |engine| engine.failover(now, id, force));
                 promoted.map_err(|error| refused(service, error))?
             }
         };

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use understudy_api::config::{self, Config};
+use understudy_bpf::Programs;
 
 use crate::command::KnownDomain;
 use crate::datapath::{LostInterface, Message, Source};
@@ -21,9 +22,9 @@ use crate::discovery::{Domain, Found, Snapshot};
 use crate::eligibility::{bridge, rank, usable};
 use crate::hypervisor::DomainId;
 use crate::plane::anchor::{self, AnchorError, Link};
-use crate::plane::device::{Device, DeviceError, anchor_filter, server_filter};
-use crate::plane::mac_text;
+use crate::plane::device::{Device, DeviceError, anchor_filter, odd_server_filter, server_filter};
 use crate::plane::pcap::Psc;
+use crate::plane::{Interface, mac_text};
 use crate::server::Arrival;
 use crate::wake::Waker;
 
@@ -47,6 +48,8 @@ pub(crate) struct Placement {
     messages: mpsc::Sender<Message>,
     waker: Waker,
     anchors: Vec<Anchor>,
+    /// By service: what the plane has for interfaces.
+    programs: Vec<Option<Programs>>,
     given: BTreeMap<(usize, DomainId), Given>,
     told: BTreeMap<Source, Vec<String>>,
 }
@@ -83,9 +86,19 @@ impl Placement {
         netlink: Handle,
         messages: mpsc::Sender<Message>,
         waker: Waker,
+        programs: Vec<Option<Programs>>,
     ) -> Self {
         let anchors = vec![Anchor::default(); config.services.len()];
-        Self { config, netlink, messages, waker, anchors, given: BTreeMap::new(), told: BTreeMap::new() }
+        Self {
+            config,
+            netlink,
+            messages,
+            waker,
+            anchors,
+            programs,
+            given: BTreeMap::new(),
+            told: BTreeMap::new(),
+        }
     }
 
     /// Works until discovery or the data path ends.
@@ -193,8 +206,14 @@ impl Placement {
             return Err(reason.clone());
         }
         self.anchors[index] = Anchor::default();
-        let placed = self.place(service, bridge).await;
-        let (device, far_index) = match placed {
+        let mut placed = self.place(service, bridge).await;
+        if placed.is_ok()
+            && let Some(programs) = &mut self.programs[index]
+            && let Err(error) = tokio::task::block_in_place(|| programs.attach_anchor(&name))
+        {
+            placed = Err(error.to_string());
+        }
+        let (device, far_index, port) = match placed {
             Ok(placed) => placed,
             Err(reason) => {
                 // A half-made or unusable anchor must not attract the PSC's frames.
@@ -207,11 +226,12 @@ impl Placement {
             }
         };
         self.anchors[index].on = Some((bridge.index, far_index));
-        self.tell(Message::Anchored { service: index, bridge: bridge.name.clone(), device });
+        self.tell(Message::Anchored { service: index, bridge: bridge.name.clone(), device, port });
         Ok(())
     }
 
-    async fn place(&self, service: &config::Service, bridge: &Link) -> Result<(Device, u32), String> {
+    /// Makes an anchor: its far end, captured on, the number of that, and the number of the bridge's port.
+    async fn place(&self, service: &config::Service, bridge: &Link) -> Result<(Device, u32, u32), String> {
         let text = |error: AnchorError| error.to_string();
         let addresses = anchor::addresses_of_dom0(&self.netlink).await;
         for address in addresses.map_err(text)? {
@@ -224,8 +244,11 @@ impl Placement {
         let far = anchor::create(&self.netlink, service.psc_mac, bridge).await;
         let far = far.map_err(text)?;
         let links = anchor::links(&self.netlink).await.map_err(text)?;
-        let index = links.iter().find(|link| link.name == far);
-        let index = index.ok_or_else(|| AnchorError::Vanished(far.clone()).to_string())?;
+        let number = |name: &str| {
+            let link = links.iter().find(|link| link.name == name);
+            link.map(|link| link.index).ok_or_else(|| AnchorError::Vanished(name.to_owned()).to_string())
+        };
+        let (index, port) = (number(&far)?, number(&anchor::names(service.psc_mac).0)?);
         let filter = anchor_filter(service.psc_mac);
         let buffer = self.config.capture_buffer;
         let psc = Psc::new(&service.engine.psc, service.psc_mac);
@@ -241,7 +264,7 @@ impl Placement {
                 mac_text(mac),
                 bridge.name
             )),
-            Ok((device, None)) => Ok((device, index.index)),
+            Ok((device, None)) => Ok((device, index, port)),
         }
     }
 
@@ -319,7 +342,14 @@ impl Placement {
                 self.tell(Message::Departed { service: key.0, domain: key.1 });
             }
         }
-        let filter = server_filter(&arrival.addresses, &service.engine.ports);
+        let filter = match &mut self.programs[key.0] {
+            None => server_filter(&arrival.addresses, &service.engine.ports),
+            Some(programs) => {
+                let attached = tokio::task::block_in_place(|| programs.attach_vif(&arrival.vif));
+                attached.map_err(|error| error.to_string())?;
+                odd_server_filter(&arrival.addresses)
+            }
+        };
         let (vif, buffer) = (arrival.vif.clone(), self.config.capture_buffer);
         let opened = blocking(move || Device::open(&vif, &filter, buffer)).await?;
         let device = opened.map_err(|error| format!("its vif can't be captured: {error}"))?;
@@ -338,7 +368,8 @@ impl Placement {
                 state: GivenState::Open { arrival: copy, index: link_index },
             },
         );
-        self.tell(Message::Arrived { service: key.0, arrival, device });
+        let vif = Interface { index: link_index, device };
+        self.tell(Message::Arrived { service: key.0, arrival, vif });
         Ok(())
     }
 

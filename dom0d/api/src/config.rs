@@ -40,6 +40,13 @@ pub struct Service {
     pub engine: ServiceConfig,
     /// The MAC that answers for the PSC: unicast.
     pub psc_mac: [u8; 6],
+    /// How packets get to and from the engine.
+    pub plane: Plane,
+    /// On the `bpf` plane: how long the daemon may be silent before `on_daemon_loss` counts.
+    pub daemon_grace: Duration,
+    /// On the `bpf` plane: what becomes of open conversations when the daemon is gone and nothing can be recorded
+    /// any more.
+    pub on_daemon_loss: OnDaemonLoss,
     /// The bridge that the PSC lives on; the OVM's vif tells when it is not given.
     pub bridge: Option<String>,
     /// The domain that serves first.
@@ -152,6 +159,28 @@ impl Fence {
             Self::Isolate => "isolate",
         }
     }
+}
+
+/// A data plane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Plane {
+    /// Everything goes through the daemon, by libpcap.
+    #[default]
+    Pcap,
+    /// The kernel passes what it can between clients and OVM, by tc programs; needs kernel 6.1.
+    Bpf,
+}
+
+/// What becomes of open conversations when the daemon is gone and nothing can be recorded any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDaemonLoss {
+    /// They go on, and RVMs become stale.
+    #[default]
+    Serve,
+    /// They stop until the daemon is back.
+    Protect,
 }
 
 /// What a matching domain is taken for when it appears for the first time.
@@ -270,6 +299,9 @@ struct RawService {
     psc_mac: Option<String>,
     #[serde(default)]
     plane: Plane,
+    daemon_grace_ms: Option<u64>,
+    #[serde(default)]
+    on_daemon_loss: OnDaemonLoss,
     #[serde(default)]
     fence: Fence,
     #[serde(default)]
@@ -292,13 +324,6 @@ struct RawService {
     timing: RawTiming,
     #[serde(default)]
     addresses: BTreeMap<String, OneOrMany>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "snake_case")]
-enum Plane {
-    #[default]
-    Pcap,
 }
 
 #[derive(Deserialize)]
@@ -373,6 +398,7 @@ const LONGEST_WAIT_MS: u64 = 86_400_000;
 
 /// Default of `maintenance_limit_ms`: a live save of a small guest with some reserve.
 const DEFAULT_MAINTENANCE_LIMIT: Duration = Duration::from_secs(30);
+const DEFAULT_DAEMON_GRACE: Duration = Duration::from_secs(5);
 
 /// Default of `capture_buffer_mib`. libpcap gives every frame a slot for the longest frame (64 KiB), so
 /// this is 512 frames.
@@ -480,10 +506,11 @@ impl Problems {
         let allow = allow.collect();
         let masks = raw.masks.into_iter().map(|mask| self.mask(mask)).collect();
         self.limits(&raw.limits);
-        let Plane::Pcap = raw.plane;
-
         let service = Service {
             psc_mac,
+            plane: raw.plane,
+            daemon_grace: self.wait("daemon_grace_ms", raw.daemon_grace_ms, DEFAULT_DAEMON_GRACE, 1),
+            on_daemon_loss: raw.on_daemon_loss,
             bridge: raw.bridge,
             ovm,
             rvms,

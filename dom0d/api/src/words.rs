@@ -48,6 +48,7 @@ pub fn uncovered(reason: Uncovered) -> &'static str {
         Uncovered::RvmReset => "the RVM refused or reset it",
         Uncovered::RvmLagged => "the RVM did not answer, or fell behind a limit",
         Uncovered::Authenticated => "TCP-MD5 or TCP-AO: its segments can't be rewritten",
+        Uncovered::Unrecorded => "the kernel passed what found no room to be recorded",
     }
 }
 

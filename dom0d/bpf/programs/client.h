@@ -86,6 +86,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	known->ts_recent = next.ts_recent;
 	known->up_nxt = next.up_nxt;
 	known->client_acked = next.client_acked;
+	known->client_edge = next.client_edge;
 	__builtin_memcpy(known->client_mac, segment.source_mac, 6);
 	server = &service->servers[slot & (SLOTS - 1)];
 	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 16 : 24, segment.destination,

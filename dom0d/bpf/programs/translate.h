@@ -146,6 +146,7 @@ static __always_inline int client_to_server(struct __sk_buff *skb, const struct 
 	}
 	next->up_nxt = end;
 	next->client_acked = ack;
+	next->client_edge = ack + ((__u32)be16_at(old + 14) << (next->client_shift & 15));
 	return PASSES;
 }
 
@@ -165,6 +166,7 @@ static __always_inline int server_to_client(struct __sk_buff *skb, const struct 
 	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch, &options))
 		return aside(moves);
 	if (seq != next->down_nxt || later(ack, next->up_nxt) || later(next->told_acked, ack) ||
+	    (segment->payload > 0 && later(end, next->client_edge + 1)) ||
 	    (options.timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
 	if (options.timestamps) {

@@ -169,6 +169,10 @@ shared! {
         down_nxt: u32,
         /// SND.UNA towards the client.
         client_acked: u32,
+        /// Right edge of the client's window.
+        client_edge: u32,
+        /// Shift of the windows that the client advertises.
+        client_shift: u32,
     }
 
     /// Begins each record of a ring; the packet follows, from its IP header on, as it came.

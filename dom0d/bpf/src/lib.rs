@@ -55,6 +55,8 @@ impl layout::Conversation {
             told_edge: flow.told_edge,
             down_nxt: flow.down_nxt,
             client_acked: flow.client_acked,
+            client_edge: flow.client_edge,
+            client_shift: u32::from(flow.client_shift),
         }
     }
 
@@ -72,6 +74,8 @@ impl layout::Conversation {
             told_edge: self.told_edge,
             down_nxt: self.down_nxt,
             client_acked: self.client_acked,
+            client_edge: self.client_edge,
+            client_shift: self.client_shift as u8,
             server_shift: self.server_shift,
             told_shift: self.told_shift,
             timestamps: self.timestamps != 0,

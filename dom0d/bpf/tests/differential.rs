@@ -105,6 +105,8 @@ fn flow(chance: &mut Chance) -> Flow {
         told_edge: up_nxt.wrapping_add(chance.below(100_000)),
         down_nxt,
         client_acked: down_nxt.wrapping_sub(chance.below(5000)),
+        client_edge: down_nxt.wrapping_add(chance.below(100_000)),
+        client_shift: chance.below(15) as u8,
         server_shift: chance.below(15) as u8,
         told_shift: chance.below(15) as u8,
         timestamps: !chance.one_in(4),

@@ -7,6 +7,7 @@ use crate::context::Context;
 use crate::conversation::{Conversation, Held, text_before};
 use crate::handshake::{LEAST_MSS, mtu_mss};
 use crate::leg::{Leg, Phase};
+use crate::passing::Passage;
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
@@ -143,7 +144,9 @@ impl Conversation {
             return;
         }
         let text = text_before(leg.fin.into_iter().chain([stop]).min(), start, segment.payload);
-        let Some(payload) = self.record_answer(start, text, ctx) else { return };
+        let recorded = self.record_answer(start, text, ctx);
+        self.check_passed_to_client(leg.iss, segment, ctx);
+        let Some(payload) = recorded else { return };
         let mut flags = segment.flags;
         let position = start + segment.payload.len() as u64;
         if position > stop {
@@ -202,6 +205,10 @@ impl Conversation {
         if inserted.conflict.is_none() {
             return Some(None);
         }
+        if ctx.passage == Passage::Passed {
+            // The client has both copies.
+            self.uncover(ctx);
+        }
         ctx.counters.ovm_contradictions += 1;
         let mut first_copy = payload.to_vec();
         self.down.restore(start, &mut first_copy);
@@ -249,11 +256,20 @@ impl Conversation {
     ) {
         let window_shift = if segment.flags.has(Flags::SYN) { 0 } else { leg.shift };
         self.told.acked = self.told.acked.max(leg.rcv_nxt);
-        self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), ctx);
+        let edge = leg.rcv_nxt + (u64::from(segment.window) << window_shift);
+        if ctx.passage == Passage::Passed {
+            // The client was told all of it.
+            self.told.edge = self.told.edge.max(edge);
+        } else {
+            self.offer_window(edge, ctx);
+        }
         let timestamps = segment
             .options
             .timestamps
             .map(|(tsval, tsecr)| (self.advance_tsval(tsval.wrapping_add(leg.ts_delta)), tsecr));
+        if ctx.passage == Passage::Passed {
+            return ctx.note_sent_to_client(payload);
+        }
         let translated = Segment {
             seq: seq_of(self.told.iss, start),
             flags,

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::counters::Counters;
 use crate::order::Order;
+use crate::passing::Passage;
 use crate::queue::{MAX_SERVERS, Queue, Slot};
 use crate::table::{ConversationId, Key};
 use crate::{
@@ -65,6 +66,10 @@ pub(crate) struct Context {
     pub(crate) progressed: [bool; MAX_SERVERS],
     /// The caller has not polled the latest [`Effect::Cutover`]: until then nothing of the new epoch leaves.
     pub(crate) cutover_untold: bool,
+    /// The data plane passes conversations by itself; grows each time it was stopped.
+    pub(crate) plane: Option<u32>,
+    /// What the data plane did with the packet at hand.
+    pub(crate) passage: Passage,
     /// Evidence against the OVM found while working.
     pub(crate) suspicion: Option<Evidence>,
     /// RVMs that fell behind a limit.
@@ -99,6 +104,8 @@ impl Context {
             resets: VecDeque::new(),
             progressed: [false; MAX_SERVERS],
             cutover_untold: false,
+            plane: None,
+            passage: Passage::Kept,
             suspicion: None,
             laggards: Vec::new(),
             last_answer: Instant::default(),
@@ -113,6 +120,14 @@ impl Context {
 
     pub(crate) fn send_to_server(&mut self, server: ServerId, packet: Vec<u8>) {
         self.out.push_back(Transmit { to: Destination::Server(server), packet });
+    }
+
+    /// The client was sent something: the first byte of an epoch is told.
+    pub(crate) fn note_sent_to_client(&mut self, payload: &[u8]) {
+        if self.recuperation.first_byte_due && !payload.is_empty() {
+            self.recuperation.first_byte_due = false;
+            self.event(EventKind::FirstByte { epoch: self.epoch });
+        }
     }
 
     pub(crate) fn next_transmit(&mut self) -> Option<Transmit> {

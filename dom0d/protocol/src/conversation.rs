@@ -10,6 +10,7 @@
 use crate::context::Context;
 use crate::leg::{Leg, Legs, Phase};
 use crate::mask;
+use crate::passing::Passage;
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::recuperation::Recuperating;
 use crate::sender::Sender;
@@ -106,6 +107,10 @@ pub(crate) struct Conversation {
     pub(crate) deadline: Option<Instant>,
     /// It is in the service's list of work.
     pub(crate) queued: bool,
+    /// The data plane passes it by itself, since it was stopped that often.
+    pub(crate) passing: Option<u32>,
+    /// It is in the service's list of conversations that the data plane may pass.
+    pub(crate) is_passable_queued: bool,
     /// Its share of the service's retained bytes.
     pub(crate) retained: u64,
 }
@@ -188,6 +193,10 @@ impl Conversation {
             self.note_acknowledgment(start, ack, segment, ctx);
             let Some(contradicts) = self.record(start, segment, ctx) else { return };
             if contradicts {
+                if ctx.passage == Passage::Passed {
+                    // The OVM has the other copy.
+                    self.uncover(ctx);
+                }
                 first_copy.extend_from_slice(segment.payload);
                 self.up.restore(start, &mut first_copy);
                 passed.payload = &first_copy;
@@ -341,6 +350,9 @@ impl Conversation {
 
     /// Passes the client's segment to the OVM, if the OVM has the conversation.
     fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        if ctx.passage == Passage::Passed {
+            return;
+        }
         let Some((slot, server)) = ctx.ovm() else { return };
         let Some(leg) = self.legs.get_mut(slot, server).filter(|leg| leg.through) else { return };
         let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
@@ -412,10 +424,7 @@ impl Conversation {
 
     /// Sends a segment to the client, split as it needs.
     pub(crate) fn send_to_client(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
-        if ctx.recuperation.first_byte_due && !segment.payload.is_empty() {
-            ctx.recuperation.first_byte_due = false;
-            ctx.event(EventKind::FirstByte { epoch: ctx.epoch });
-        }
+        ctx.note_sent_to_client(segment.payload);
         let link = self.link;
         segment.emit_split(self.client.mss, |packet| ctx.send_to_client(link, packet));
     }

@@ -49,6 +49,8 @@ counters! {
     unacceptable,
     /// Segments of clients and of the OVM that acknowledge what was never sent (RFC 5961 §5).
     bad_ack,
+    /// Segments that the data plane passed and that could not be recorded.
+    passed_unrecorded,
     /// Client segments whose urgent pointer was cleared: servers would differ in what they read.
     urgent,
     /// Segments dropped for [`crate::Limits::conversation_bytes`].

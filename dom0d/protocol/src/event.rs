@@ -87,6 +87,8 @@ pub enum Uncovered {
     RvmLagged,
     /// TCP-MD5 or TCP-AO: segments can't be rewritten.
     Authenticated,
+    /// The data plane passed what could not be recorded.
+    Unrecorded,
 }
 
 /// What must be done outside the engine, in the order polled.
@@ -104,6 +106,16 @@ pub enum Effect {
     },
     /// Pause or destroy this deposed server, as the service's policy says.
     Fence(ServerId),
+    /// Where the data plane passes conversations by itself: it must stop, everything that it has passed must be
+    /// handled, then [`crate::Service::handle_plane_stopped`] and [`crate::Service::handle_confirmed`] be called.
+    StopPlane(Evidence),
+    /// The data plane passes this conversation by itself no more.
+    TakeBack {
+        /// The client's socket.
+        client: SocketAddr,
+        /// The PSC's socket.
+        psc: SocketAddr,
+    },
     /// Tell whoever listens.
     Event(Event),
 }

@@ -359,6 +359,8 @@ impl Embryonic {
             probes: 0,
             deadline: None,
             queued: false,
+            passing: None,
+            is_passable_queued: false,
             retained: 0,
         });
         ctx.open += 1;

@@ -16,6 +16,7 @@ mod leg;
 mod mask;
 mod operator;
 mod order;
+mod passing;
 mod promotion;
 mod queue;
 mod recuperation;
@@ -36,6 +37,7 @@ pub use event::{
     Transmit, Uncovered,
 };
 pub use operator::{OperatorError, Seeding, ServerSpec};
+pub use passing::{Handover, Passage};
 pub use queue::MAX_SERVERS;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};

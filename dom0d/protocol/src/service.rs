@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::handshake::{Embryonic, Handshakes, Third};
+use crate::passing::Passage;
 use crate::promotion::{self, Deposed, Unplanned};
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::seq::{position_of, seq_of};
@@ -58,6 +59,8 @@ pub struct Service {
     sweep: Option<usize>,
     next_resets: Instant,
     links: HashMap<IpAddr, LinkAddress>,
+    /// Conversations that the data plane may pass by itself, as far as is known.
+    pub(crate) passable: VecDeque<ConversationId>,
 }
 
 impl Service {
@@ -75,6 +78,7 @@ impl Service {
             sweep: None,
             next_resets: Instant::default(),
             links: HashMap::new(),
+            passable: VecDeque::new(),
         }
     }
 
@@ -117,7 +121,10 @@ impl Service {
             self.open(key, embryonic);
         }
         if let Some(id) = self.table.find(&key) {
-            self.with(id, |conversation, ctx| conversation.handle_client(link, &segment, ctx));
+            self.with(id, |conversation, ctx| {
+                conversation.handle_client(link, &segment, ctx);
+                conversation.check_passed_to_ovm(&segment, ctx);
+            });
         } else {
             if segment.flags.has(Flags::RST) {
                 self.handshakes.forget(&key);
@@ -175,7 +182,8 @@ impl Service {
         self.begin(now);
         let Some(slot) = self.ctx.queue.slot_of(server) else { return };
         if self.ctx.queue.ovm() == Some(slot) {
-            self.suspect(evidence);
+            // The caller has stopped a plane that passes by itself.
+            self.accuse(evidence);
         } else {
             promotion::evict(slot, StaleReason::MissedBytes, &mut self.ctx);
         }
@@ -405,10 +413,12 @@ impl Service {
             let was_open = conversation.is_open();
             // First, or a deposed OVM's segment would still pass as the OVM's.
             conversation.follow_epoch(&mut self.ctx);
+            self.note_passage(&mut conversation);
             change(&mut conversation, &mut self.ctx);
             let wanted = conversation.work(&mut self.ctx);
             if wanted {
                 self.schedule(&mut conversation);
+                self.review_passing(&mut conversation);
                 let closed = was_open && !conversation.is_open();
                 self.table.put(conversation);
                 if closed {
@@ -442,6 +452,10 @@ impl Service {
 
     fn forget(&mut self, conversation: &mut Conversation) {
         conversation.end(&mut self.ctx);
+        conversation.stop_passing(&mut self.ctx);
+        if conversation.is_passable_queued {
+            self.forget_passable(conversation.id);
+        }
         if let Some(deadline) = conversation.deadline {
             self.timers.remove(&(deadline, conversation.id));
         }
@@ -449,7 +463,7 @@ impl Service {
     }
 
     /// Follows up what conversations left in the context: suspicion, laggards, the order.
-    fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         if let Some(evidence) = self.ctx.suspicion.take() {
             self.suspect(evidence);
         }
@@ -499,7 +513,7 @@ impl Service {
     }
 
     /// Something speaks against the OVM: promote, or say why not.
-    fn suspect(&mut self, evidence: Evidence) {
+    pub(crate) fn accuse(&mut self, evidence: Evidence) {
         let Some((_, ovm)) = self.ctx.ovm() else { return };
         self.ctx.event(EventKind::Suspected { server: ovm, evidence });
         let candidate = promotion::candidate(&self.ctx);
@@ -643,6 +657,9 @@ impl Service {
     /// A conversation that the daemon does not know flows all the same. After a promotion the new OVM
     /// answers it with a RST of its own: a clean end.
     fn pass_unprotected_to_ovm(&mut self, link: LinkAddress, segment: &Segment<'_>) {
+        if self.ctx.passage == Passage::Passed {
+            return;
+        }
         let Some((slot, server)) = self.ctx.ovm() else { return };
         let Some(guest) = self.ctx.guest(slot, segment.dst) else { return };
         self.remember_link(segment.src.ip(), link);
@@ -665,6 +682,9 @@ impl Service {
 
     /// Sends an OVM's segment on with nothing but its address changed.
     fn send_as_is(&mut self, key: Key, segment: &Segment<'_>) {
+        if self.ctx.passage == Passage::Passed {
+            return;
+        }
         let Some(link) = self.links.get(&key.client.ip()).copied() else { return };
         let translated = Segment { src: key.psc, ..*segment };
         let mss = if key.psc.is_ipv4() { 1460 } else { 1440 };

@@ -38,6 +38,10 @@ pub struct Flow {
     pub down_nxt: u32,
     /// SND.UNA towards the client.
     pub client_acked: u32,
+    /// Right edge of the client's window.
+    pub client_edge: u32,
+    /// Shift of the windows that the client advertises.
+    pub client_shift: u8,
     /// Shift of the windows that the server advertises.
     pub server_shift: u8,
     /// Shift of the windows that the client is told.
@@ -119,6 +123,7 @@ impl Flow {
         }
         self.up_nxt = end;
         self.client_acked = ack;
+        self.client_edge = ack.wrapping_add(window_of(&old) << (self.client_shift & 15));
         layout.write(packet, &old, &new, layout.destination, server);
         Ok(())
     }
@@ -140,6 +145,8 @@ impl Flow {
         if seq != self.down_nxt
             || later(ack, self.up_nxt)
             || later(self.told_acked, ack)
+            // A window probe may carry one byte more.
+            || (layout.payload > 0 && later(end, self.client_edge.wrapping_add(1)))
             || found.timestamps.is_some() != self.timestamps
         {
             return aside;
@@ -154,8 +161,7 @@ impl Flow {
             put32(&mut new, at + 2, self.told_tsval);
         }
         put32(&mut new, 4, seq);
-        let window = u32::from(u16::from_be_bytes([old[14], old[15]]));
-        let edge = ack.wrapping_add(window << (self.server_shift & 15));
+        let edge = ack.wrapping_add(window_of(&old) << (self.server_shift & 15));
         if later(edge, self.told_edge) {
             self.told_edge = edge;
         }
@@ -314,6 +320,10 @@ fn read_options(header: &mut [u8; LONGEST_HEADER], end: usize) -> Option<Found> 
         at += length;
     }
     Some(found)
+}
+
+fn window_of(header: &[u8]) -> u32 {
+    u32::from(u16::from_be_bytes([header[14], header[15]]))
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {

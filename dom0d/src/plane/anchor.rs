@@ -13,6 +13,7 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{
     BridgeMulticastRouterType, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
 };
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVeth};
 
 use super::device::Device;
@@ -130,7 +131,7 @@ pub(crate) async fn create(netlink: &Handle, psc_mac: Mac, bridge: &Link) -> Res
     remove(netlink, psc_mac).await?;
     let veth = LinkVeth::new(&anchor, &far).build();
     refused(format!("create the veth pair {anchor}"), netlink.link().add(veth).execute().await)?;
-    let result = set_up(netlink, &anchor, &far, bridge).await;
+    let result = set_up(netlink, (&anchor, &far), psc_mac, bridge).await;
     if result.is_err() {
         // What is half made must not stay; the error of setting it up says more than one of removing it.
         let _ = remove(netlink, psc_mac).await;
@@ -138,7 +139,12 @@ pub(crate) async fn create(netlink: &Handle, psc_mac: Mac, bridge: &Link) -> Res
     result.map(|()| far)
 }
 
-async fn set_up(netlink: &Handle, anchor: &str, far: &str, bridge: &Link) -> Result<(), AnchorError> {
+async fn set_up(
+    netlink: &Handle,
+    (anchor, far): (&str, &str),
+    psc_mac: Mac,
+    bridge: &Link,
+) -> Result<(), AnchorError> {
     // Before they are up: an interface that comes up with IPv6 speaks at once.
     for name in [anchor, far] {
         disable_ipv6(name)?;
@@ -160,7 +166,11 @@ async fn set_up(netlink: &Handle, anchor: &str, far: &str, bridge: &Link) -> Res
         tracing::warn!(port = anchor, %error, "can't make the anchor a multicast router port; where a multicast querier runs, IPv6 clients may not find the PSC");
     }
     let message = LinkUnspec::new_with_name(far).up().build();
-    refused(format!("set {far} up"), netlink.link().set(message).execute().await)
+    refused(format!("set {far} up"), netlink.link().set(message).execute().await)?;
+    // Not learned: a merely static entry, too, would be moved by one frame of a guest with the PSC's MAC.
+    let entry = netlink.neighbours().add_bridge(index, &psc_mac).state(NeighbourState::Noarp);
+    let entry = entry.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
+    refused(format!("tie the PSC's MAC to {anchor}"), entry.execute().await)
 }
 
 async fn index_of(netlink: &Handle, name: &str) -> Result<u32, AnchorError> {

@@ -153,6 +153,15 @@ pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
     )
 }
 
+/// What is left to capture at a server's vif where the kernel takes the service's plain segments itself.
+pub(crate) fn odd_server_filter(addresses: &[IpAddr]) -> String {
+    let hosts: Vec<String> = addresses.iter().map(|address| format!("src host {address}")).collect();
+    format!(
+        "arp or icmp6 or (({}) and (ip[6:2] & 0x3fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60)) or vlan",
+        hosts.join(" or ")
+    )
+}
+
 /// A MAC as people write it.
 pub(crate) fn mac_text(mac: Mac) -> String {
     let [a, b, c, d, e, f] = mac;

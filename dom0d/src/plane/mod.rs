@@ -4,6 +4,7 @@
 //! packet came from; whose voice counts is the engine's business.
 
 pub(crate) mod anchor;
+mod bpf;
 pub(crate) mod device;
 mod frame;
 mod neighbours;
@@ -11,9 +12,16 @@ pub(crate) mod pcap;
 pub(crate) mod rules;
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use understudy_protocol::{Instant, LinkAddress, ServerId, Transmit};
+use understudy_api::config;
+use understudy_bpf::Programs;
+use understudy_protocol::{Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+
+use bpf::BpfPlane;
+use device::Device;
+use pcap::{PcapPlane, Psc};
 
 pub(crate) use device::mac_text;
 pub(crate) use frame::Mac;
@@ -25,6 +33,16 @@ pub(crate) struct Inbound<'a> {
     pub(crate) from: Origin,
     /// The IP packet.
     pub(crate) packet: &'a [u8],
+    /// What the plane did with it.
+    pub(crate) passage: Passage,
+}
+
+/// An open interface.
+pub(crate) struct Interface {
+    /// Its number.
+    pub(crate) index: u32,
+    /// What is captured there.
+    pub(crate) device: Device,
 }
 
 /// Where a packet came from.
@@ -47,6 +65,28 @@ pub(crate) struct Loss {
 
 /// The data plane of one service.
 pub(crate) trait Plane: Send {
+    /// Its name in the configuration.
+    fn name(&self) -> &'static str;
+
+    /// The PSC's place on its bridge: the far end of the anchor, and the number of the bridge's port. The PSC is
+    /// announced with the next [`Plane::tick`].
+    fn set_anchor(&mut self, now: Instant, far_end: Device, port: u32);
+
+    /// Whether the PSC has its place on a bridge.
+    fn is_anchored(&self) -> bool;
+
+    /// A server's vif, the guest's MAC and its addresses. Replaces the interface of a server that is there already.
+    fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, addresses: &[IpAddr]);
+
+    /// Whether a server's vif is open.
+    fn has_server(&self, server: ServerId) -> bool;
+
+    /// A server goes on under another id: it was attached anew.
+    fn rename_server(&mut self, from: ServerId, to: ServerId);
+
+    /// Closes a server's interface.
+    fn remove_server(&mut self, server: ServerId);
+
     /// What to poll for reading. The order is that of the flags given to [`Plane::set_ready`].
     fn fds(&self) -> Vec<BorrowedFd<'_>>;
 
@@ -60,8 +100,45 @@ pub(crate) trait Plane: Send {
     /// Sends a packet of the engine. Failures are counted: to a TCP they are losses.
     fn transmit(&mut self, packet: &Transmit);
 
-    /// Who is the OVM from now on.
+    /// Who is the OVM from now on; also after [`Plane::stop`].
     fn set_ovm(&mut self, ovm: Option<ServerId>);
+
+    /// Passes conversations by itself.
+    fn passes(&self) -> bool {
+        false
+    }
+
+    /// Passes nothing by itself from now on. `false` if it never does, or had stopped already.
+    fn stop(&mut self) -> bool {
+        false
+    }
+
+    /// Whether it stopped and was not told of an OVM since.
+    fn is_stopped(&self) -> bool {
+        false
+    }
+
+    /// The next packet of those that were passed before [`Plane::stop`], or wait in their order; `None` when there is
+    /// none left, for good.
+    fn rest(&mut self) -> Option<Inbound<'_>> {
+        None
+    }
+
+    /// Everything of clients and OVM has been received.
+    fn is_idle(&self) -> bool {
+        false
+    }
+
+    /// Passes a conversation by itself from now on.
+    fn hand_over(&mut self, _handover: &Handover) {}
+
+    /// Passes a conversation by itself no more.
+    fn take_back(&mut self, _client: SocketAddr, _psc: SocketAddr) {}
+
+    /// Whether something was passed since the last call that could not be told.
+    fn take_untold(&mut self) -> bool {
+        false
+    }
 
     /// Does what is due (announcing the PSC), and says when to call again.
     fn tick(&mut self, now: Instant) -> Option<Instant>;
@@ -71,4 +148,32 @@ pub(crate) trait Plane: Send {
 
     /// Monotonic counters.
     fn counters(&mut self) -> BTreeMap<&'static str, u64>;
+}
+
+/// The plane that a service's configuration asks for, if this host has it; else the portable one and why.
+pub(crate) struct Choice {
+    /// The plane.
+    pub(crate) plane: Box<dyn Plane>,
+    /// What goes on the service's interfaces.
+    pub(crate) programs: Option<Programs>,
+    /// Why it is not the one that was asked for.
+    pub(crate) reason: Option<String>,
+}
+
+/// Chooses a service's plane. May take a moment: the kernel verifies programs.
+pub(crate) fn choose(service: &config::Service) -> Choice {
+    let portable = PcapPlane::new(Psc::new(&service.engine.psc, service.psc_mac));
+    match service.plane {
+        config::Plane::Pcap => Choice { plane: Box::new(portable), programs: None, reason: None },
+        config::Plane::Bpf => match understudy_bpf::load(&bpf::settings(service)) {
+            Ok((programs, tap)) => {
+                let plane = Box::new(BpfPlane::new(tap, portable));
+                Choice { plane, programs: Some(programs), reason: None }
+            }
+            Err(error) => {
+                let reason = format!("the plane bpf can't be used here, so pcap is: {error}");
+                Choice { plane: Box::new(portable), programs: None, reason: Some(reason) }
+            }
+        },
+    }
 }

@@ -10,12 +10,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use understudy_protocol::{Destination, Instant, LinkAddress, ServerId, Transmit};
+use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use super::device::{Device, Lost, SendError, mac_text};
 use super::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
 use super::neighbours::{Neighbour, Neighbours, Question, Response};
-use super::{Inbound, Loss, Origin, Plane};
+use super::{Inbound, Interface, Loss, Origin, Plane};
 
 /// Bytes taken from the anchor and from the OVM before the others have their turn: one super-packet, which
 /// makes some forty segments for each server.
@@ -154,46 +154,6 @@ impl PcapPlane {
             losses: Vec::new(),
             counters: Counters::default(),
         }
-    }
-
-    /// The PSC's place on its bridge. It is announced with the next [`Plane::tick`].
-    pub(crate) fn set_anchor(&mut self, now: Instant, device: Device) {
-        self.note_lost();
-        self.anchor = Some(Port::new(device));
-        self.announced = 0;
-        self.announce_at = Some(now);
-    }
-
-    /// Whether the PSC has its place on a bridge.
-    pub(crate) fn is_anchored(&self) -> bool {
-        self.anchor.as_ref().is_some_and(|anchor| anchor.device.is_some())
-    }
-
-    /// A server's vif and the guest's MAC. Replaces the interface of a server that is there already.
-    pub(crate) fn add_server(&mut self, server: ServerId, device: Device, mac: Mac) {
-        self.note_lost();
-        let port = Port::new(device);
-        self.servers.insert(server, Server { port, mac });
-    }
-
-    /// Whether a server's vif is open.
-    pub(crate) fn has_server(&self, server: ServerId) -> bool {
-        self.servers.get(&server).is_some_and(|server| server.port.device.is_some())
-    }
-
-    /// A server goes on under another id: it was attached anew.
-    pub(crate) fn rename_server(&mut self, from: ServerId, to: ServerId) {
-        self.neighbours.forget(from);
-        if let Some(server) = self.servers.remove(&from) {
-            self.servers.insert(to, server);
-        }
-    }
-
-    /// Closes a server's interface.
-    pub(crate) fn remove_server(&mut self, server: ServerId) {
-        self.note_lost();
-        self.neighbours.forget(server);
-        self.servers.remove(&server);
     }
 
     /// Takes the next frame from one interface, if there is one.
@@ -372,7 +332,7 @@ impl PcapPlane {
         }
     }
 
-    fn learn(&mut self, address: IpAddr, mac: Mac, router: Option<bool>) {
+    pub(super) fn learn(&mut self, address: IpAddr, mac: Mac, router: Option<bool>) {
         for question in self.neighbours.learn(address, mac, router) {
             if let Some(neighbour) = self.neighbours.get(address) {
                 self.answer(question, neighbour);
@@ -444,6 +404,44 @@ impl PcapPlane {
 }
 
 impl Plane for PcapPlane {
+    fn name(&self) -> &'static str {
+        "pcap"
+    }
+
+    fn set_anchor(&mut self, now: Instant, far_end: Device, _port: u32) {
+        self.note_lost();
+        self.anchor = Some(Port::new(far_end));
+        self.announced = 0;
+        self.announce_at = Some(now);
+    }
+
+    fn is_anchored(&self) -> bool {
+        self.anchor.as_ref().is_some_and(|anchor| anchor.device.is_some())
+    }
+
+    fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, _addresses: &[IpAddr]) {
+        self.note_lost();
+        let port = Port::new(vif.device);
+        self.servers.insert(server, Server { port, mac });
+    }
+
+    fn has_server(&self, server: ServerId) -> bool {
+        self.servers.get(&server).is_some_and(|server| server.port.device.is_some())
+    }
+
+    fn rename_server(&mut self, from: ServerId, to: ServerId) {
+        self.neighbours.forget(from);
+        if let Some(server) = self.servers.remove(&from) {
+            self.servers.insert(to, server);
+        }
+    }
+
+    fn remove_server(&mut self, server: ServerId) {
+        self.note_lost();
+        self.neighbours.forget(server);
+        self.servers.remove(&server);
+    }
+
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let servers = self.servers.values().map(|server| &server.port);
         self.anchor.iter().chain(servers).filter_map(|port| port.device.as_ref().map(Device::fd)).collect()
@@ -482,7 +480,7 @@ impl Plane for PcapPlane {
                 break (origin, range);
             }
         };
-        Some(Inbound { from: origin, packet: &self.received[range] })
+        Some(Inbound { from: origin, packet: &self.received[range], passage: Passage::Kept })
     }
 
     fn transmit(&mut self, transmit: &Transmit) {
@@ -585,7 +583,7 @@ impl Plane for PcapPlane {
     }
 }
 
-fn source_address(packet: &[u8]) -> Option<IpAddr> {
+pub(super) fn source_address(packet: &[u8]) -> Option<IpAddr> {
     match packet.first()? >> 4 {
         4 => Some(<[u8; 4]>::try_from(packet.get(12..16)?).ok()?.into()),
         6 => Some(<[u8; 16]>::try_from(packet.get(8..24)?).ok()?.into()),

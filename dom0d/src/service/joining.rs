@@ -6,7 +6,6 @@ use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
 use super::{Service, Surroundings};
 use crate::event::DaemonEvent;
 use crate::memory::InStep;
-use crate::plane::Plane;
 use crate::server::{Place, Server};
 
 impl Service {
@@ -138,7 +137,8 @@ impl Service {
         id: ServerId,
         around: &mut Surroundings<'_>,
     ) -> Result<(), OperatorError> {
-        self.engine.install_ovm(now, self.servers[&id].spec(id))?;
+        let spec = self.servers[&id].spec(id);
+        self.cut_over(now, around, |engine| engine.install_ovm(now, spec))?;
         let domain = self.servers[&id].domain.clone();
         self.memory.promote(&domain);
         self.memory_changed = true;

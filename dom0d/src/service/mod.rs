@@ -19,9 +19,8 @@ use crate::hypervisor::{DomainId, DomainState};
 use crate::liveness::PausePolicy;
 use crate::memory::{InStep, ServiceMemory};
 use crate::plane::device::Device;
-use crate::plane::pcap::{PcapPlane, Psc};
 use crate::plane::rules::{Part, RuleSet};
-use crate::plane::{Origin, Plane, mac_text};
+use crate::plane::{Inbound, Interface, Origin, Plane, mac_text};
 use crate::report::Reporter;
 use crate::server::{Arrival, Place, Server};
 
@@ -50,7 +49,7 @@ pub(crate) struct Service {
     /// The protocol.
     pub(crate) engine: Engine,
     /// How packets come and go.
-    pub(crate) plane: PcapPlane,
+    pub(crate) plane: Box<dyn Plane>,
     /// Every domain that could serve, in the queue or not, by its current id.
     pub(crate) servers: BTreeMap<ServerId, Server>,
     /// What outlives this process.
@@ -61,6 +60,8 @@ pub(crate) struct Service {
     pub(crate) memory_changed: bool,
     bridge: Option<String>,
     in_step: Option<InStep>,
+    /// What the engine found against the OVM, to be acted upon once the plane is stopped.
+    suspicion: Option<Evidence>,
     /// A segment of a client came, in this process.
     clients_seen: bool,
     names: BTreeMap<ServerId, DomainRef>,
@@ -78,13 +79,18 @@ impl Service {
         mut config: config::Service,
         seed: u64,
         mut memory: ServiceMemory,
+        plane: Box<dyn Plane>,
     ) -> Self {
         config.engine.seed = seed;
+        let mut engine = Engine::new(config.engine.clone());
+        if plane.passes() {
+            engine.set_plane_passes();
+        }
         let in_step = memory.take_in_step();
         Self {
             index,
-            engine: Engine::new(config.engine.clone()),
-            plane: PcapPlane::new(Psc::new(&config.engine.psc, config.psc_mac)),
+            engine,
+            plane,
             config,
             servers: BTreeMap::new(),
             memory,
@@ -92,6 +98,7 @@ impl Service {
             // What a clean end left must not count again after an unclean one.
             memory_changed: in_step.is_some(),
             in_step,
+            suspicion: None,
             clients_seen: false,
             bridge: None,
             names: BTreeMap::new(),
@@ -111,10 +118,10 @@ impl Service {
         &mut self,
         now: Instant,
         bridge: String,
-        device: Device,
+        (far_end, port): (Device, u32),
         around: &mut Surroundings<'_>,
     ) {
-        self.plane.set_anchor(now, device);
+        self.plane.set_anchor(now, far_end, port);
         let mac = mac_text(self.config.psc_mac);
         self.daemon_event(now, DaemonEvent::PscReady { bridge: bridge.clone(), mac }, around);
         self.bridge = Some(bridge);
@@ -126,14 +133,14 @@ impl Service {
         &mut self,
         now: Instant,
         arrival: &Arrival,
-        device: Device,
+        vif: Interface,
         rules_version: u64,
         around: &mut Surroundings<'_>,
     ) {
         let life = DomainId { uuid: arrival.domain.uuid, domid: arrival.domain.domid };
         self.unusable.remove(&life);
         if let Some(id) = self.find_life(life) {
-            self.plane.add_server(id, device, arrival.mac);
+            self.plane.add_server(id, vif, arrival.mac, &arrival.addresses);
             self.rules_changed = true;
             return;
         }
@@ -144,7 +151,7 @@ impl Service {
         } else {
             Place::Preparing(rules_version)
         };
-        self.plane.add_server(id, device, arrival.mac);
+        self.plane.add_server(id, vif, arrival.mac, &arrival.addresses);
         self.remember_name(id, &arrival.domain);
         self.servers.insert(id, Server::new(arrival, place));
         self.rules_changed = true;
@@ -158,8 +165,7 @@ impl Service {
             return;
         };
         if self.is_queued(id) {
-            self.accuse(now, id, Evidence::DomainGone);
-            self.drain(now, around);
+            self.accuse(now, id, Evidence::DomainGone, around);
         }
         self.plane.remove_server(id);
         self.rules_changed = true;
@@ -174,15 +180,40 @@ impl Service {
     }
 
     /// Gives evidence to the engine: an OVM is deposed for it, an RVM evicted, which is timed.
-    fn accuse(&mut self, now: Instant, id: ServerId, evidence: Evidence) {
-        let is_ovm = self.engine.ovm() == Some(id);
+    fn accuse(&mut self, now: Instant, id: ServerId, evidence: Evidence, around: &mut Surroundings<'_>) {
+        if self.engine.ovm() == Some(id) {
+            return self.cut_over(now, around, |engine| engine.handle_evidence(now, id, evidence));
+        }
         let begun = std::time::Instant::now();
         self.engine.handle_evidence(now, id, evidence);
-        if !is_ovm {
-            let took_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            let slowest_ns = self.evictions_ns.map_or(0, |(_, slowest_ns)| slowest_ns);
-            self.evictions_ns = Some((took_ns, slowest_ns.max(took_ns)));
+        let took_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let slowest_ns = self.evictions_ns.map_or(0, |(_, slowest_ns)| slowest_ns);
+        self.evictions_ns = Some((took_ns, slowest_ns.max(took_ns)));
+        self.drain(now, around);
+    }
+
+    /// Does what may depose the OVM. Before, the plane passes nothing any more, and the engine hears all that was
+    /// passed: it must know of every byte that the client has.
+    pub(crate) fn cut_over<T>(
+        &mut self,
+        now: Instant,
+        around: &mut Surroundings<'_>,
+        act: impl FnOnce(&mut Engine) -> T,
+    ) -> T {
+        if self.plane.stop() {
+            while let Some(inbound) = self.plane.rest() {
+                hear(&mut self.engine, now, &inbound);
+                self.drain(now, around);
+            }
+            self.engine.handle_plane_stopped();
         }
+        let result = act(&mut self.engine);
+        self.drain(now, around);
+        if self.plane.is_stopped() {
+            // Nobody else could serve.
+            self.plane.set_ovm(self.engine.ovm());
+        }
+        result
     }
 
     /// A domain has another name.
@@ -220,11 +251,12 @@ impl Service {
         // A save asks the guest to suspend, and brings it back.
         let ends = request != "suspend";
         self.daemon_event(now, DaemonEvent::ShutdownRequested { server: id, request }, around);
-        if is_ovm && ends && self.config.on_shutdown_request == OnShutdownRequest::Switchover {
-            if let Err(error) = self.engine.switchover(now, None) {
-                tracing::warn!(service = self.name(), %error, "the OVM is being shut down and nothing can take over");
-            }
-            self.drain(now, around);
+        if is_ovm
+            && ends
+            && self.config.on_shutdown_request == OnShutdownRequest::Switchover
+            && let Err(error) = self.cut_over(now, around, |engine| engine.switchover(now, None))
+        {
+            tracing::warn!(service = self.name(), %error, "the OVM is being shut down and nothing can take over");
         }
     }
 
@@ -289,7 +321,7 @@ impl Service {
                 self.engine.handle_running(now, id, running);
             }
             if let Some(evidence) = verdict.evidence {
-                self.accuse(now, id, evidence);
+                self.accuse(now, id, evidence, around);
             }
             self.drain(now, around);
         }
@@ -320,16 +352,39 @@ impl Service {
         while let Some(inbound) = self.plane.receive(now) {
             any = true;
             let first = !self.clients_seen && matches!(inbound.from, Origin::Client(_));
-            match inbound.from {
-                Origin::Client(link) => self.engine.handle_client(now, link, inbound.packet),
-                Origin::Server(id) => self.engine.handle_server(now, id, inbound.packet),
-            }
+            hear(&mut self.engine, now, &inbound);
             if first {
                 self.see_client();
             }
             self.drain(now, around);
         }
+        self.hand_over();
+        self.follow_suspicion(now, around);
         any
+    }
+
+    /// Lets the plane pass by itself what it may, once all that it told was heard.
+    fn hand_over(&mut self) {
+        if self.plane.take_untold() {
+            self.engine.handle_untold();
+        }
+        for _ in 0..BURST {
+            if !self.plane.is_idle() {
+                return;
+            }
+            match self.engine.poll_handover() {
+                Some(handover) => self.plane.hand_over(&handover),
+                None => return,
+            }
+        }
+    }
+
+    /// The engine found evidence while the plane was passing by itself.
+    fn follow_suspicion(&mut self, now: Instant, around: &mut Surroundings<'_>) {
+        if let Some(evidence) = self.suspicion.take() {
+            self.cut_over(now, around, |engine| engine.handle_confirmed(now, evidence));
+            self.suspicion = None;
+        }
     }
 
     /// Calls the engine if its time has come, and sends what a burst left over.
@@ -337,7 +392,9 @@ impl Service {
         if self.engine.poll_timeout().is_some_and(|due| due <= now) {
             self.engine.handle_timeout(now);
         }
-        self.drain(now, around)
+        let more = self.drain(now, around);
+        self.follow_suspicion(now, around);
+        more
     }
 
     /// When [`Service::timeout`] or the plane must be called next.
@@ -361,6 +418,8 @@ impl Service {
                     }
                 }
                 Effect::Fence(id) => self.fence(id, around),
+                Effect::StopPlane(evidence) => self.suspicion = Some(evidence),
+                Effect::TakeBack { client, psc } => self.plane.take_back(client, psc),
                 Effect::Event(event) => {
                     self.note(&event.kind);
                     // To the engine these happen at the instant of their cause; in force they are now.
@@ -485,6 +544,14 @@ impl Service {
 
     fn report(&self, at: Instant, happening: Happening, around: &Surroundings<'_>) {
         around.reporter.report(at, Some(self.name()), happening, |id| self.domain(id).cloned());
+    }
+}
+
+/// Tells the engine of a packet.
+fn hear(engine: &mut Engine, now: Instant, inbound: &Inbound<'_>) {
+    match inbound.from {
+        Origin::Client(link) => engine.handle_tapped_client(now, link, inbound.packet, inbound.passage),
+        Origin::Server(id) => engine.handle_tapped_server(now, id, inbound.packet, inbound.passage),
     }
 }
 

@@ -6,7 +6,7 @@ use understudy_protocol::ServerId;
 
 use super::Service;
 use crate::command::{KnownDomain, ServiceReport};
-use crate::plane::{Plane, mac_text};
+use crate::plane::mac_text;
 
 impl Service {
     /// The server with this name or UUID: the newest life of it.
@@ -97,7 +97,7 @@ impl Service {
             psc: self.config.engine.psc.clone(),
             psc_mac: mac_text(self.config.psc_mac),
             ports: self.config.engine.ports.clone(),
-            plane: "pcap",
+            plane: self.plane.name(),
             bridge: self.bridge.clone(),
             serving,
             problems,

@@ -6,7 +6,6 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 
 use crate::bench::rtt::{self, Effort, Series};
 use crate::client::redis::load::{Outcome, Plan};
@@ -23,20 +22,12 @@ pub(crate) struct Options {
     /// Replicas of the OVM that fails
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=3))]
     replicas: u8,
-    /// The data plane
-    #[arg(long, value_enum, default_value_t = Plane::Pcap)]
-    plane: Plane,
     /// What happens to the OVM
     #[arg(long, value_enum, default_value_t = Fault::Freeze)]
     fault: Fault,
     /// Write the report to this file
     #[arg(long)]
     json: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Plane {
-    Pcap,
 }
 
 /// More than the whole demo takes; who needs longer hangs.

@@ -20,6 +20,9 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "cargo lab", about = "Understudy's labs")]
 struct CommandLine {
+    /// dom0d's data plane
+    #[arg(long, global = true, value_enum)]
+    plane: Option<host::Plane>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -43,7 +46,12 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let outcome = match CommandLine::parse().verb {
+    let line = CommandLine::parse();
+    if let Some(error) = line.plane.and_then(host::Plane::choose) {
+        eprintln!("cargo lab: this program can't be started again: {error}");
+        return ExitCode::FAILURE;
+    }
+    let outcome = match line.verb {
         Verb::Demo(options) => supervise::supervised(demo::LIMIT, || demo::run(&options)),
         Verb::Bench(options) => supervise::supervised(bench::LIMIT, || bench::run(&options)),
         Verb::Test(options) => scenarios::run(&options),

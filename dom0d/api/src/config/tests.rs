@@ -63,6 +63,8 @@ fn the_example_shows_the_defaults() {
     assert_eq!(full.engine.candidate, plain.engine.candidate);
     assert_eq!(full.engine.on_lag, plain.engine.on_lag);
     assert_eq!(full.fence, plain.fence);
+    assert_eq!((full.plane, full.daemon_grace), (plain.plane, plain.daemon_grace));
+    assert_eq!(full.on_daemon_loss, plain.on_daemon_loss);
     assert_eq!(full.attach, plain.attach);
     assert_eq!(full.pause_grace, plain.pause_grace);
     assert_eq!(full.maintenance_limit, plain.maintenance_limit);
@@ -86,7 +88,9 @@ bridge = "xenbr0"
 ovm = "web-1"
 rvms = ["web-?", "2f8b5f0e-3c53-4d0a-9d8e-1f2f3a4b5c6d"]
 psc_mac = "02:00:00:00:00:01"
-plane = "pcap"
+plane = "bpf"
+daemon_grace_ms = 700
+on_daemon_loss = "protect"
 fence = "destroy"
 candidate = "queue"
 on_lag = "wait"
@@ -108,6 +112,8 @@ unacked_limit_ms = 300
     assert_eq!(config.capture_buffer, 8 << 20);
     let service = &config.services[0];
     assert_eq!(service.engine.psc.len(), 2);
+    assert_eq!((service.plane, service.daemon_grace), (Plane::Bpf, Duration::from_millis(700)));
+    assert_eq!(service.on_daemon_loss, OnDaemonLoss::Protect);
     assert_eq!(service.engine.candidate, CandidatePolicy::Queue);
     assert_eq!(service.engine.on_lag, LagPolicy::Wait);
     assert_eq!(service.engine.limits.conversations, 10);
@@ -189,7 +195,9 @@ fn what_can_not_work_is_refused() {
         ("masks = [{ prefix = \"\", length = 1 }]", "masks: "),
         ("masks = [{ prefix = \"a\", length = 300 }]", "masks: "),
         ("masks = [\"date\"]", "http-date"),
-        ("plane = \"bpf\"", "unknown variant `bpf`"),
+        ("plane = \"xdp\"", "unknown variant `xdp`"),
+        ("on_daemon_loss = \"panic\"", "unknown variant `panic`"),
+        ("daemon_grace_ms = 0", "daemon_grace_ms: "),
         ("fence = \"shoot\"", "unknown variant `shoot`"),
         ("pause_grace_ms = 86400001", "pause_grace_ms: "),
         ("[service.limits]\nconversations = 0", "limits: conversations is 0"),

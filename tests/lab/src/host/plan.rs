@@ -12,6 +12,46 @@ use super::Service;
 /// The file that [`LabConfig::save`] writes.
 const SAVED: &str = "lab.json";
 
+/// Says which plane is meant; a lab is made by several processes.
+const PLANE: &str = "LAB_PLANE";
+
+/// dom0d's data plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Plane {
+    Pcap,
+    Bpf,
+}
+
+impl Plane {
+    fn name(self) -> &'static str {
+        match self {
+            Plane::Pcap => "pcap",
+            Plane::Bpf => "bpf",
+        }
+    }
+
+    /// The one meant; without a word dom0d's own default.
+    fn chosen() -> Option<Self> {
+        let name = std::env::var(PLANE).ok()?;
+        [Plane::Pcap, Plane::Bpf].into_iter().find(|plane| plane.name() == name)
+    }
+
+    /// Makes this the plane of all labs of this process and of those that it starts. A process sets its
+    /// environment safely only for its successor: if it must be set, this returns only with an error.
+    pub(crate) fn choose(self) -> Option<std::io::Error> {
+        if Self::chosen() == Some(self) {
+            return None;
+        }
+        let own = match std::env::current_exe() {
+            Ok(own) => own,
+            Err(error) => return Some(error),
+        };
+        let mut again = std::process::Command::new(own);
+        again.args(std::env::args_os().skip(1)).env(PLANE, self.name());
+        Some(std::os::unix::process::CommandExt::exec(&mut again))
+    }
+}
+
 /// What a lab is made from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct LabConfig {
@@ -137,6 +177,9 @@ pub(crate) fn default_config(config: &LabConfig) -> String {
             service.port(),
             domain_name(1),
         );
+        if let Some(plane) = Plane::chosen() {
+            let _ = writeln!(toml, "plane = \"{}\"", plane.name());
+        }
         match service {
             Service::Redis => {}
             Service::Http => toml.push_str("masks = [\"http-date\"]\n"),

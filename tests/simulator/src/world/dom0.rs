@@ -228,6 +228,8 @@ impl World {
                 let at = self.now + self.knobs.fence_us;
                 self.push(at, Event::Fenced(id));
             }
+            // The simulated plane passes nothing by itself.
+            Effect::StopPlane(_) | Effect::TakeBack { .. } => {}
             Effect::Event(event) => {
                 self.event(&event.kind);
                 self.see(&Seen::Event(&event.kind));

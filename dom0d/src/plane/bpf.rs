@@ -1,0 +1,313 @@
+//! The fast data plane: clients and OVM talk through tc programs (see [`understudy_bpf`]), and the engine hears
+//! copies, in order. What the programs leave aside the engine forwards, as on the portable plane, whose
+//! captures and injection this one uses for it, and for neighbours' questions.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use understudy_api::config::{self, OnDaemonLoss};
+use understudy_bpf::layout::{Conversation, Key, SLOTS, Server};
+use understudy_bpf::{Copied, Settings, Tap};
+use understudy_protocol::{Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+
+use super::device::Device;
+use super::frame::{Mac, is_unicast};
+use super::pcap::{PcapPlane, source_address};
+use super::{Inbound, Interface, Loss, Origin, Plane};
+
+/// How often the ring is looked at while something comes in: what the kernel passed wakes nobody.
+const LOOK: Duration = Duration::from_micros(250);
+
+/// For how long after the last record.
+const BUSY: Duration = Duration::from_millis(3);
+
+/// Bytes taken from the ring of clients and OVM before others have their turn.
+const TURN: usize = 1 << 20;
+
+/// The same for a replica's ring.
+const RVM_TURN: usize = 32_768;
+
+/// What the smallest packet counts for: its cost is not in its bytes.
+const LEAST_COST: usize = 1_024;
+
+/// See the module.
+pub(super) struct BpfPlane {
+    tap: Tap,
+    /// For all that the kernel leaves to the daemon.
+    portable: PcapPlane,
+    /// Who is in which of the kernel's slots.
+    slots: [Option<ServerId>; SLOTS],
+    ovm: Option<ServerId>,
+    stopped: bool,
+    /// What may still be taken in this round: of the ring, and of each replica's.
+    left: usize,
+    rvms_left: [usize; SLOTS],
+    /// The ring was found empty when last looked at.
+    idle: bool,
+    busy_until: Instant,
+    received: Vec<u8>,
+    untold: u64,
+    counters: Counters,
+}
+
+#[derive(Default)]
+struct Counters {
+    handed_over: u64,
+    hand_over_failed: u64,
+    no_slot: u64,
+}
+
+/// What the programs must know of a service.
+pub(super) fn settings(service: &config::Service) -> Settings {
+    Settings {
+        psc: service.engine.psc.clone(),
+        psc_mac: service.psc_mac,
+        ports: service.engine.ports.clone(),
+        conversations: service.engine.limits.conversations,
+        daemon_grace: service.daemon_grace,
+        serve: service.on_daemon_loss == OnDaemonLoss::Serve,
+    }
+}
+
+impl BpfPlane {
+    pub(super) fn new(tap: Tap, portable: PcapPlane) -> Self {
+        Self {
+            tap,
+            portable,
+            slots: [None; SLOTS],
+            ovm: None,
+            stopped: false,
+            left: 0,
+            rvms_left: [0; SLOTS],
+            idle: false,
+            busy_until: Instant::default(),
+            received: Vec::with_capacity(65_536),
+            untold: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    fn slot_of(&self, server: ServerId) -> Option<usize> {
+        self.slots.iter().position(|known| *known == Some(server))
+    }
+
+    /// Takes the next record of clients and OVM.
+    fn take(&mut self) -> Option<(Origin, Passage)> {
+        loop {
+            let copied = self.tap.next(&mut self.received)?;
+            if let Some(taken) = self.origin(&copied) {
+                return Some(taken);
+            }
+        }
+    }
+
+    /// Where a packet came from; `None` if from nobody who is known, or from a MAC that can't be.
+    fn origin(&mut self, copied: &Copied) -> Option<(Origin, Passage)> {
+        let passage = match (copied.forwarded, copied.handed_over) {
+            (true, _) => Passage::Passed,
+            (false, true) => Passage::HandedOver,
+            (false, false) => Passage::Kept,
+        };
+        let origin = match copied.slot {
+            Some(slot) => Origin::Server((*self.slots.get(slot)?)?),
+            None if is_unicast(copied.source_mac) => {
+                if let Some(address) = source_address(&self.received) {
+                    self.portable.learn(address, copied.source_mac, None);
+                }
+                Origin::Client(LinkAddress(copied.source_mac))
+            }
+            None => return None,
+        };
+        Some((origin, passage))
+    }
+
+    fn inbound(&self, (from, passage): (Origin, Passage)) -> Inbound<'_> {
+        Inbound { from, packet: &self.received, passage }
+    }
+
+    /// The next packet of the programs in this round.
+    fn receive_tapped(&mut self) -> Option<(Origin, Passage)> {
+        if self.left > 0 {
+            let taken = self.take();
+            self.idle = taken.is_none();
+            if taken.is_some() {
+                self.left = self.left.saturating_sub(self.received.len().max(LEAST_COST));
+                return taken;
+            }
+        }
+        for slot in 0..SLOTS {
+            while self.rvms_left[slot] > 0 {
+                let Some(copied) = self.tap.next_of(slot, &mut self.received) else { break };
+                let cost = self.received.len().max(LEAST_COST);
+                self.rvms_left[slot] = self.rvms_left[slot].saturating_sub(cost);
+                if let Some(taken) = self.origin(&copied) {
+                    return Some(taken);
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Plane for BpfPlane {
+    fn name(&self) -> &'static str {
+        "bpf"
+    }
+
+    fn set_anchor(&mut self, now: Instant, far_end: Device, port: u32) {
+        self.tap.set_anchor(port);
+        self.portable.set_anchor(now, far_end, port);
+    }
+
+    fn is_anchored(&self) -> bool {
+        self.portable.is_anchored()
+    }
+
+    fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, addresses: &[IpAddr]) {
+        let Some(slot) = self.slot_of(server).or_else(|| self.slots.iter().position(Option::is_none)) else {
+            // Without a slot it is not in the plane, so `has_server` keeps it from serving.
+            self.counters.no_slot += 1;
+            return;
+        };
+        let mut entry = Server { ifindex: vif.index, mac, ..Server::default() };
+        for address in addresses {
+            match address {
+                IpAddr::V4(v4) => (entry.has_v4, entry.v4) = (1, v4.octets()),
+                IpAddr::V6(v6) => (entry.has_v6, entry.v6) = (1, v6.octets()),
+            }
+        }
+        self.slots[slot] = Some(server);
+        self.tap.set_server(slot, entry);
+        self.portable.add_server(server, vif, mac, addresses);
+    }
+
+    fn has_server(&self, server: ServerId) -> bool {
+        self.slot_of(server).is_some() && self.portable.has_server(server)
+    }
+
+    fn rename_server(&mut self, from: ServerId, to: ServerId) {
+        if let Some(slot) = self.slot_of(from) {
+            self.slots[slot] = Some(to);
+        }
+        self.portable.rename_server(from, to);
+    }
+
+    fn remove_server(&mut self, server: ServerId) {
+        if let Some(slot) = self.slot_of(server) {
+            self.slots[slot] = None;
+            self.tap.set_server(slot, Server::default());
+        }
+        self.portable.remove_server(server);
+    }
+
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.tap.fds().chain(self.portable.fds()).collect()
+    }
+
+    fn set_ready(&mut self, ready: &[bool]) {
+        // The rings are looked at in any case: that costs less than a poll, and most records wake nobody.
+        let (_, captures) = ready.split_at(ready.len().min(1 + SLOTS));
+        self.left = TURN;
+        self.rvms_left = [RVM_TURN; SLOTS];
+        self.portable.set_ready(captures);
+    }
+
+    fn receive(&mut self, now: Instant) -> Option<Inbound<'_>> {
+        if let Some(taken) = self.receive_tapped() {
+            self.busy_until = now + BUSY;
+            return Some(self.inbound(taken));
+        }
+        self.portable.receive(now)
+    }
+
+    fn transmit(&mut self, packet: &Transmit) {
+        self.portable.transmit(packet);
+    }
+
+    fn set_ovm(&mut self, ovm: Option<ServerId>) {
+        if self.ovm == ovm && !self.stopped {
+            return;
+        }
+        self.ovm = ovm;
+        self.stopped = false;
+        let slot = ovm.and_then(|ovm| self.slot_of(ovm));
+        self.tap.activate(slot);
+        self.portable.set_ovm(ovm);
+    }
+
+    fn passes(&self) -> bool {
+        true
+    }
+
+    fn stop(&mut self) -> bool {
+        if self.stopped {
+            return false;
+        }
+        self.tap.activate(None);
+        self.stopped = true;
+        true
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    fn rest(&mut self) -> Option<Inbound<'_>> {
+        loop {
+            if let Some(taken) = self.take() {
+                return Some(self.inbound(taken));
+            }
+            // A record that is being written at this moment belongs to the rest.
+            if self.tap.is_drained() {
+                return None;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.idle && !self.stopped
+    }
+
+    fn hand_over(&mut self, handover: &Handover) {
+        let key = Key::new(handover.client, handover.psc.port());
+        match self.tap.install(&key, Conversation::new(&handover.flow, handover.link.0)) {
+            Ok(()) => self.counters.handed_over += 1,
+            // Its segments go on through the daemon.
+            Err(_) => self.counters.hand_over_failed += 1,
+        }
+    }
+
+    fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {
+        self.tap.remove(&Key::new(client, psc.port()));
+    }
+
+    fn take_untold(&mut self) -> bool {
+        let untold = self.tap.unrecorded();
+        std::mem::replace(&mut self.untold, untold) != untold
+    }
+
+    fn tick(&mut self, now: Instant) -> Option<Instant> {
+        self.tap.beat(now.as_micros().saturating_mul(1_000));
+        let look = (now < self.busy_until).then(|| now + LOOK);
+        look.into_iter().chain(self.portable.tick(now)).min()
+    }
+
+    fn take_losses(&mut self) -> Vec<Loss> {
+        self.portable.take_losses()
+    }
+
+    fn counters(&mut self) -> BTreeMap<&'static str, u64> {
+        let mut counters = self.portable.counters();
+        counters.extend(self.tap.counters());
+        let Counters { handed_over, hand_over_failed, no_slot } = self.counters;
+        counters.extend([
+            ("conversations_to_kernel", handed_over),
+            ("conversations_to_kernel_failed", hand_over_failed),
+            ("servers_without_slot", no_slot),
+        ]);
+        counters
+    }
+}

@@ -161,6 +161,10 @@ impl Context {
 
     /// Bytes that one direction of a conversation may hold now.
     pub(crate) fn room(&self) -> usize {
+        if self.passage == Passage::Passed {
+            // It is with the other side already; the plane's own buffer bounds how much that can be.
+            return usize::MAX;
+        }
         let full = self.retained >= self.config.limits.retained_bytes;
         if full { 0 } else { self.config.limits.conversation_bytes as usize }
     }

@@ -11,6 +11,7 @@ use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::seq::{position_of, seq_of};
 use crate::service::Service;
+use crate::stream::Stream;
 use crate::table::ConversationId;
 use crate::wire::Segment;
 use crate::{Effect, Evidence, Flow, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
@@ -41,8 +42,8 @@ pub struct Handover {
 }
 
 /// A conversation is handed over while the daemon holds less than this part of its limit for it, and taken back
-/// at four times that: window and order of a slow replica are the engine's to keep.
-const HANDOVER_SHARE: u64 = 16;
+/// at twice that: window and order of a slow replica are the engine's to keep.
+const HANDOVER_SHARE: u64 = 4;
 
 impl Service {
     /// The data plane can pass conversations by itself.
@@ -100,7 +101,7 @@ impl Service {
     pub(crate) fn review_passing(&mut self, conversation: &mut Conversation) {
         let Some(times) = self.ctx.plane else { return };
         if conversation.passing == Some(times) {
-            if !conversation.may_pass(&self.ctx, 4) {
+            if !conversation.may_pass(&self.ctx, 2) {
                 conversation.stop_passing(&mut self.ctx);
             }
         } else if !conversation.is_passable_queued && conversation.may_pass(&self.ctx, 1) {
@@ -202,8 +203,10 @@ impl Conversation {
         if ctx.passage == Passage::Passed {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
-            if end.is_none_or(|end| end > self.up.end()) {
+            if let Some(end) = end.filter(|end| *end > self.up.highest()) {
                 self.uncover(ctx);
+                // It goes on, alone.
+                self.up = Stream::new(end);
             }
         }
     }
@@ -218,8 +221,9 @@ impl Conversation {
         if ctx.passage == Passage::Passed {
             let end = position_of(server_iss, segment.seq, self.down.end())
                 .map(|start| start + segment.payload.len() as u64);
-            if end.is_none_or(|end| end > self.down.end()) {
+            if let Some(end) = end.filter(|end| *end > self.down.highest()) {
                 self.uncover(ctx);
+                self.down = Stream::new(end);
             }
         }
     }

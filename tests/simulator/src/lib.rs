@@ -45,13 +45,22 @@ pub fn knobs(seed: u64) -> String {
     format!("{:#?}", knobs::Knobs::draw(seed))
 }
 
+/// How packets get from clients to servers and back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// All through the engine.
+    Daemon,
+    /// By themselves where the engine lets them, as on the `bpf` plane; it hears copies.
+    Kernel,
+    /// Without the engine, and nothing fails: to tell the simulator's own faults apart.
+    Bare,
+}
+
 /// Runs a seed; `verbose` prints every packet and event.
-///
-/// `bare` leaves the engine out and lets nothing fail, to tell the simulator's own faults apart.
-pub fn run(seed: u64, verbose: bool, bare: bool) -> Report {
+pub fn run(seed: u64, verbose: bool, path: Path) -> Report {
     let knobs = knobs::Knobs::draw(seed);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let mut world = world::World::new(seed, knobs, trace::Trace::new(verbose), bare);
+        let mut world = world::World::new(seed, knobs, trace::Trace::new(verbose), path);
         let failure = world.run();
         let mut coverage = world.coverage.clone();
         coverage.hit(&format!("theme.{:?}", world.knobs.theme));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use simulator::{Coverage, run};
+use simulator::{Coverage, Path, run};
 
 /// Runs Understudy's protocol engine between real TCP stacks, in virtual time.
 #[derive(Parser)]
@@ -35,6 +35,9 @@ struct Arguments {
     /// Leave the engine out: what fails then is the simulator's own fault.
     #[arg(long)]
     bare: bool,
+    /// With a data plane that passes conversations by itself.
+    #[arg(long)]
+    kernel: bool,
     /// Succeed with at most so many failures; each is printed all the same.
     #[arg(long, default_value_t = 0)]
     tolerate: usize,
@@ -67,6 +70,11 @@ fn main() -> ExitCode {
         // A panic is reported with its seed.
         std::panic::set_hook(Box::new(|_| {}));
     }
+    let path = match (arguments.bare, arguments.kernel) {
+        (true, _) => Path::Bare,
+        (false, true) => Path::Kernel,
+        (false, false) => Path::Daemon,
+    };
     let next = AtomicU64::new(from);
     let total = Mutex::new((Coverage::default(), Vec::new(), 0u64));
     let lock = || total.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -78,8 +86,8 @@ fn main() -> ExitCode {
                     if seed >= to || lock().1.len() >= arguments.failures {
                         return;
                     }
-                    let mut report = run(seed, arguments.verbose, arguments.bare);
-                    if arguments.twice && run(seed, false, arguments.bare).digest != report.digest {
+                    let mut report = run(seed, arguments.verbose, path);
+                    if arguments.twice && run(seed, false, path).digest != report.digest {
                         report.failure = Some("two runs of the seed differ".into());
                     }
                     let mut total = lock();
@@ -88,7 +96,8 @@ fn main() -> ExitCode {
                     if let Some(failure) = report.failure {
                         println!("seed {seed} failed: {failure}");
                         if total.1.len() < 10 {
-                            println!("  replay: cargo run --release -p simulator -- --seed {seed} --verbose");
+                            let kernel = if arguments.kernel { " --kernel" } else { "" };
+                            println!("  replay: cargo run --release -p simulator -- --seed {seed}{kernel} --verbose");
                         }
                         total.1.push(seed);
                     }

@@ -4,6 +4,7 @@
 
 mod dom0;
 mod excuses;
+mod plane;
 mod strikes;
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -23,7 +24,7 @@ use crate::link::Link;
 use crate::observer::Observer;
 use crate::prng::{Prng, splitmix};
 use crate::trace::Trace;
-use crate::verdict;
+use crate::{Path, verdict};
 
 const PORT: u16 = 6379;
 /// Most servers in one run, those that went included.
@@ -54,6 +55,8 @@ enum Event {
     WakeServer(usize),
     EngineTimer,
     DaemonPoll,
+    /// The daemon looks at what the plane passed.
+    Look,
     Fenced(ServerId),
     Strike(usize),
 }
@@ -121,6 +124,8 @@ pub(crate) struct World {
     /// Faults, actions and promotions so far.
     story: String,
     bare: bool,
+    /// Passes conversations by itself, if there is one that does.
+    plane: Option<plane::Plane>,
 }
 
 fn psc() -> Vec<IpAddr> {
@@ -149,9 +154,10 @@ fn link_address(index: usize) -> LinkAddress {
 }
 
 impl World {
-    /// `bare` leaves the engine out: clients talk to the first server, and nothing fails. What goes
+    /// [`Path::Bare`] leaves the engine out: clients talk to the first server, and nothing fails. What goes
     /// wrong then is the simulator's own fault.
-    pub(crate) fn new(seed: u64, mut knobs: Knobs, trace: Trace, bare: bool) -> Self {
+    pub(crate) fn new(seed: u64, mut knobs: Knobs, trace: Trace, path: Path) -> Self {
+        let bare = path == Path::Bare;
         if bare {
             knobs.faults.clear();
             knobs.guests.truncate(1);
@@ -232,9 +238,13 @@ impl World {
             standing: Vec::new(),
             story: String::new(),
             bare,
+            plane: (path == Path::Kernel).then(plane::Plane::default),
             clients,
             knobs,
         };
+        if world.plane.is_some() {
+            world.service.set_plane_passes();
+        }
         world.begin();
         world
     }
@@ -393,10 +403,12 @@ impl World {
     }
 
     fn handle(&mut self, event: Event) {
-        let for_dom0 = matches!(
-            event,
-            Event::FromClient(..) | Event::FromServer(..) | Event::EngineTimer | Event::DaemonPoll
-        );
+        let for_dom0 = match event {
+            // The kernel is not starved with the daemon.
+            Event::FromClient(..) | Event::FromServer(..) => self.plane.is_none(),
+            Event::EngineTimer | Event::DaemonPoll | Event::Look => true,
+            _ => false,
+        };
         if for_dom0 && self.now < self.starved_until {
             self.push(self.starved_until, event);
             return;
@@ -429,10 +441,12 @@ impl World {
                     self.timer = None;
                     self.service.handle_timeout(self.instant());
                     self.drain();
+                    self.follow_suspicion();
                     self.watch_timer_storm();
                 }
             }
             Event::DaemonPoll => self.daemon_poll(),
+            Event::Look => self.look_at_ring(),
             Event::Fenced(id) => self.fence_done(id),
             Event::Strike(index) => self.strike(index),
         }

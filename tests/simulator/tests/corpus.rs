@@ -2,13 +2,13 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use simulator::{Coverage, run};
+use simulator::{Coverage, Path, run};
 
 fn must_pass(seeds: impl Iterator<Item = u64>) -> Coverage {
     let mut failures = Vec::new();
     let mut coverage = Coverage::default();
     for seed in seeds {
-        let report = run(seed, false, false);
+        let report = run(seed, false, Path::Daemon);
         coverage.merge(&report.coverage);
         if let Some(failure) = report.failure {
             failures.push(format!(
@@ -42,14 +42,18 @@ fn fresh_seeds_pass() {
 #[test]
 fn a_seed_replays_to_the_last_bit() {
     for seed in 0..10 {
-        assert_eq!(run(seed, false, false).digest, run(seed, false, false).digest, "seed {seed}");
+        assert_eq!(
+            run(seed, false, Path::Daemon).digest,
+            run(seed, false, Path::Daemon).digest,
+            "seed {seed}"
+        );
     }
 }
 
 #[test]
 fn without_the_engine_nothing_fails() {
     for seed in 0..50 {
-        assert_eq!(run(seed, false, true).failure, None, "seed {seed}");
+        assert_eq!(run(seed, false, Path::Bare).failure, None, "seed {seed}");
     }
 }
 

@@ -32,12 +32,15 @@ impl World {
             self.see(&Seen::FromClient(&segment));
         }
         if self.bare && Segment::parse(&whole).is_ok() {
-            let mut packet = whole;
+            let mut packet = whole.clone();
             let to = self.guests[0].addresses.clone();
             readdress(&mut packet, None, Some(&to));
             self.carry_to_server(0, packet);
         }
         if self.bare {
+            return;
+        }
+        if self.plane_takes_from_client(client, &whole, packet) {
             return;
         }
         self.service.handle_client(self.instant(), link_address(client), packet);
@@ -63,11 +66,15 @@ impl World {
             }
             return;
         }
+        if self.plane_takes_from_server(id, &whole, packet) {
+            return;
+        }
         self.service.handle_server(self.instant(), id, packet);
         self.after_packet();
+        self.follow_suspicion();
     }
 
-    fn after_packet(&mut self) {
+    pub(super) fn after_packet(&mut self) {
         self.drain();
         self.packets += 1;
         for index in 0..self.pending.len() {
@@ -115,7 +122,7 @@ impl World {
         }
     }
 
-    fn transmit_to_client(&mut self, link: LinkAddress, packet: Vec<u8>) {
+    pub(super) fn transmit_to_client(&mut self, link: LinkAddress, packet: Vec<u8>) {
         let client = usize::from(link.0[5]);
         self.trace.packet(self.now, &format!("> client {client}"), &packet);
         let segment = match Segment::parse(&packet) {
@@ -155,7 +162,7 @@ impl World {
         });
     }
 
-    fn transmit_to_server(&mut self, id: ServerId, packet: Vec<u8>) {
+    pub(super) fn transmit_to_server(&mut self, id: ServerId, packet: Vec<u8>) {
         self.trace.packet(self.now, &format!("> {id:?}"), &packet);
         let Some(guest) = self.guest_of(id) else {
             self.fail("well-formed", format!("a packet to {id:?}, which never was"));
@@ -201,6 +208,9 @@ impl World {
         match effect {
             Effect::Cutover { from, to, .. } => {
                 self.see(&Seen::Cutover { to });
+                if let Some(plane) = &mut self.plane {
+                    plane.activate(Some(to));
+                }
                 let Some(from) = from else { return };
                 self.deposed = Some(from);
                 self.promotions += 1;
@@ -228,8 +238,16 @@ impl World {
                 let at = self.now + self.knobs.fence_us;
                 self.push(at, Event::Fenced(id));
             }
-            // The simulated plane passes nothing by itself.
-            Effect::StopPlane(_) | Effect::TakeBack { .. } => {}
+            Effect::StopPlane(evidence) => {
+                if let Some(plane) = &mut self.plane {
+                    plane.suspect(evidence);
+                }
+            }
+            Effect::TakeBack { client, psc } => {
+                if let Some(plane) = &mut self.plane {
+                    plane.take_back(client, psc);
+                }
+            }
             Effect::Event(event) => {
                 self.event(&event.kind);
                 self.see(&Seen::Event(&event.kind));
@@ -300,7 +318,12 @@ impl World {
         }
         for (id, kind) in evidence {
             self.trace.line(self.now, || format!("daemon: {id:?} {kind:?}"));
-            self.service.handle_evidence(self.instant(), id, kind);
+            let now = self.instant();
+            if self.service.ovm() == Some(id) {
+                self.cut_over(|service| service.handle_evidence(now, id, kind));
+            } else {
+                self.service.handle_evidence(now, id, kind);
+            }
         }
         self.drain();
     }

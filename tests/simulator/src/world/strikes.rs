@@ -63,11 +63,13 @@ impl World {
                 }
             }
             Fault::Switchover => {
-                let result = self.service.switchover(self.instant(), None);
+                let now = self.instant();
+                let result = self.cut_over(|service| service.switchover(now, None));
                 self.action("switchover", result.map(|_| ()));
             }
             Fault::Failover { force } => {
-                let result = self.service.failover(self.instant(), None, force);
+                let now = self.instant();
+                let result = self.cut_over(|service| service.failover(now, None, force));
                 if force && result.is_ok() {
                     self.excuse.get_or_insert("a forced failover");
                 }

@@ -7,11 +7,10 @@ use crate::context::Context;
 use crate::conversation::{Conversation, Held, text_before};
 use crate::handshake::{LEAST_MSS, mtu_mss};
 use crate::leg::{Leg, Phase};
-use crate::passing::Passage;
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
-use crate::{ServerId, Uncovered};
+use crate::{Passage, ServerId, Uncovered};
 
 impl Conversation {
     /// A segment that the server in `slot` sent.

@@ -4,12 +4,11 @@ use core::net::{IpAddr, SocketAddr};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::counters::Counters;
+use crate::key::{ConversationId, Key};
 use crate::order::Order;
-use crate::passing::Passage;
 use crate::queue::{MAX_SERVERS, Queue, Slot};
-use crate::table::{ConversationId, Key};
 use crate::{
-    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, ServerId, ServiceConfig,
+    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Passage, ServerId, ServiceConfig,
     StaleReason, Transmit,
 };
 

@@ -1,10 +1,10 @@
 //! What the engine tells the outside world, and what the outside world tells it.
 
-use core::net::SocketAddr;
+use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::Instant;
+use crate::{Flow, Instant};
 
 /// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
 /// what arrives late for a former life is recognised.
@@ -252,4 +252,90 @@ pub enum NotPromotable {
     PromotionLimit,
     /// Its domain is not running.
     NotRunning,
+}
+
+/// A server as the caller introduces it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerSpec {
+    /// Its identity, never used before in this service.
+    pub id: ServerId,
+    /// The guest's own addresses: at most one per family; a PSC address without a counterpart here
+    /// is not served by it.
+    pub addresses: Vec<IpAddr>,
+    /// MTU of its vif in bytes.
+    pub mtu: u16,
+}
+
+/// What the operator states about an RVM's state when attaching it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seeding {
+    /// Nothing: it is fed new conversations, and is stale.
+    Unseeded,
+    /// Its state equals the OVM's now. Refused while conversations are open.
+    AssumeIdentical,
+    /// Its state will equal the OVM's once open conversations ended: new SYNs are held, and what is
+    /// still open at the deadline makes the drain fail (SYNs flow again, the RVM stays stale).
+    Drain {
+        /// When to give up.
+        deadline: Instant,
+    },
+}
+
+/// Why an operator's request is refused; nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OperatorError {
+    /// The id is not in the queue.
+    #[error("the server is not in this service's queue")]
+    UnknownServer,
+    /// The id is in the queue already.
+    #[error("the server is in this service's queue already")]
+    AlreadyAttached,
+    /// No slot is free.
+    #[error("the queue is full: a service has at most {0} servers")]
+    QueueFull(usize),
+    /// Seeding as identical needs a moment without open conversations.
+    #[error(
+        "{0} conversations are open; a server can be taken as identical only when none is (wait, or drain)"
+    )]
+    ConversationsOpen(u64),
+    /// A drain is under way.
+    #[error("a drain is under way already")]
+    DrainUnderWay,
+    /// The service has an OVM.
+    #[error("the service has an OVM already")]
+    OvmInstalled,
+    /// It is the OVM.
+    #[error("the server is the OVM")]
+    IsOvm,
+    /// No server would remain that could serve.
+    #[error("nothing would be left to serve the clients")]
+    NothingLeft,
+    /// The server can't be promoted unasked, and force was not given.
+    #[error("the server is not promotable")]
+    NotPromotable,
+}
+
+/// What the data plane did with a packet that it hands to the engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Passage {
+    /// Nothing: it waits for the engine's word.
+    #[default]
+    Kept,
+    /// Passed it on, translated by the conversation's [`Flow`].
+    Passed,
+    /// Nothing, and it passes nothing more of this conversation by itself.
+    HandedOver,
+}
+
+/// A conversation that the data plane may pass by itself from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handover {
+    /// The client's socket.
+    pub client: SocketAddr,
+    /// The PSC's socket.
+    pub psc: SocketAddr,
+    /// The client's next hop.
+    pub link: LinkAddress,
+    /// How to translate, as of now.
+    pub flow: Flow,
 }

@@ -2,19 +2,15 @@
 //! server's window, never acknowledging what the client has not acknowledged.
 
 use core::net::SocketAddr;
-use core::time::Duration;
 
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::leg::{Leg, Phase};
+use crate::leg::{GONE_GRACE, Leg, Phase};
 use crate::mask::{self, Compared};
 use crate::queue::Slot;
 use crate::seq::seq_of;
 use crate::wire::{Flags, Options, Segment};
 use crate::{EventKind, Uncovered};
-
-/// A server that reset a conversation may be a moment ahead of the OVM doing the same.
-pub(crate) const GONE_GRACE: Duration = Duration::from_millis(500);
 
 impl Conversation {
     /// Compares, feeds and times the leg of one server. An error uncovers the conversation there.

@@ -7,12 +7,12 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::context::Context;
 use crate::conversation::{Client, Conversation, Told};
+use crate::key::{ConversationId, Key};
 use crate::leg::{Leg, Legs};
 use crate::queue::Slot;
 use crate::seq::{later, position_of};
 use crate::stream::Stream;
-use crate::table::{ConversationId, Key};
-use crate::verdict::REMINDERS;
+use crate::suspicion::REMINDERS;
 use crate::wire::{Flags, Options, Segment};
 use crate::{Instant, LinkAddress, ServerId};
 

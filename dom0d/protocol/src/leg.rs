@@ -6,6 +6,9 @@ use crate::stream::Stream;
 use crate::translate::{latest_tsval, tsecr_for_server};
 use crate::{Instant, ServerId, Uncovered};
 
+/// A server that reset a conversation may be a moment ahead of the OVM doing the same.
+pub(crate) const GONE_GRACE: core::time::Duration = core::time::Duration::from_millis(500);
+
 /// How far the handshake with a server is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {

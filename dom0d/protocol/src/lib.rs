@@ -9,9 +9,12 @@ mod config;
 mod context;
 mod conversation;
 mod counters;
+mod drain;
+mod ending;
 mod event;
 mod feed;
 mod handshake;
+mod key;
 mod leg;
 mod mask;
 mod operator;
@@ -19,25 +22,28 @@ mod order;
 mod passing;
 mod promotion;
 mod queue;
+mod reception;
 mod recuperation;
+mod request;
 mod sender;
 mod seq;
 mod service;
+mod settle;
 mod status;
 mod stream;
+mod suspicion;
 mod table;
 mod time;
 mod translate;
+mod upkeep;
 mod verdict;
 mod wire;
 
 pub use config::{CandidatePolicy, LagPolicy, Limits, Mask, ServiceConfig, Timing};
 pub use event::{
-    Destination, Effect, Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId, StaleReason,
-    Transmit, Uncovered,
+    Destination, Effect, Event, EventKind, Evidence, Handover, LinkAddress, NotPromotable, OperatorError,
+    Passage, Seeding, ServerId, ServerSpec, StaleReason, Transmit, Uncovered,
 };
-pub use operator::{OperatorError, Seeding, ServerSpec};
-pub use passing::{Handover, Passage};
 pub use queue::MAX_SERVERS;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};

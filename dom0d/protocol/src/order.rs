@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::key::ConversationId;
 use crate::queue::{MAX_SERVERS, Slot};
-use crate::table::ConversationId;
 
 #[derive(Debug)]
 struct Entry {

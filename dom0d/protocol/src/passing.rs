@@ -5,41 +5,16 @@
 //! and gives it back by itself with the first segment that is not what comes next. All of them end at once when
 //! the plane is stopped, as it must be before a cutover: what it passed under the old epoch is heard first.
 
-use core::net::SocketAddr;
-
 use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::key::ConversationId;
 use crate::seq::{position_of, seq_of};
 use crate::service::Service;
 use crate::stream::Stream;
-use crate::table::ConversationId;
 use crate::wire::Segment;
-use crate::{Effect, Evidence, Flow, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
-
-/// What the data plane did with a packet that it hands to the engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Passage {
-    /// Nothing: it waits for the engine's word.
-    #[default]
-    Kept,
-    /// Passed it on, translated by the conversation's [`Flow`].
-    Passed,
-    /// Nothing, and it passes nothing more of this conversation by itself.
-    HandedOver,
-}
-
-/// A conversation that the data plane may pass by itself from now on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Handover {
-    /// The client's socket.
-    pub client: SocketAddr,
-    /// The PSC's socket.
-    pub psc: SocketAddr,
-    /// The client's next hop.
-    pub link: LinkAddress,
-    /// How to translate, as of now.
-    pub flow: Flow,
-}
+use crate::{
+    Effect, Evidence, Flow, Handover, Instant, LinkAddress, Passage, ServerId, StaleReason, Uncovered,
+};
 
 /// A conversation is handed over while the daemon holds less than this part of its limit for it, and taken back
 /// at twice that: window and order of a slow replica are the engine's to keep.

@@ -1,36 +1,14 @@
 //! From promotion until a conversation's counts on the new OVM reach those of the old (paper §IV.B):
 //! the daemon plays the server towards the client, from what it recorded and what the new OVM answers.
 
+use crate::EventKind;
 use crate::context::Context;
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, Recuperating};
 use crate::leg::{Leg, Phase};
 use crate::sender::Sender;
 use crate::seq::seq_of;
 use crate::stream::Stream;
 use crate::wire::{Flags, Segment};
-use crate::{EventKind, Instant};
-
-/// A conversation's recuperation.
-#[derive(Debug)]
-pub(crate) struct Recuperating {
-    /// What the daemon sends the client.
-    pub(crate) sender: Sender,
-    /// The client must be sent an ACK.
-    pub(crate) ack_due: bool,
-    /// The segment at SND.UNA must be sent again at once.
-    resend: bool,
-}
-
-impl Recuperating {
-    /// The client acknowledged `newly` bytes up to `ack`, or repeated itself.
-    pub(crate) fn acknowledged(&mut self, ack: u64, newly: u64, duplicate: bool, now: Instant) {
-        if newly > 0 {
-            self.resend |= self.sender.acknowledged(ack, newly, now);
-        } else if duplicate {
-            self.resend |= self.sender.duplicate(ack);
-        }
-    }
-}
 
 impl Conversation {
     /// Arranges the legs for the service's present epoch.

@@ -1,30 +1,9 @@
 //! The conversation table: bounded, found by addresses or by id.
 
-use core::net::SocketAddr;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use crate::conversation::Conversation;
-
-/// The addresses that identify a conversation (RFC 9293 §3.3.1: remote and local socket).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Key {
-    pub(crate) client: SocketAddr,
-    pub(crate) psc: SocketAddr,
-}
-
-/// A place in the table and which of its tenants is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ConversationId {
-    index: u32,
-    generation: u32,
-}
-
-impl ConversationId {
-    #[cfg(test)]
-    pub(crate) const fn for_tests(index: u32) -> Self {
-        Self { index, generation: 0 }
-    }
-}
+use crate::key::{ConversationId, Key};
 
 #[derive(Debug, Default)]
 struct Place {

@@ -3,60 +3,13 @@
 //! The intuition: an RVM is a witness. It got the same bytes by the same host, so if it acknowledged
 //! or answered and the OVM did not, the host, the client and the request are not to blame.
 
+use crate::Evidence;
 use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::leg::{Leg, Phase};
 use crate::mask::{self, Compared};
 use crate::queue::{MAX_SERVERS, Slot};
-use crate::{Evidence, Instant, Timing};
-
-/// Since when a conversation has something against the OVM.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Suspicion {
-    /// (c) A segment stays unacknowledged by the OVM though an RVM acknowledged it.
-    unacked_since: Option<Instant>,
-    /// The OVM's acknowledgment when that began.
-    unacked_at: u64,
-    /// Times the OVM was sent the segment again.
-    reminders: u32,
-    /// (d) RVMs agree on an answer that the OVM does not begin.
-    silent_since: Option<Instant>,
-    /// Where that answer begins.
-    silent_at: u64,
-    /// (d) The OVM's window is shut though RVMs that have no more bytes have theirs open.
-    shut_since: Option<Instant>,
-    /// The right edge of that window.
-    shut_at: u64,
-    /// (e) RVMs disputed the OVM's close of this conversation.
-    pub(crate) close_disputed: bool,
-}
-
-/// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
-/// been lost on its vif while the client's own timer is long.
-pub(crate) const REMINDERS: u32 = 5;
-
-impl Suspicion {
-    pub(crate) fn note_answer(&mut self) {
-        self.silent_since = None;
-    }
-
-    pub(crate) fn is_pending(&self) -> bool {
-        self.unacked_since.is_some() || self.silent_since.is_some() || self.shut_since.is_some()
-    }
-
-    pub(crate) fn deadline(&self, timing: &Timing, ctx: &Context) -> Option<Instant> {
-        let reminder = timing.unacked_limit / (REMINDERS + 1) * (self.reminders + 1).min(REMINDERS + 1);
-        let unacked =
-            self.unacked_since.map(|since| ctx.measured_from(since) + reminder.min(timing.unacked_limit));
-        let silent = self.silent_since.into_iter().chain(self.shut_since);
-        let silent = silent.map(|since| ctx.measured_from(since) + timing.progress_limit);
-        unacked
-            .into_iter()
-            .chain(silent)
-            .min()
-            .map(|deadline| deadline.max(ctx.now + core::time::Duration::from_millis(1)))
-    }
-}
+use crate::suspicion::{REMINDERS, Suspicion};
 
 impl Conversation {
     /// Looks for evidence; what is found goes into [`Context::suspicion`].

@@ -1,0 +1,184 @@
+//! How a conversation ends, for the client and at each server, and how long it is remembered.
+
+use core::time::Duration;
+
+use crate::context::Context;
+use crate::conversation::Conversation;
+use crate::leg::Leg;
+use crate::queue::{MAX_SERVERS, Slot};
+use crate::seq::seq_of;
+use crate::wire::{Flags, Segment};
+use crate::{EventKind, Instant, StaleReason};
+
+/// Probes to an idle client before it counts as dead, and the time between them.
+const IDLE_PROBES: u8 = 5;
+const IDLE_PROBE_INTERVAL: core::time::Duration = core::time::Duration::from_secs(15);
+
+/// How long RVMs may take for a closed conversation's last bytes before its addresses are used again
+/// (RFC 6298 §2.1: a SYN is sent again after a second).
+const REUSE: Duration = Duration::from_millis(900);
+
+impl Conversation {
+    /// Both FINs are acknowledged, or somebody reset it.
+    pub(crate) fn close(&mut self, ctx: &mut Context) {
+        if self.closed.is_some() {
+            return;
+        }
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get(slot, server) {
+                let (covered, diverged) = leg.counts();
+                ctx.count(slot, -covered, -diverged);
+            }
+        }
+        self.closed = Some(ctx.now);
+        ctx.gaps.remove(&self.id);
+        ctx.open = ctx.open.saturating_sub(1);
+        self.release_hold(ctx);
+        self.end_recuperation(ctx);
+    }
+
+    /// Closes the conversation if both sides have closed and acknowledged.
+    pub(crate) fn close_if_finished(&mut self, ctx: &mut Context) {
+        let (Some(down_fin), Some((up_fin, _))) = (self.down_fin, self.up_fin) else { return };
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let served = self.legs.get(slot, server).is_some_and(|leg| leg.rcv_nxt > up_fin);
+        if served && self.client.acked > down_fin {
+            self.close(ctx);
+        }
+    }
+
+    pub(crate) fn release_hold(&mut self, ctx: &mut Context) {
+        if self.held.take().is_some() {
+            ctx.holding.remove(&self.id);
+            ctx.disputes.remove(&self.id);
+            if ctx.holding.is_empty() {
+                ctx.refusals.clear();
+            }
+        }
+    }
+
+    /// The conversation can't go on correctly: the client is sent a RST when its turn comes.
+    pub(crate) fn reset(&mut self, ctx: &mut Context) {
+        if self.was_reset || self.closed.is_some() {
+            return;
+        }
+        ctx.recuperation.reset += 1;
+        ctx.counters.resets += 1;
+        ctx.event(EventKind::Reset { client: self.key.client });
+        ctx.resets.push_back(self.id);
+        let fin = self.up_fin.is_some_and(|(fin, _)| fin == self.up.end());
+        self.abort(self.up.end() + u64::from(fin), ctx);
+    }
+
+    /// The client is, or will be, sent a RST. Servers get what it had been promised up to `position`, then
+    /// a RST too.
+    pub(crate) fn abort(&mut self, position: u64, ctx: &mut Context) {
+        self.up_rst = Some((position, ctx.order.mark()));
+        self.was_reset = true;
+        self.play_client(ctx);
+        self.close(ctx);
+    }
+
+    /// The RST of [`Conversation::reset`]. The position is a guess when data is in flight; the client
+    /// answers a wrong one with a challenge ACK (RFC 5961 §3.2), which is then answered exactly.
+    pub(crate) fn send_reset(&mut self, ctx: &mut Context) {
+        let reset = Segment { flags: Flags::RST.with(Flags::ACK), window: 0, ..self.segment_to_client() };
+        ctx.send_to_client(self.link, reset.emit());
+    }
+
+    /// Resets the server's side, at the exact position.
+    pub(crate) fn send_reset_to(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
+        if let Some(guest) = ctx.guest(slot, self.key.psc) {
+            let reset = Segment {
+                seq: seq_of(self.client.iss, leg.rcv_nxt),
+                flags: Flags::RST.with(Flags::ACK),
+                window: 0,
+                ..self.segment_to_leg(leg, guest)
+            };
+            ctx.send_to_server(leg.server, reset.emit());
+        }
+    }
+
+    /// A new OVM, catching up, still has to produce an answer of this conversation, though that may have
+    /// ended for the client.
+    pub(crate) fn is_awaited(&self, ctx: &Context) -> bool {
+        let ovm = ctx.queue.ovm().filter(|_| ctx.is_catching_up());
+        ovm.is_some_and(|ovm| ctx.order.awaited(ovm) == Some(self.id))
+    }
+
+    /// It ended under an earlier OVM, and the present one has yet to take the client's last bytes, or to
+    /// close: until then they must be supplied, and what it says is not for the client.
+    pub(crate) fn is_open_at_ovm(&self, ctx: &Context) -> bool {
+        self.closed.is_some()
+            && ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| {
+                let ended = leg.rcv_nxt >= self.up_end() && leg.fin.is_some_and(|fin| leg.told.0 > fin);
+                !leg.through && leg.gone.is_none() && leg.covers() && !ended
+            })
+    }
+
+    /// Closed just now, and an RVM has yet to take the last bytes: another conversation in its place
+    /// would make that RVM stale, and a client could do so at will. Its next SYN comes after a second.
+    pub(crate) fn is_unfinished(&self, ctx: &Context) -> bool {
+        let is_recent = self.closed.is_some_and(|closed| ctx.now.since(closed) < REUSE);
+        is_recent
+            && ctx.roster().any(|(slot, server)| {
+                self.legs
+                    .get(slot, server)
+                    .is_some_and(|leg| !leg.through && leg.gone.is_none() && leg.rcv_nxt < self.up.end())
+            })
+    }
+
+    /// Whether to keep it: open and its client alive, or closed and its linger not over.
+    pub(crate) fn is_wanted(&mut self, ctx: &mut Context) -> bool {
+        match self.closed {
+            Some(closed) => {
+                let timing = ctx.config.timing;
+                let keep = if self.is_open_at_ovm(ctx) { timing.idle_probe } else { timing.linger };
+                ctx.now < closed + keep.max(timing.linger)
+            }
+            None if self.probes >= IDLE_PROBES && ctx.now >= self.idle_deadline(ctx) => {
+                // Nobody there: every server is told, the client would not hear it.
+                self.reset(ctx);
+                true
+            }
+            None => {
+                if ctx.now >= self.idle_deadline(ctx) {
+                    self.probes += 1;
+                    let probe = Segment {
+                        seq: seq_of(self.told.iss, self.client.acked).wrapping_sub(1),
+                        ..self.segment_to_client()
+                    };
+                    ctx.send_to_client(self.link, probe.emit());
+                }
+                true
+            }
+        }
+    }
+
+    pub(crate) fn idle_deadline(&self, ctx: &Context) -> Instant {
+        self.last_heard + ctx.config.timing.idle_probe + IDLE_PROBE_INTERVAL * u32::from(self.probes)
+    }
+
+    /// It leaves the table. An RVM that still lacked bytes of it lacks them for good; one that still owed
+    /// answers is held to no order any more.
+    pub(crate) fn end(&mut self, ctx: &mut Context) {
+        self.close(ctx);
+        let open_at_ovm = self.is_open_at_ovm(ctx);
+        let ovm = ctx.queue.ovm();
+        ctx.owed.remove(&self.id);
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.take(slot, server) {
+                let owes = !leg.through && leg.covers() && leg.answers.end() < self.down.end();
+                if leg.gone.is_none() && (leg.rcv_nxt < self.up.end() || owes) {
+                    ctx.mark_stale(slot, StaleReason::MissedBytes);
+                }
+                if open_at_ovm && ovm == Some(slot) && leg.is_open() {
+                    self.send_reset_to(slot, &leg, ctx);
+                }
+                self.settle_accounts(slot, &leg, ctx);
+            }
+        }
+        ctx.progressed = [true; MAX_SERVERS];
+        ctx.retained = ctx.retained.saturating_sub(self.retained);
+    }
+}

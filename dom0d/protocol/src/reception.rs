@@ -1,0 +1,211 @@
+//! What becomes of a segment that belongs to no conversation yet, or to none at all.
+
+use core::net::IpAddr;
+
+use crate::handshake::Embryonic;
+use crate::key::Key;
+use crate::queue::Slot;
+use crate::service::Service;
+use crate::wire::{Flags, Icmp, Segment};
+use crate::{EventKind, Evidence, LinkAddress, Passage, ServerId, StaleReason, Uncovered};
+
+/// Link addresses remembered for clients of unprotected conversations.
+const LINKS: usize = 4096;
+/// Refused handshakes counted while closes are held; more tell no more.
+const HELD_REFUSALS: usize = 16;
+/// SYNs kept during a drain.
+const HELD_SYNS: usize = 1024;
+
+impl Service {
+    pub(crate) fn handle_client_syn(
+        &mut self,
+        key: Key,
+        link: LinkAddress,
+        syn: &Segment<'_>,
+        packet: &[u8],
+    ) {
+        if syn.flags.has(Flags::ACK.with(Flags::RST).with(Flags::FIN)) {
+            self.ctx.counters.unacceptable += 1;
+            return;
+        }
+        let known = self.table.find(&key).filter(|id| {
+            self.table.get(*id).is_some_and(|known| known.is_open() && known.client.iss == syn.seq)
+        });
+        if let Some(id) = known {
+            return self.with(id, |conversation, ctx| conversation.handle_repeated_syn(syn, ctx));
+        }
+        let former = self.table.find(&key).and_then(|id| self.table.get(id));
+        if former.is_some_and(|former| !former.is_open() && former.client.iss == syn.seq) {
+            // A late duplicate of the SYN that began what has ended.
+            self.ctx.counters.unacceptable += 1;
+            return;
+        }
+        if former.is_some_and(|former| former.is_unfinished(&self.ctx)) {
+            self.ctx.counters.early_reuse += 1;
+            return;
+        }
+        if let Some(drain) = &mut self.drain {
+            self.ctx.counters.held_syns += 1;
+            if drain.held.len() < HELD_SYNS {
+                drain.held.push_back((link, packet.to_vec()));
+            } else {
+                self.ctx.counters.held_syns_dropped += 1;
+            }
+            return;
+        }
+        self.remember_link(key.client.ip(), link);
+        self.handshakes.handle_syn(key, link, syn, &mut self.ctx);
+    }
+
+    /// SYN-ACKs and refusals of the OVM; true if the segment needs nothing else.
+    pub(crate) fn handle_ovm_handshake(
+        &mut self,
+        key: &Key,
+        server: ServerId,
+        segment: &Segment<'_>,
+    ) -> bool {
+        if segment.flags.has(Flags::RST) {
+            if !self.ctx.holding.is_empty() && self.handshakes.acknowledges(key, segment) {
+                // The service may have died inside the OVM: the client asks again, and gets whoever
+                // serves then.
+                if self.ctx.refusals.len() < HELD_REFUSALS {
+                    self.ctx.refusals.insert(*key);
+                }
+                return true;
+            }
+            if self.handshakes.handle_refusal(key, segment) {
+                self.send_as_is(*key, segment);
+                return true;
+            }
+            return false;
+        }
+        if segment.flags.has(Flags::SYN) && self.handshakes.is_answered_otherwise(key, server, segment.seq) {
+            return true;
+        }
+        if segment.flags.has(Flags::SYN) && self.handshakes.handle_syn_ack(key, server, segment) {
+            self.send_as_is(*key, segment);
+            return true;
+        }
+        false
+    }
+
+    /// An RVM speaks of a conversation that there is not (any more): RFC 9293 §3.10.7.1.
+    pub(crate) fn refuse(&mut self, server: ServerId, segment: &Segment<'_>) {
+        if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::RST) {
+            let reset = Segment {
+                src: segment.dst,
+                dst: segment.src,
+                seq: segment.ack,
+                ack: 0,
+                flags: Flags::RST,
+                window: 0,
+                options: Default::default(),
+                payload: &[],
+                ..*segment
+            };
+            self.ctx.send_to_server(server, reset.emit());
+        }
+    }
+
+    /// An RVM answered a SYN that the OVM, silent altogether, did not.
+    pub(crate) fn hear_witness(&mut self, slot: Slot) {
+        self.handshakes.note_ovm_heard();
+        let trusted =
+            self.ctx.queue.get(slot).is_some_and(|server| self.ctx.queue.not_promotable(server).is_none());
+        if trusted && self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
+            self.suspect(Evidence::UnacknowledgedSegment);
+        }
+        self.settle();
+    }
+
+    /// The client's handshake with the OVM is complete: every RVM gets its SYN now.
+    pub(crate) fn open(&mut self, key: Key, embryonic: Embryonic) {
+        if let Some(former) = self.table.find(&key) {
+            self.abandon(former);
+        }
+        let limit = self.ctx.config.limits.conversations;
+        let mut id = self.table.reserve(key, limit);
+        if id.is_none()
+            && let Some(closed) = self.table.oldest_closed()
+        {
+            self.abandon(closed);
+            id = self.table.reserve(key, limit);
+        }
+        let Some(id) = id else {
+            self.ctx.counters.conversations += 1;
+            self.ctx.event(EventKind::Unprotected { client: key.client, reason: Uncovered::TableFull });
+            return;
+        };
+        match embryonic.open(id, key, &mut self.ctx) {
+            Some(conversation) => self.table.put(conversation),
+            None => self.table.cancel(id, &key),
+        }
+    }
+
+    /// A conversation that the daemon does not know flows all the same. After a promotion the new OVM
+    /// answers it with a RST of its own: a clean end.
+    pub(crate) fn pass_unprotected_to_ovm(&mut self, link: LinkAddress, segment: &Segment<'_>) {
+        if self.ctx.passage == Passage::Passed {
+            return;
+        }
+        let Some((slot, server)) = self.ctx.ovm() else { return };
+        let Some(guest) = self.ctx.guest(slot, segment.dst) else { return };
+        self.remember_link(segment.src.ip(), link);
+        self.ctx.counters.unprotected_segments += 1;
+        let mss = self.ctx.queue.get(slot).map_or(536, |server| server.mtu.saturating_sub(60));
+        let translated = Segment { dst: guest, ..*segment };
+        translated.emit_split(mss, |packet| self.ctx.send_to_server(server, packet));
+    }
+
+    /// An OVM's segment in a conversation that the daemon does not know. Unless it is a refusal, or the
+    /// handshake is still to be completed, the OVM serves somebody whose bytes no RVM gets.
+    pub(crate) fn pass_unprotected_to_client(&mut self, key: Key, segment: &Segment<'_>) {
+        self.ctx.counters.unprotected_segments += 1;
+        let begins = self.handshakes.note_acknowledgment(&key, segment);
+        if !segment.flags.has(Flags::RST.with(Flags::SYN)) && !begins {
+            self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
+        }
+        self.send_as_is(key, segment);
+    }
+
+    /// Sends an OVM's segment on with nothing but its address changed.
+    fn send_as_is(&mut self, key: Key, segment: &Segment<'_>) {
+        if self.ctx.passage == Passage::Passed {
+            return;
+        }
+        let Some(link) = self.links.get(&key.client.ip()).copied() else { return };
+        let translated = Segment { src: key.psc, ..*segment };
+        let mss = if key.psc.is_ipv4() { 1460 } else { 1440 };
+        translated.emit_split(mss, |packet| self.ctx.send_to_client(link, packet));
+    }
+
+    fn remember_link(&mut self, client: IpAddr, link: LinkAddress) {
+        if self.links.len() >= LINKS && !self.links.contains_key(&client) {
+            // Rare and harmless: they are learned again from the next segment.
+            self.links.clear();
+        }
+        self.links.insert(client, link);
+    }
+
+    /// An ICMP error about something that a client was sent.
+    pub(crate) fn handle_icmp(&mut self, icmp: &Icmp<'_>) {
+        let key = Key { client: icmp.quoted_dst, psc: icmp.quoted_src };
+        let Some((slot, server)) = self.ctx.ovm() else { return };
+        let Some(guest) = self.ctx.guest(slot, key.psc) else { return };
+        if self.ctx.config.psc.contains(&icmp.to)
+            && icmp.to == key.psc.ip()
+            && guest.is_ipv4() == icmp.from.is_ipv4()
+        {
+            let mut seq = None;
+            if let Some(conversation) = self.table.find(&key).and_then(|id| self.table.get_mut(id)) {
+                seq = conversation.handle_icmp(icmp.error, icmp.quoted_seq, slot, server);
+            }
+            if let Some(seq) = seq {
+                self.ctx.counters.icmp_errors += 1;
+                self.ctx.send_to_server(server, icmp.translated(guest.ip(), seq));
+                return;
+            }
+        }
+        self.ctx.counters.not_replicated += 1;
+    }
+}

@@ -1,0 +1,262 @@
+//! What the client's segments do to a conversation: they are judged, recorded and passed on to the OVM.
+
+use crate::context::Context;
+use crate::conversation::{Conversation, text_before};
+use crate::queue::Slot;
+use crate::seq::{later, position_of, seq_of};
+use crate::wire::{Flags, IcmpError, Options, Segment};
+use crate::{LinkAddress, Passage, ServerId};
+
+impl Conversation {
+    /// A segment of the client that is not a SYN.
+    pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
+        if self.was_reset || (self.up_rst.is_some() && !segment.flags.has(Flags::RST)) {
+            // Behind its own RST a client has nothing to say either.
+            return self.answer_with_reset(link, segment, ctx);
+        }
+        let Some(start) = position_of(self.client.iss, segment.seq, self.up.end()) else {
+            ctx.counters.unacceptable += 1;
+            return;
+        };
+        if segment.flags.has(Flags::RST) {
+            return self.handle_client_reset(start, segment, ctx);
+        }
+        if !segment.flags.has(Flags::ACK) {
+            ctx.counters.unacceptable += 1;
+            return;
+        }
+        let ack = position_of(self.told.iss, segment.ack, self.client.acked);
+        let Some(ack) = ack.filter(|ack| *ack <= self.down_end()) else {
+            // RFC 5961 §5: neither recorded nor passed on.
+            ctx.counters.bad_ack += 1;
+            return;
+        };
+        let mut first_copy = Vec::new();
+        let mut passed = *segment;
+        if segment.flags.has(Flags::URG) {
+            // Urgent bytes leave the stream of a server that reads them out of band, one for each pointer
+            // that it saw: servers that see other segments would differ (RFC 6093 §3.4: middleboxes clear it).
+            ctx.counters.urgent += 1;
+            passed = Segment { flags: segment.flags.without(Flags::URG), urgent: 0, ..passed };
+        }
+        if self.is_acceptable(start, segment) {
+            self.last_heard = ctx.now;
+            self.probes = 0;
+            self.link = link;
+            self.note_acknowledgment(start, ack, segment, ctx);
+            let Some(contradicts) = self.record(start, segment, ctx) else { return };
+            if contradicts {
+                if ctx.passage == Passage::Passed {
+                    // The OVM has the other copy.
+                    self.uncover(ctx);
+                }
+                first_copy.extend_from_slice(segment.payload);
+                self.up.restore(start, &mut first_copy);
+                passed.payload = &first_copy;
+            }
+            self.trim_to_recorded(start, &mut passed);
+        } else {
+            ctx.counters.unacceptable += 1;
+            if start + segment.sequence_length() > self.told.acked {
+                // It is answered for its position or time; a guest that is more lenient must not take
+                // what was not recorded.
+                passed = Segment { flags: passed.flags.without(Flags::FIN), payload: &[], ..passed };
+            }
+            // Somebody must answer it with an ACK: the OVM, or the daemon in its place.
+            if let Some(recuperating) = &mut self.recuperating {
+                recuperating.ack_due = true;
+            }
+        }
+        if self.closed.is_some() && !self.is_through(ctx) && segment.sequence_length() > 0 {
+            // Its last ACK was lost, and the server that sent it is gone (RFC 9293 §3.10.7.4, TIME-WAIT).
+            let ack = self.segment_to_client();
+            self.send_to_client(&ack, ctx);
+        }
+        self.forward_to_ovm(ack, &passed, ctx);
+    }
+
+    /// Leaves of a segment what was recorded of it. Kernels differ in what they take beyond the window
+    /// or behind a FIN; what the OVM alone would take makes every RVM stale.
+    fn trim_to_recorded(&self, start: u64, segment: &mut Segment<'_>) {
+        let stop = self.told.edge.max(self.told.acked).min(self.up_fin.map_or(u64::MAX, |(fin, _)| fin));
+        let text = text_before(Some(stop), start, segment.payload);
+        let cut = text.len() < segment.payload.len();
+        if cut || self.up_fin.is_none_or(|(fin, _)| fin != start + text.len() as u64) {
+            segment.flags = segment.flags.without(Flags::FIN);
+        }
+        segment.payload = text;
+        if cut && text.is_empty() {
+            // A probe of a closed window: without its byte it is answered at an old position only.
+            segment.seq = seq_of(self.client.iss, self.told.acked).wrapping_sub(1);
+        }
+    }
+
+    /// RFC 9293 §3.10.7.4 with PAWS (RFC 7323 §5). Lenient where servers differ: what is recorded and
+    /// not taken by the OVM is sent again by the client.
+    fn is_acceptable(&self, start: u64, segment: &Segment<'_>) -> bool {
+        let end = start + segment.sequence_length();
+        let in_window = start <= self.told.edge.max(self.told.acked) && end >= self.told.acked;
+        let in_time = match segment.options.timestamps {
+            Some((tsval, _)) if self.client.timestamps => {
+                // One tick of tolerance, as Linux has it, for reordered segments.
+                !later(self.client.ts_recent, tsval.wrapping_add(1))
+            }
+            _ => true,
+        };
+        in_window && in_time
+    }
+
+    fn note_acknowledgment(&mut self, start: u64, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        if let Some((tsval, _)) = segment.options.timestamps {
+            if later(tsval, self.client.tsval) {
+                self.client.tsval = tsval;
+            }
+            if start <= self.told.acked && later(tsval, self.client.ts_recent) {
+                self.client.ts_recent = tsval;
+            }
+        }
+        let window = u64::from(segment.window) << self.client.shift.unwrap_or(0);
+        if ack >= self.client.acked {
+            let duplicate = ack == self.client.acked
+                && segment.sequence_length() == 0
+                && ack + window == self.client.edge;
+            let newly = ack - self.client.acked;
+            if self.client_owes.is_some_and(|(_, position)| ack >= position) {
+                self.client_owes = None;
+            }
+            self.client.acked = ack;
+            self.client.edge = ack + window;
+            if let Some(recuperating) = &mut self.recuperating {
+                recuperating.acknowledged(ack, newly, duplicate, ctx.now);
+            }
+        }
+    }
+
+    /// Records payload and FIN. `None` if there was no room: then the segment must not
+    /// be passed on either, and the client will send it again. Else whether it contradicts what was
+    /// recorded: the OVM, too, gets the first copy only, so a client can't make servers differ.
+    fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> Option<bool> {
+        let end = start + segment.payload.len() as u64;
+        let mut contradicts = false;
+        let text = text_before(self.up_fin.map(|(fin, _)| fin), start, segment.payload);
+        if !text.is_empty() {
+            let before = self.up.end();
+            let mark = ctx.order.mark();
+            let room = self.told.edge.max(self.told.acked).saturating_sub(start);
+            let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
+            let inserted = self.up.insert(start, taken, mark, ctx.room());
+            if inserted.refused {
+                ctx.note_refused();
+                self.blame_laggards(ctx);
+                return None;
+            }
+            contradicts = inserted.conflict.is_some_and(|position| position >= self.told.acked);
+            ctx.counters.contradictions += u64::from(contradicts);
+            let end = self.up.end();
+            let grown = end - before;
+            if grown > 0 {
+                // An OVM may have acknowledged what was never recorded.
+                self.for_each_leg(ctx, |slot, leg, ctx| {
+                    ctx.due(slot, end.saturating_sub(leg.rcv_nxt.max(before)) as i64);
+                });
+            }
+            if let Some(recuperating) = &mut self.recuperating {
+                // A retransmission or a gap: the client waits for an ACK.
+                recuperating.ack_due |= grown == 0;
+            }
+        }
+        // Not one with text recorded behind it: that would be taken from servers that have it.
+        if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
+            self.up_fin = Some((end, ctx.order.mark()));
+        }
+        Some(contradicts)
+    }
+
+    /// Passes the client's segment to the OVM, if the OVM has the conversation.
+    fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        if ctx.passage == Passage::Passed {
+            return;
+        }
+        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some(leg) = self.legs.get_mut(slot, server).filter(|leg| leg.through) else { return };
+        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+        let translated = Segment {
+            dst: guest,
+            ack: seq_of(leg.iss, ack),
+            options: Options {
+                timestamps: segment
+                    .options
+                    .timestamps
+                    .map(|(tsval, tsecr)| (tsval, leg.translated_tsecr(tsecr))),
+                sack: segment.options.sack.moved(leg.iss.wrapping_sub(self.told.iss)),
+                ..segment.options
+            },
+            ..*segment
+        };
+        translated.emit_split(leg.mss, |packet| ctx.send_to_server(server, packet));
+    }
+
+    /// RFC 5961 §3: only the exact position counts, that is, behind all that was recorded: servers would
+    /// otherwise differ in what they had taken before it. Others are answered with an ACK, by the daemon,
+    /// since a lenient OVM might close.
+    fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+        if start == self.up_end() {
+            self.up_rst = Some((start, ctx.order.mark()));
+            self.forward_to_ovm(self.client.acked, segment, ctx);
+            self.close(ctx);
+        } else if self.closed.is_some() {
+            self.forward_to_ovm(self.client.acked, segment, ctx);
+        } else {
+            ctx.counters.unacceptable += 1;
+            if (self.told.acked..=self.told.edge).contains(&start) {
+                let challenge = self.segment_to_client();
+                self.send_to_client(&challenge, ctx);
+            }
+        }
+    }
+
+    fn answer_with_reset(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
+        if segment.flags.has(Flags::RST) || !segment.flags.has(Flags::ACK) {
+            return;
+        }
+        let reset =
+            Segment { seq: segment.ack, ack: 0, flags: Flags::RST, window: 0, ..self.segment_to_client() };
+        ctx.send_to_client(link, reset.emit());
+    }
+
+    /// The OVM must answer a SYN that was sent again, or the daemon in its place.
+    pub(crate) fn handle_repeated_syn(&mut self, syn: &Segment<'_>, ctx: &mut Context) {
+        if let Some(recuperating) = &mut self.recuperating {
+            recuperating.ack_due = true;
+            return;
+        }
+        let Some((slot, server)) = ctx.ovm() else { return };
+        if self.legs.get(slot, server).is_some_and(|leg| leg.through)
+            && let Some(guest) = ctx.guest(slot, self.key.psc)
+        {
+            ctx.send_to_server(server, Segment { dst: guest, payload: &[], ..*syn }.emit());
+        }
+    }
+
+    /// The path to the client is narrower, or there is none. The quoted sequence number as the OVM
+    /// knows it, if the quotation is of something in flight (RFC 5927 §4.1).
+    pub(crate) fn handle_icmp(
+        &mut self,
+        error: IcmpError,
+        quoted_seq: u32,
+        slot: Slot,
+        server: ServerId,
+    ) -> Option<u32> {
+        let position = position_of(self.told.iss, quoted_seq, self.client.acked)?;
+        if position < self.client.acked || position >= self.down_end() {
+            return None;
+        }
+        if let IcmpError::TooBig(mtu) = error {
+            let headers = if self.key.psc.is_ipv4() { 40 } else { 60 };
+            let least = if self.key.psc.is_ipv4() { 536 } else { 1220 };
+            let mss = u16::try_from(mtu.saturating_sub(headers)).unwrap_or(u16::MAX).max(least);
+            self.client.mss = self.client.mss.min(mss);
+        }
+        self.legs.get(slot, server).filter(|leg| leg.through).map(|leg| seq_of(leg.iss, position))
+    }
+}

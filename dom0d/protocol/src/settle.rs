@@ -1,0 +1,157 @@
+//! What follows for the service from what its conversations did: the order moves on, laggards go, the OVM is
+//! suspected; and after a cutover every conversation is looked at.
+
+use core::time::Duration;
+
+use crate::conversation::Conversation;
+use crate::promotion::{self, Deposed};
+use crate::queue::{MAX_SERVERS, Slot};
+use crate::service::{SWEEP, Service};
+use crate::{EventKind, Evidence, StaleReason};
+
+impl Service {
+    /// Follows up what conversations left in the context: suspicion, laggards, the order.
+    pub(crate) fn settle(&mut self) {
+        if let Some(evidence) = self.ctx.suspicion.take() {
+            self.suspect(evidence);
+        }
+        while let Some(slot) = self.ctx.laggards.pop() {
+            promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
+        }
+        self.advance_order();
+        if self.sweep.is_none() && self.ctx.recuperation.is_to_be_reported() {
+            Conversation::report(&mut self.ctx);
+        }
+    }
+
+    fn advance_order(&mut self) {
+        if !self.ctx.progressed.contains(&true) {
+            return;
+        }
+        let Self { ctx, table, work, .. } = self;
+        let was_catching_up = ctx.is_catching_up();
+        for (slot, server) in ctx.roster() {
+            if !core::mem::take(&mut ctx.progressed[slot.index()]) {
+                continue;
+            }
+            let mut woken = Vec::new();
+            let moved = ctx.order.advance(
+                slot,
+                |id, position| {
+                    table.get(id).is_none_or(|conversation| conversation.has_produced(slot, server, position))
+                },
+                |id| woken.push(id),
+            );
+            if moved && let Some(server) = ctx.queue.get_mut(slot) {
+                server.waiting_since = None;
+            }
+            // Once, or each of the OVM's segments would cost a look at all conversations in recuperation.
+            if ctx.queue.ovm() == Some(slot) && was_catching_up && !ctx.is_catching_up() {
+                woken.extend(ctx.recuperation.pending.iter().copied());
+            }
+            for id in woken {
+                if let Some(conversation) = table.get_mut(id).filter(|conversation| !conversation.queued) {
+                    conversation.queued = true;
+                    work.push_back(id);
+                }
+            }
+        }
+        ctx.progressed = [false; MAX_SERVERS];
+        ctx.release_order();
+    }
+
+    /// Something speaks against the OVM: promote, or say why not.
+    pub(crate) fn accuse(&mut self, evidence: Evidence) {
+        let Some((_, ovm)) = self.ctx.ovm() else { return };
+        self.ctx.event(EventKind::Suspected { server: ovm, evidence });
+        let candidate = promotion::candidate(&self.ctx);
+        let mut because = promotion::obstacles(&self.ctx);
+        if let Some(slot) = candidate {
+            if self.unplanned.admit(&self.ctx) {
+                promotion::cut_over(slot, Some(evidence), Deposed::Fenced, &mut self.ctx);
+                return self.after_cutover();
+            }
+            self.ctx.counters.promotions_limited += 1;
+            if let Some(server) = self.ctx.queue.get(slot) {
+                because.push((server.id, crate::NotPromotable::PromotionLimit));
+            }
+        }
+        // Nobody is accused again for the same silence before the limits have passed once more.
+        self.ctx.starved_at = self.ctx.now;
+        self.ctx.event(EventKind::NoCandidate { server: Some(ovm), evidence, because });
+    }
+
+    /// Those with something in flight first, then all others.
+    pub(crate) fn after_cutover(&mut self) {
+        self.handshakes.reopen(&mut self.ctx);
+        self.ctx.progressed = [true; MAX_SERVERS];
+        let busy: Vec<_> = self.table.busy().collect();
+        for id in busy {
+            if let Some(conversation) = self.table.get_mut(id).filter(|conversation| !conversation.queued) {
+                conversation.queued = true;
+                self.work.push_back(id);
+            }
+        }
+        self.sweep = Some(0);
+    }
+
+    pub(crate) fn sweep(&mut self) {
+        let Some(first) = self.sweep else { return };
+        for index in first..first + SWEEP {
+            match self.table.at(index) {
+                Some(Some(id)) if self.table.get(id).is_some_and(|known| known.epoch != self.ctx.epoch) => {
+                    self.with(id, |_, _| {});
+                }
+                Some(_) => {}
+                None => {
+                    self.sweep = None;
+                    return;
+                }
+            }
+        }
+        self.sweep = Some(first + SWEEP);
+    }
+
+    pub(crate) fn send_resets(&mut self) {
+        if self.ctx.resets.is_empty() || self.ctx.now < self.next_resets {
+            return;
+        }
+        self.next_resets = self.ctx.now + Duration::from_millis(1);
+        for _ in 0..self.ctx.config.limits.resets_per_ms.max(1) {
+            let Some(id) = self.ctx.resets.pop_front() else { break };
+            self.with(id, |conversation, ctx| conversation.send_reset(ctx));
+        }
+    }
+
+    pub(crate) fn check_limits(&mut self) {
+        let limits = self.ctx.config.limits;
+        let (now, lag_limit) = (self.ctx.now, self.ctx.config.timing.lag_limit);
+        let evicts = self.ctx.config.on_lag == crate::LagPolicy::Evict;
+        let slots: Vec<Slot> = self.ctx.queue.rvms().collect();
+        for slot in slots {
+            let waiting = self.ctx.order.is_waiting(slot);
+            let outstanding = self.ctx.order.outstanding(slot);
+            let starved_at = self.ctx.starved_at;
+            let Some(server) = self.ctx.queue.get_mut(slot) else { continue };
+            let since = waiting.then(|| *server.waiting_since.get_or_insert(now));
+            server.waiting_since = since;
+            server.lagging = since.is_some_and(|since| now.since(since.max(starved_at)) >= lag_limit);
+            if evicts && server.behind_bytes() > limits.lag_bytes {
+                self.ctx.counters.lag_bytes += 1;
+                promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
+            } else if outstanding > u64::from(limits.order_entries) {
+                self.ctx.counters.order_entries += 1;
+                promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
+            }
+        }
+        // An earlier eviction may not have freed yet what it will.
+        if self.ctx.retained >= limits.retained_bytes && self.sweep.is_none() {
+            let behind = |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind_bytes());
+            if let Some(slot) = self.ctx.queue.rvms().max_by_key(behind) {
+                self.ctx.counters.retained_bytes += 1;
+                promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
+            }
+        }
+        self.ctx.release_order();
+    }
+}

@@ -1,0 +1,52 @@
+//! Since when a conversation has something against the OVM.
+
+use crate::context::Context;
+use crate::{Instant, Timing};
+
+/// Since when a conversation has something against the OVM.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Suspicion {
+    /// (c) A segment stays unacknowledged by the OVM though an RVM acknowledged it.
+    pub(crate) unacked_since: Option<Instant>,
+    /// The OVM's acknowledgment when that began.
+    pub(crate) unacked_at: u64,
+    /// Times the OVM was sent the segment again.
+    pub(crate) reminders: u32,
+    /// (d) RVMs agree on an answer that the OVM does not begin.
+    pub(crate) silent_since: Option<Instant>,
+    /// Where that answer begins.
+    pub(crate) silent_at: u64,
+    /// (d) The OVM's window is shut though RVMs that have no more bytes have theirs open.
+    pub(crate) shut_since: Option<Instant>,
+    /// The right edge of that window.
+    pub(crate) shut_at: u64,
+    /// (e) RVMs disputed the OVM's close of this conversation.
+    pub(crate) close_disputed: bool,
+}
+
+/// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
+/// been lost on its vif while the client's own timer is long.
+pub(crate) const REMINDERS: u32 = 5;
+
+impl Suspicion {
+    pub(crate) fn note_answer(&mut self) {
+        self.silent_since = None;
+    }
+
+    pub(crate) fn is_pending(&self) -> bool {
+        self.unacked_since.is_some() || self.silent_since.is_some() || self.shut_since.is_some()
+    }
+
+    pub(crate) fn deadline(&self, timing: &Timing, ctx: &Context) -> Option<Instant> {
+        let reminder = timing.unacked_limit / (REMINDERS + 1) * (self.reminders + 1).min(REMINDERS + 1);
+        let unacked =
+            self.unacked_since.map(|since| ctx.measured_from(since) + reminder.min(timing.unacked_limit));
+        let silent = self.silent_since.into_iter().chain(self.shut_since);
+        let silent = silent.map(|since| ctx.measured_from(since) + timing.progress_limit);
+        unacked
+            .into_iter()
+            .chain(silent)
+            .min()
+            .map(|deadline| deadline.max(ctx.now + core::time::Duration::from_millis(1)))
+    }
+}

@@ -1,0 +1,153 @@
+//! What is due in a conversation, and when: servers are tended, laggards noticed, memory released.
+
+use crate::Instant;
+use crate::context::Context;
+use crate::conversation::Conversation;
+use crate::leg::GONE_GRACE;
+use crate::mask;
+
+/// How often a closed conversation that a new OVM has yet to catch up with is looked at.
+const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1);
+
+/// Time in which an RVM must get on while room for what it lacks runs out: longer than a retransmission.
+const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
+
+/// Longer than any delayed ACK of a client on a usable path.
+const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
+
+impl Conversation {
+    /// Arranges itself for the present epoch if it is of an older one.
+    pub(crate) fn follow_epoch(&mut self, ctx: &mut Context) {
+        if self.epoch != ctx.epoch {
+            self.enter_epoch(ctx);
+        }
+    }
+
+    /// Does whatever is due: feeds servers, recuperates, judges, releases. Called after each segment
+    /// and when the deadline has come. False if the conversation is to be forgotten.
+    pub(crate) fn work(&mut self, ctx: &mut Context) -> bool {
+        self.legs.retain(|index, server| {
+            ctx.queue.iter().any(|known| known.id == server && known.slot.index() == index)
+        });
+        self.follow_epoch(ctx);
+        if self.client.acked < self.down.end() {
+            let (since, _) = *self.client_owes.get_or_insert((ctx.now, self.down.end()));
+            self.is_client_silent = ctx.now.since(since) >= CLIENT_SILENCE;
+        } else {
+            self.client_owes = None;
+            self.is_client_silent = false;
+        }
+        for (slot, server) in ctx.roster() {
+            if let Some(mut leg) = self.legs.take(slot, server) {
+                match self.tend(slot, &mut leg, ctx) {
+                    Ok(()) => self.legs.put(slot, leg),
+                    Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
+                }
+            }
+        }
+        if self.retained >= u64::from(ctx.config.limits.conversation_bytes) / 2 {
+            self.blame_laggards(ctx);
+        }
+        self.recuperate(ctx);
+        if self.is_open() {
+            self.review_hold(ctx);
+            self.judge(ctx);
+            self.close_if_finished(ctx);
+        } else if self.is_awaited(ctx) {
+            self.judge(ctx);
+        }
+        self.release(ctx);
+        if self.is_open_at_ovm(ctx) {
+            ctx.owed.insert(self.id);
+        } else {
+            ctx.owed.remove(&self.id);
+        }
+        self.is_wanted(ctx)
+    }
+
+    /// Forgets bytes that nobody needs any more.
+    fn release(&mut self, ctx: &mut Context) {
+        let mut up = self.up.end();
+        let mut down = if self.was_reset { self.down.end() } else { self.client.acked };
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
+                up = up.min(leg.rcv_nxt);
+                if !leg.through && leg.covers() {
+                    down = down.min(leg.compared);
+                }
+            }
+        }
+        self.up.release(up);
+        let lookback = if ctx.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
+        self.down.release(if self.closed.is_some() { down } else { down.saturating_sub(lookback) });
+        let mut retained = (self.up.retained() + self.down.retained()) as u64;
+        for (slot, server) in ctx.roster() {
+            retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained() as u64);
+        }
+        ctx.retained = ctx.retained - self.retained + retained;
+        self.retained = retained;
+    }
+
+    /// Room for what RVMs lack runs out. One that follows, at its own pace, only slows the transfer; one
+    /// that hardly moves must not stop the client, unless the operator chose that.
+    pub(crate) fn blame_laggards(&mut self, ctx: &mut Context) {
+        if ctx.config.on_lag == crate::LagPolicy::Wait {
+            return;
+        }
+        let ovm = ctx.queue.ovm();
+        let much = u64::from(ctx.config.limits.conversation_bytes) / 2;
+        let least = much / 32;
+        let (taken, acked) = (self.told.acked, self.client.acked);
+        self.for_each_leg(ctx, |slot, leg, ctx| {
+            let lacks = taken.saturating_sub(leg.rcv_nxt);
+            let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
+            let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
+            let progress = leg.rcv_nxt + leg.compared;
+            let (since, before) = *leg.paced.get_or_insert((ctx.now, progress));
+            if !blamed || progress - before >= least {
+                leg.paced = blamed.then_some((ctx.now, progress));
+            } else if ctx.now.since(ctx.measured_from(since)) >= STANDSTILL {
+                ctx.laggards.push(slot);
+            }
+        });
+    }
+
+    /// When it must be looked at again.
+    pub(crate) fn next_deadline(&self, ctx: &Context) -> Instant {
+        let mut next = match self.closed {
+            Some(closed) => (closed + ctx.config.timing.linger).max(ctx.now + AWAITED_INTERVAL),
+            None => self.idle_deadline(ctx),
+        };
+        let mut consider = |deadline: Option<Instant>| {
+            if let Some(deadline) = deadline {
+                next = next.min(deadline);
+            }
+        };
+        for (slot, server) in ctx.roster() {
+            if let Some(leg) = self.legs.get(slot, server) {
+                consider(leg.sender.deadline());
+                if leg.gone.is_some() && !leg.through && self.is_open() {
+                    consider(leg.gone.map(|gone| gone + GONE_GRACE));
+                }
+                if leg.is_open() && !leg.covers() && self.up_rst.is_some() {
+                    let grace = self.closed.map(|closed| closed + GONE_GRACE);
+                    consider(grace.filter(|grace| *grace > ctx.now));
+                }
+            }
+        }
+        if !self.is_open() && self.is_awaited(ctx) {
+            consider(self.suspicion.deadline(&ctx.config.timing, ctx));
+        }
+        if self.is_open() {
+            consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
+            consider(
+                self.client_owes
+                    .filter(|_| !self.is_client_silent && ctx.queue.rvms().next().is_some())
+                    .map(|(since, _)| since + CLIENT_SILENCE),
+            );
+            consider(self.held.map(|held| if ctx.now < held.review { held.review } else { held.until }));
+            consider(self.suspicion.deadline(&ctx.config.timing, ctx));
+        }
+        next
+    }
+}

@@ -24,7 +24,7 @@ pub(crate) trait Checker {
 /// Facts about the run's making that widen what is allowed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Licence {
-    /// dom0 gets the servers' frames in the order sent, each once.
+    /// dom0 gets the servers' frames in the order sent, each once, and sends clients theirs in that order.
     pub(crate) servers_in_order: bool,
     /// How long an RVM may hold bytes back, microseconds.
     pub(crate) lag_limit_us: u64,

@@ -342,11 +342,12 @@ impl Conversation {
             }
             let answered = leg.answers.end();
             // One that has closed still repeats what the client lacks; behind a RST nobody does.
-            let closed = match rst {
+            let shares = match rst {
+                true if leg.gone.is_some() => leg.produced() >= position,
                 true => leg.fin.is_some_and(|fin| self.client.acked > fin),
                 false => leg.fin == Some(position),
             };
-            if closed || (leg.gone.is_some() && leg.produced() >= position) {
+            if shares {
                 return Opinion::Shared;
             }
             // One that is merely behind disputes nothing: it has what the OVM had, has answered all
@@ -419,7 +420,7 @@ impl Conversation {
             if opinion == Opinion::Disputed {
                 ctx.disputes.insert(self.id);
             }
-            if ctx.now < held.until {
+            if ctx.now < held.ends(ctx) {
                 return;
             }
             ctx.counters.closes_unshared += 1;

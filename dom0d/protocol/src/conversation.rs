@@ -65,6 +65,13 @@ pub(crate) struct Held {
     pub(crate) until: Instant,
 }
 
+impl Held {
+    /// RVMs get the time that a starved daemon did not hear them.
+    pub(crate) fn ends(&self, ctx: &Context) -> Instant {
+        self.until.max(ctx.starved_at + ctx.config.timing.close_hold)
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Conversation {

@@ -103,6 +103,10 @@ impl Guest {
         self.knobs.stack.mtu as u16
     }
 
+    pub(crate) fn receive_buffer(&self) -> usize {
+        self.knobs.stack.receive_buffer
+    }
+
     /// As domain state tells it.
     pub(crate) fn paused(&self) -> bool {
         self.health == Health::Frozen

@@ -138,6 +138,8 @@ pub(crate) struct Leg {
     pub(crate) contradicts_itself: bool,
     pub(crate) fin: Option<i64>,
     pub(crate) reset: bool,
+    /// It sent more than the client had a window for.
+    pub(crate) overran: bool,
     /// When its FIN or RST was first seen.
     pub(crate) closed_at: Option<u64>,
     /// Client bytes handed to it end here.
@@ -165,6 +167,9 @@ pub(crate) struct Conversation {
     /// Highest position of answers that the client acknowledged.
     pub(crate) client_acked: i64,
     pub(crate) client_tsvals: Vec<u32>,
+    /// Shift of the client's windows, and the right edge of its latest one.
+    client_scale: u8,
+    client_edge: i64,
     /// ISS and window scale of the SYN-ACK that the client was sent.
     pub(crate) view: Option<(u32, u8)>,
     /// Answers as they were sent to the client.
@@ -363,6 +368,8 @@ impl Observer {
                     established: false,
                     client_acked: 0,
                     client_tsvals: Vec::new(),
+                    client_scale: segment.window_scale.unwrap_or(0).min(14),
+                    client_edge: i64::from(segment.window),
                     view: None,
                     sent: Stream::default(),
                     sent_fin: None,
@@ -400,6 +407,7 @@ impl Observer {
         if let Some(acked) = segment.ack.and_then(|ack| conversation.view_position(ack)) {
             conversation.last_up = (position, acked);
             conversation.client_acked = conversation.client_acked.max(acked);
+            conversation.client_edge = acked + (i64::from(segment.window) << conversation.client_scale);
         }
         for (from, to) in conversation.received.unknown(position, segment.payload.len()) {
             conversation.arrivals.push((from as u64, to as u64, order, at));
@@ -424,7 +432,7 @@ impl Observer {
         };
         let conversation = &mut self.conversations[i];
         let acks_isn = segment.ack == Some(conversation.isn.wrapping_add(1));
-        let client_acked = conversation.client_acked;
+        let (client_acked, client_edge) = (conversation.client_acked, conversation.client_edge);
         let acked = segment.ack.map(|ack| conversation.client_position(ack));
         let leg = conversation.legs.entry(server).or_default();
         if segment.syn {
@@ -457,6 +465,7 @@ impl Observer {
         if leg.produced.conflict(position, segment.payload).is_some() {
             leg.contradicts_itself = true;
         }
+        leg.overran |= position + segment.payload.len() as i64 > client_edge + 1;
         leg.produced.put(position, segment.payload);
         if segment.fin {
             leg.fin = Some(position + segment.payload.len() as i64);
@@ -486,6 +495,9 @@ impl Observer {
                 conversation.sent_fin = None;
                 conversation.recorded.clear();
                 let scale = segment.window_scale.unwrap_or(0).min(14);
+                if segment.window_scale.is_none() {
+                    conversation.client_scale = 0;
+                }
                 conversation.view = Some((segment.seq, scale));
             }
             return;

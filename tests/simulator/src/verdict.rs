@@ -76,9 +76,8 @@ fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static st
         return Some("a dead service closed it alone");
     }
     // With no conversation left to dispute anything, refused SYNs are evidence of nothing.
-    let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
-    let dead = world.guests[ovm].health == Health::Killed;
-    (dead && conversation.view.is_none()).then_some("a dead service refused")
+    let refused = world.died.iter().any(|dead| conversation.legs.get(dead).is_some_and(|leg| leg.reset));
+    (refused && conversation.view.is_none()).then_some("a dead service refused")
 }
 
 /// A dead service's kernel closed this conversation, and no other within the time that closes are held: only
@@ -89,8 +88,10 @@ fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> 
         leg.reset && conversation.reset_to_client || leg.fin.is_some() && leg.fin == conversation.sent_fin;
     let hold = world.knobs.timing.close_hold.as_micros() as u64;
     let together = |c: &&Conversation| {
-        if c.client_reset {
-            // The client had left as well.
+        let end = c.legs.get(&dead).and_then(|leg| leg.fin);
+        let shared = c.legs.iter().any(|(id, leg)| *id != dead && leg.fin.is_some() && leg.fin == end);
+        if c.client_reset || shared {
+            // The client had left as well, or it was no death that closed this one.
             return false;
         }
         let closed = c.legs.get(&dead).and_then(|leg| leg.closed_at).zip(leg.closed_at);
@@ -133,9 +134,13 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     {
         return Some("the OVM spun, and an acknowledgement of it was lost");
     }
-    // The client can't say so much that RVMs could answer it.
-    (world.guests[ovm].health == Health::Hung && conversation.is_some_and(|c| c.window_shut))
-        .then_some("the OVM hung with its window shut")
+    if world.guests[ovm].health != Health::Hung {
+        return None;
+    }
+    // The client can't say so much that RVMs could answer it; or windows that never have room for a segment
+    // tell nothing when they are shut.
+    let tiny = world.guests[ovm].receive_buffer() < usize::from(world.guests[ovm].mtu());
+    (tiny || conversation.is_some_and(|c| c.window_shut)).then_some("the OVM hung with its window shut")
 }
 
 /// The connection is stuck since a TCP stack at one of its ends does nothing.

@@ -7,7 +7,7 @@ use super::{Event, Known, World, link_address, psc};
 use crate::disguise::{complete_checksum, readdress};
 use crate::fault::When;
 use crate::guest::Health;
-use crate::observer::Seen;
+use crate::observer::{Conversation, Seen};
 use crate::segment::Segment;
 
 impl World {
@@ -262,6 +262,9 @@ impl World {
                 let idle = self.guest_of(*server).is_some_and(|g| self.guests[g].holds_back(self.now));
                 // Nor does it answer a repeated SYN before its own timer runs out.
                 let deaf = self.guest_of(*server).is_some_and(|g| self.guests[g].is_half_open());
+                // Or it repeats more than there is a window for, which counts as sent and is not passed on.
+                let overran = |c: &Conversation| c.legs.get(server).is_some_and(|leg| leg.overran);
+                let idle = idle || self.observer.conversations.iter().any(overran);
                 if idle && *evidence == Evidence::NoProgress
                     || deaf && *evidence == Evidence::UnacknowledgedSegment
                 {

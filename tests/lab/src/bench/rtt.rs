@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use hdrhistogram::Histogram;
 
 use crate::client::pingpong::{PingPong, histogram};
@@ -11,7 +11,7 @@ use crate::host::{Lab, Service};
 use crate::stage::operator::Operator;
 use crate::stage::own_address;
 use crate::stage::pinning::{Pinning, pin_host, pin_process};
-use crate::stage::with_replicas;
+use crate::stage::{unhurried, with_replicas};
 
 /// Times of one path, in nanoseconds.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ pub(crate) fn measure(
                     sample(lab, pinning, address, effort.samples, series)?;
                 }
                 Some(replicas) => {
-                    let config = with_replicas(&lab.default_config(), replicas);
+                    let config = unhurried(&with_replicas(&lab.default_config(), replicas));
                     let dom0d = lab.start_dom0d(&config)?;
                     pin_process(dom0d.pid(), pinning.dom0d_and_rvms)?;
                     let operator = Operator::new(dom0d.control_socket())?;
@@ -71,6 +71,11 @@ pub(crate) fn measure(
                         let address = SocketAddr::new(*psc, Service::Redis.port());
                         sample(lab, pinning, address, effort.samples, series)?;
                     }
+                    let left = operator.service(Service::Redis.name())?.promotable();
+                    ensure!(
+                        left == replicas,
+                        "{left} of {replicas} replicas are left: the others fell behind"
+                    );
                     dom0d.stop()?;
                 }
             }

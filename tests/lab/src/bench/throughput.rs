@@ -11,7 +11,7 @@ use crate::client::place::Place;
 use crate::host::{Lab, Service};
 use crate::stage::operator::Operator;
 use crate::stage::pinning::{Pinning, pin_host, pin_process};
-use crate::stage::{own_address, with_replicas};
+use crate::stage::{own_address, unhurried, with_replicas};
 
 /// Medians over the rounds.
 #[derive(Clone, Debug, Serialize)]
@@ -43,7 +43,7 @@ pub(crate) fn measure(lab: &Lab, pinning: Pinning, rounds: usize) -> Result<Vec<
                     up.push(u);
                 }
                 Some(replicas) => {
-                    let config = with_replicas(&lab.default_config(), *replicas);
+                    let config = unhurried(&with_replicas(&lab.default_config(), *replicas));
                     let dom0d = lab.start_dom0d(&config)?;
                     pin_process(dom0d.pid(), pinning.dom0d_and_rvms)?;
                     let operator = Operator::new(dom0d.control_socket())?;
@@ -55,6 +55,11 @@ pub(crate) fn measure(lab: &Lab, pinning: Pinning, rounds: usize) -> Result<Vec<
                     down.push(d);
                     up.push(u);
                     *replicated &= all_hold(lab, *replicas, &sha256)?;
+                    let left = operator.service(Service::Http.name())?.promotable();
+                    ensure!(
+                        left == *replicas,
+                        "{left} of {replicas} replicas are left: the others fell behind"
+                    );
                     dom0d.stop()?;
                 }
             }

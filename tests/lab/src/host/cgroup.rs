@@ -39,6 +39,11 @@ impl Group {
             .with_context(|| format!("making the control group {}", self.path.display()))
     }
 
+    /// Nothing inside runs.
+    pub(crate) fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.path.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
+    }
+
     /// Stops every process inside, or lets them run on. Takes effect within microseconds, a process
     /// in a system call first has to be woken.
     pub(crate) fn freeze(&self, frozen: bool) -> Result<()> {

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -55,6 +55,7 @@ impl Host {
     /// Starts a command made by [`Host::command`] in the namespace, with `/sys` showing it.
     pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
         let program = command.get_args().nth(2).map(|name| name.to_string_lossy().into_owned());
+        ensure!(!self.cgroup.is_frozen(), "{} is paused: nothing can run there; thaw it first", self.name);
         self.enter(|| {
             show_own_sys()?;
             hear_signals()?;

@@ -181,6 +181,19 @@ pub(crate) fn with_replicas(config: &str, replicas: usize) -> String {
         .collect()
 }
 
+/// A configuration for measuring what replication costs while nothing is wrong: on a machine that is busy
+/// with other things, servers that share its CPUs may seem to hang, or to fall behind.
+pub(crate) fn unhurried(config: &str) -> String {
+    let timing = "timing = { unacked_limit_ms = 60000, progress_limit_ms = 60000, lag_limit_ms = 60000 }";
+    config
+        .lines()
+        .map(|line| match line.starts_with("rvms = ") {
+            true => format!("{line}\n{timing}\n"),
+            false => format!("{line}\n"),
+        })
+        .collect()
+}
+
 /// A domain's inside, and its own address of a service there.
 pub(crate) fn own_address(domain: &Domain, service: Service) -> Result<(Place, SocketAddr)> {
     let address = domain

@@ -47,8 +47,21 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
+/* Where the options are that are translated; 0 if not there. Not on the stack: of what lies there, a 6.1
+ * verifier believes to know what it is after a loop, from a single turn, and leaves out code.
+ */
+struct options {
+	__u32 at, end;
+	__u32 timestamps;
+	__u32 sack, sack_length;
+	__u32 malformed;
+	__u32 to_fill; /* bytes of an option without translation that are left */
+	__u32 padding;
+};
+
 /* A TCP header before and after; too big for the stack beside all else. */
 struct scratch {
+	struct options options;
 	__u8 old[64];
 	__u8 new[64];
 	/* Room for reads that begin within the header. */

@@ -15,22 +15,13 @@
 #define ASIDE 1 /* the daemon must deal with it */
 #define ASIDE_FROM_NOW 2 /* and with all that follow, because it moves the conversation on */
 
-/* Where the options are that are translated; 0 if not there. */
-struct options {
-	__u8 *header;
-	__u32 at, end;
-	__u32 timestamps;
-	__u32 sack, sack_length;
-	__u32 malformed;
-	__u32 to_fill; /* bytes of an option without translation that are left */
-};
-
 /* One option per call, or one byte of an option that is overwritten: the verifier can't follow a loop in here. */
 static long next_option(__u32 index, void *context)
 {
-	struct options *options = context;
+	struct scratch *scratch = *(struct scratch **)context;
+	struct options *options = &scratch->options;
 	__u32 at = options->at & 63;
-	__u8 *bytes = options->header + at;
+	__u8 *bytes = scratch->new + at;
 	__u32 length;
 	(void)index;
 
@@ -72,8 +63,9 @@ static long next_option(__u32 index, void *context)
 
 /* Completes the old header, copies it to the new one, and reads the options there. */
 static __always_inline int read_header(struct __sk_buff *skb, const struct segment *segment,
-				       struct scratch *scratch, struct options *options)
+				       struct scratch *scratch)
 {
+	struct options *options = &scratch->options;
 	__u32 more = segment->header - TCP_LEAST;
 
 	__builtin_memset(options, 0, sizeof(*options));
@@ -90,10 +82,9 @@ static __always_inline int read_header(struct __sk_buff *skb, const struct segme
 		options->timestamps = 22;
 		return 1;
 	}
-	options->header = scratch->new;
 	options->at = TCP_LEAST;
 	options->end = segment->header;
-	bpf_loop(40, next_option, options, 0);
+	bpf_loop(40, next_option, &scratch, 0);
 	if (options->malformed)
 		count(COUNT_MALFORMED_OPTIONS);
 	return !options->malformed;
@@ -112,18 +103,18 @@ static __always_inline int client_to_server(struct __sk_buff *skb, const struct 
 	__u32 seq = be32_at(old + 4), ack = be32_at(old + 8);
 	__u32 end = seq + segment->payload;
 	int moves = segment->payload > 0 && later(end, next->up_nxt);
-	struct options options;
+	struct options *options = &scratch->options;
 
 	if (old[13] & FIN_RST_URG)
 		return ASIDE_FROM_NOW;
-	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch, &options))
+	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
 	if (seq != next->up_nxt || (segment->payload > 0 && later(end, next->told_edge)) ||
 	    later(ack, next->down_nxt) || later(next->client_acked, ack) ||
-	    (options.timestamps != 0) != (next->timestamps != 0))
+	    (options->timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
-	if (options.timestamps) {
-		__u32 at = options.timestamps & 63;
+	if (options->timestamps) {
+		__u32 at = options->timestamps & 63;
 		__u32 tsval = be32_at(old + at + 2);
 		__u32 echo = be32_at(old + at + 6) - next->ts_delta;
 
@@ -139,9 +130,9 @@ static __always_inline int client_to_server(struct __sk_buff *skb, const struct 
 	}
 	put_be32(new + 8, ack - next->seq_delta);
 	for (__u32 edge = 0; edge < 8; edge++) {
-		__u32 at = (options.sack + 2 + 4 * edge) & 63;
+		__u32 at = (options->sack + 2 + 4 * edge) & 63;
 
-		if (options.sack && 2 + 4 * edge < options.sack_length)
+		if (options->sack && 2 + 4 * edge < options->sack_length)
 			put_be32(new + at, be32_at(old + at) - next->seq_delta);
 	}
 	next->up_nxt = end;
@@ -158,19 +149,19 @@ static __always_inline int server_to_client(struct __sk_buff *skb, const struct 
 	__u32 seq = be32_at(old + 4) + next->seq_delta, ack = be32_at(old + 8);
 	__u32 end = seq + segment->payload;
 	int moves = segment->payload > 0 && later(end, next->down_nxt);
-	struct options options;
+	struct options *options = &scratch->options;
 	__u32 edge, room;
 
 	if (old[13] & FIN_RST_URG)
 		return ASIDE_FROM_NOW;
-	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch, &options))
+	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
 	if (seq != next->down_nxt || later(ack, next->up_nxt) || later(next->told_acked, ack) ||
 	    (segment->payload > 0 && later(end, next->client_edge + 1)) ||
-	    (options.timestamps != 0) != (next->timestamps != 0))
+	    (options->timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
-	if (options.timestamps) {
-		__u32 at = options.timestamps & 63;
+	if (options->timestamps) {
+		__u32 at = options->timestamps & 63;
 		__u32 tsval = be32_at(old + at + 2);
 
 		if (later(tsval, next->server_tsval) || next->server_tsval == 0)

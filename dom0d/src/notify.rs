@@ -25,9 +25,11 @@ impl Notifier {
         Ok(Some(Self { socket: UnixDatagram::unbound()?, address: address(&path)?, watchdog }))
     }
 
-    /// How often the manager must hear that the daemon is well, if it watches: twice per its limit.
+    /// How often it is looked whether the manager can be told that the daemon is well, if it watches: so
+    /// often that the daemon is killed only if it was stuck nearly all of the limit, not if a starved host
+    /// did not run it for a moment in which it was looked.
     pub(crate) fn watchdog_interval(&self) -> Option<Duration> {
-        self.watchdog.map(|limit| limit / 2)
+        self.watchdog.map(|limit| limit / 10)
     }
 
     /// Tells the manager something: `READY=1`, `WATCHDOG=1`, `STOPPING=1`, ...
@@ -56,5 +58,14 @@ mod tests {
         assert!(address(OsStr::new("/run/systemd/notify")).unwrap().as_pathname().is_some());
         let address = address(OsStr::new("@abstract")).unwrap();
         assert_eq!(address.as_abstract_name(), Some(&b"abstract"[..]));
+    }
+
+    #[test]
+    fn a_daemon_that_was_not_run_for_half_of_the_limit_lives() {
+        let limit = Duration::from_secs(10);
+        let address = address(OsStr::new("@abstract")).unwrap();
+        let notifier = Notifier { socket: UnixDatagram::unbound().unwrap(), address, watchdog: Some(limit) };
+        // Told just before, and told again at the first look after it.
+        assert!(limit / 2 + notifier.watchdog_interval().unwrap() * 2 < limit);
     }
 }

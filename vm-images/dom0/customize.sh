@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cp -R "$here/tree/." "$root/"
 "$here/../kernel/select.sh" "$images/modules" "$here/modules" "$root"
 mkdir -p "$root/srv/guests"
-cp "$images/vmlinuz" "$images"/guest*.cpio "$root/srv/guests/"
+cp "$images/vmlinux" "$images"/guest*.cpio "$root/srv/guests/"
 
 # Who may come in is said at each boot, by the lab (see tree/.../lab-keys).
 rm -f "$root"/etc/ssh/ssh_host_*

@@ -13,8 +13,9 @@ use crate::domain::{DomainInfo, VcpuInfo};
 use crate::host::{Version, running_version};
 use crate::library::{SILENT, libxenctrl};
 
-/// Domains asked for in one call while listing: the buffer's size, not a limit.
-const BATCH: usize = 64;
+/// Domains asked for in one call while listing: the buffer's size, not a limit. One page of them, which is
+/// what libxenctrl keeps for the next call; more would be mapped and unmapped at every poll.
+const BATCH: usize = 4_096 / size_of::<xc::xc_domaininfo_t>();
 
 // Linux's errno values that Xen answers with.
 const EPERM: i32 = 1;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::bench::rtt::{self, Effort, Series};
 use crate::client::redis::load::{Outcome, Plan};
+use crate::client::redis::verify::Verdict;
 use crate::host::{Fault, Lab, LabConfig, Service, instance_name};
 use crate::report::{Client, Eviction, Failover, Report, Rtt};
 use crate::stage::failover::Failover as Observed;
@@ -72,19 +73,68 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     tell.heading(&format!("40 connections, 20 of them writing; then guest-1: {}", name_of(options.fault)));
     let (outcome, observed) = fail_over(&stage, options.fault, &tell)?;
+    let failover = describe(&outcome, &observed, &tell)?;
+
+    tell.heading("Proof");
+    let ovm = stage.ovm(Service::Redis)?;
+    let verdict = stage.verify(&ovm, &outcome)?;
+    let client = prove(&outcome, &verdict, &ovm.name, &tell);
+
+    tell.heading("guest-1 is brought in line and attached again; then it is evicted under load");
+    let eviction = evict(&stage, &config, options.fault, &ovm.name, &tell)?;
+    tell.line(&format!(
+        "evicted; the packet path was held up for {:.3} us (the paper: 3.526 us), {} client errors",
+        eviction.packet_path_us, eviction.client_errors
+    ));
+
+    let report = Report {
+        plane: stage.operator.service(Service::Redis.name())?.plane,
+        replicas,
+        client,
+        failover,
+        rtt,
+        eviction,
+        pinning: pinning.describe(),
+    };
+    if let Some(path) = &options.json {
+        report.write(path)?;
+    }
+
+    tell.heading("Taking everything down");
+    stage.stop_dom0d()?;
+    let Stage { lab, .. } = stage;
+    lab.down()?;
+    conclude(&report, !verdict.wrong.is_empty(), &tell)
+}
+
+/// Shows the failover as it was measured, and what clients felt of it.
+pub(crate) fn describe(outcome: &Outcome, observed: &Observed, tell: &Story) -> Result<Failover> {
     let first_byte_us =
-        observed.first_byte_us(&outcome).context("no client read anything after the cutover")?;
-    print_timeline(&observed, first_byte_us);
+        observed.first_byte_us(outcome).context("no client read anything after the cutover")?;
+    print_timeline(observed, first_byte_us);
     let stalls = outcome.stalls_ns(observed.fault_us * 1_000, observed.cut_over_us * 1_000);
     let longest_stall_us = stalls.iter().max().copied().unwrap_or_default() / 1_000;
     tell.line(&format!(
         "{} connections were waiting for an answer then; the last of them read on after {longest_stall_us} us",
         stalls.len()
     ));
+    Ok(Failover {
+        fault: observed.fault,
+        detected_by: observed.detected_by.clone(),
+        fault_to_detection_us: observed.suspected_us.saturating_sub(observed.fault_us),
+        detection_to_cutover_us: observed.cut_over_us.saturating_sub(observed.suspected_us),
+        fault_to_first_byte_us: first_byte_us.saturating_sub(observed.fault_us),
+        longest_stall_us,
+        fault_to_fenced_us: observed.fenced_us.map(|at| at.saturating_sub(observed.fault_us)),
+        fault_to_recuperated_us: observed.recuperated_us.saturating_sub(observed.fault_us),
+        conversations: observed.conversations,
+        recuperated: observed.recuperated,
+        reset: observed.reset,
+    })
+}
 
-    tell.heading("Proof");
-    let ovm = stage.ovm(Service::Redis)?;
-    let verdict = stage.verify(&ovm, &outcome)?;
+/// Shows what the clients saw, and what `ovm` holds of what they were told is done.
+pub(crate) fn prove(outcome: &Outcome, verdict: &Verdict, ovm: &str, tell: &Story) -> Client {
     let client = Client {
         connections: outcome.ledgers.len(),
         requests: outcome.requests,
@@ -100,51 +150,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     ));
     tell.line(&format!("{} requests, each answered byte for byte as one server would have", client.requests));
     tell.line(&format!(
-        "{} acknowledged writes, {} of them missing in {}",
-        client.acknowledged_writes, client.lost_writes, ovm.name
+        "{} acknowledged writes, {} of them missing in {ovm}",
+        client.acknowledged_writes, client.lost_writes
     ));
     for error in outcome.errors.iter().chain(&verdict.wrong) {
         tell.line(error);
     }
-
-    tell.heading("guest-1 is brought in line and attached again; then it is evicted under load");
-    let eviction = evict(&stage, &config, options.fault, &ovm.name, &tell)?;
-    tell.line(&format!(
-        "evicted; the packet path was held up for {:.3} us (the paper: 3.526 us), {} client errors",
-        eviction.packet_path_us, eviction.client_errors
-    ));
-
-    let report = Report {
-        plane: stage.operator.service(Service::Redis.name())?.plane,
-        replicas,
-        client,
-        failover: Failover {
-            fault: options.fault,
-            detected_by: observed.detected_by.clone(),
-            fault_to_detection_us: observed.suspected_us.saturating_sub(observed.fault_us),
-            detection_to_cutover_us: observed.cut_over_us.saturating_sub(observed.suspected_us),
-            fault_to_first_byte_us: first_byte_us.saturating_sub(observed.fault_us),
-            longest_stall_us,
-            fault_to_fenced_us: observed.fenced_us.map(|at| at.saturating_sub(observed.fault_us)),
-            fault_to_recuperated_us: observed.recuperated_us.saturating_sub(observed.fault_us),
-            conversations: observed.conversations,
-            recuperated: observed.recuperated,
-            reset: observed.reset,
-        },
-        rtt,
-        eviction,
-        pinning: pinning.describe(),
-    };
-    if let Some(path) = &options.json {
-        std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-
-    tell.heading("Taking everything down");
-    stage.stop_dom0d()?;
-    let Stage { lab, .. } = stage;
-    lab.down()?;
-    conclude(&report, !verdict.wrong.is_empty(), &tell)
+    client
 }
 
 /// Writes over open connections, the fault in the middle, and everything until the last answer.
@@ -217,7 +229,7 @@ fn table(series: &[Series]) -> Result<Vec<Rtt>> {
         .collect())
 }
 
-fn print_table(rtt: &[Rtt]) {
+pub(crate) fn print_table(rtt: &[Rtt]) {
     println!();
     println!("  replicas    p50        p99        against plain p50   against 0 replicas   paper (Table II)");
     let none = rtt.first().map_or(f64::NAN, |row| row.p50_us);
@@ -265,7 +277,8 @@ fn print_timeline(observed: &Observed, first_byte_us: u64) {
     println!("  (the paper, Table IV: about 5,000 us from detection to the new OVM)");
 }
 
-fn conclude(report: &Report, wrong: bool, tell: &Story) -> Result<ExitCode> {
+/// Says whether everything was as promised.
+pub(crate) fn conclude(report: &Report, wrong: bool, tell: &Story) -> Result<ExitCode> {
     let client = &report.client;
     let failover = &report.failover;
     let broken = [
@@ -299,20 +312,20 @@ fn name_of(fault: Fault) -> String {
 }
 
 /// Prints with the time since the beginning.
-struct Story {
+pub(crate) struct Story {
     begun: Instant,
 }
 
 impl Story {
-    fn begin() -> Self {
+    pub(crate) fn begin() -> Self {
         Self { begun: Instant::now() }
     }
 
-    fn heading(&self, text: &str) {
+    pub(crate) fn heading(&self, text: &str) {
         println!("\n[{:5.1} s] {text}", self.begun.elapsed().as_secs_f64());
     }
 
-    fn line(&self, text: &str) {
+    pub(crate) fn line(&self, text: &str) {
         println!("          {text}");
     }
 }

@@ -10,6 +10,7 @@ mod report;
 mod scenarios;
 mod stage;
 mod supervise;
+mod tally;
 mod xen;
 mod xenstored;
 

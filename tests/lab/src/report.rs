@@ -1,5 +1,8 @@
 //! The demo's report for programs. Fields are only ever added.
 
+use std::path::Path;
+
+use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::host::Fault;
@@ -15,6 +18,14 @@ pub(crate) struct Report {
     pub(crate) eviction: Eviction,
     /// How processes were pinned while round trips were measured.
     pub(crate) pinning: String,
+}
+
+impl Report {
+    /// As JSON.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        std::fs::write(path, serde_json::to_string_pretty(self)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
 }
 
 /// What the clients saw over the failover.

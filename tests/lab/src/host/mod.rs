@@ -36,7 +36,9 @@ pub(crate) use gate::Gate;
 pub(crate) use link::Link;
 pub(crate) use machine::{Host, in_group};
 pub(crate) use network::BRIDGE;
-pub(crate) use plan::{LabConfig, Plane, domain_name, guest_addresses, guest_mac, instance_name};
+pub(crate) use plan::{
+    LabConfig, Plane, default_config, domain_name, guest_addresses, guest_mac, instance_name, psc_addresses,
+};
 pub(crate) use service::Service;
 
 use std::fs::{self, File};

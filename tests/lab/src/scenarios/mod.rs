@@ -34,13 +34,18 @@ pub(crate) struct Scenario {
 }
 
 impl Scenario {
-    fn new(name: impl Into<String>, play: impl Fn(&str) -> Result<()> + 'static) -> Self {
+    pub(crate) fn new(name: impl Into<String>, play: impl Fn(&str) -> Result<()> + 'static) -> Self {
         Self { name: name.into(), limit: Duration::from_secs(60), play: Box::new(play) }
     }
 
-    fn within(mut self, limit: Duration) -> Self {
+    pub(crate) fn within(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
+    }
+
+    /// Plays it in this process.
+    pub(crate) fn play(&self, lab: &str) -> Result<()> {
+        (self.play)(lab)
     }
 }
 

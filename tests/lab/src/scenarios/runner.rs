@@ -2,20 +2,17 @@
 //! another, and keeps the logs of those that failed.
 
 use std::collections::VecDeque;
-use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::{Scenario, all};
 use crate::host::{Service, instance_name, setup};
-use crate::supervise::{Ending, Interrupts, Task};
-
-/// Lines of a failed scenario's output that are shown.
-const SHOWN: usize = 30;
+use crate::supervise::{Interrupts, Task};
+use crate::tally::{Played, Tally, log_directory};
 
 /// How `cargo lab test` is called.
 #[derive(Clone, Debug, clap::Args)]
@@ -54,7 +51,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     // Once for all: the scenarios' labs take what is there.
     setup::install(&Service::ALL, &|line| println!("{line}"))?;
     setup::build(&|line| println!("{line}"))?;
-    let directory = log_directory()?;
+    let directory = log_directory(&instance_name()?)?;
     let total = wanted.len();
     // Names only: a story can't be sent to another thread, and it is played in another process.
     let queue: Mutex<VecDeque<(String, Duration)>> =
@@ -77,25 +74,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             });
         }
     });
-    let tally = tally.into_inner().unwrap_or_else(|e| e.into_inner());
-    let played = tally.passed + tally.failed;
-    if played < total {
-        println!(
-            "{} scenarios were not played{}",
-            total - played,
-            if tally.interrupted {
-                ": interrupted"
-            } else {
-                " after the first failure (--keep-going plays all)"
-            }
-        );
-    }
-    println!("{} passed, {} failed", tally.passed, tally.failed);
-    Ok(match (tally.interrupted, tally.failed) {
-        (true, _) => ExitCode::from(130),
-        (false, 0) => ExitCode::SUCCESS,
-        (false, _) => ExitCode::FAILURE,
-    })
+    Ok(tally.into_inner().unwrap_or_else(|e| e.into_inner()).conclude(total))
 }
 
 /// Plays the scenario of exactly this name in this process.
@@ -104,77 +83,14 @@ pub(crate) fn play_one(name: &str) -> Result<()> {
     let Some(scenario) = all().into_iter().find(|s| s.name == name) else {
         bail!("no scenario is named {name}");
     };
-    (scenario.play)(&instance_name()?)
+    scenario.play(&instance_name()?)
 }
 
-#[derive(Debug, Default)]
-struct Tally {
-    passed: usize,
-    failed: usize,
-    interrupted: bool,
-}
-
-impl Tally {
-    /// Counts and reports one scenario; whether further ones are to be played.
-    fn count(&mut self, name: &str, played: Result<Played>, keep_going: bool) -> bool {
-        match played {
-            Ok(Played { ending: Ending::Passed, took, .. }) => {
-                self.passed += 1;
-                println!("PASS {name} ({:.1} s)", took.as_secs_f64());
-                true
-            }
-            Ok(Played { ending: Ending::Interrupted, .. }) => {
-                self.interrupted = true;
-                false
-            }
-            Ok(Played { ending, took, logs, tail }) => {
-                self.failed += 1;
-                let how = if ending == Ending::TimedOut { ", its time was over" } else { "" };
-                println!("FAIL {name} ({:.1} s{how})", took.as_secs_f64());
-                println!("{tail}\n  logs: {}", logs.display());
-                keep_going
-            }
-            Err(error) => {
-                self.failed += 1;
-                println!("FAIL {name}: {error:#}");
-                keep_going
-            }
-        }
-    }
-}
-
-struct Played {
-    ending: Ending,
-    took: Duration,
-    logs: PathBuf,
-    tail: String,
-}
-
-fn play(
-    name: &str,
-    limit: Duration,
-    lab: &str,
-    directory: &std::path::Path,
-    interrupts: &Interrupts,
-) -> Result<Played> {
-    let logs = directory.join(name.replace('/', "."));
-    fs::create_dir_all(&logs)?;
-    let output = logs.join("output.log");
-    let begun = Instant::now();
-    let task =
-        Task { words: &["play", name], lab, limit, output: Some(output.clone()), logs: Some(logs.clone()) };
-    let ending = task.run(interrupts)?;
-    let said = fs::read_to_string(&output).unwrap_or_default();
-    let lines: Vec<_> = said.lines().collect();
-    let tail = lines[lines.len().saturating_sub(SHOWN)..]
-        .iter()
-        .map(|line| format!("  | {line}"))
-        .collect::<Vec<_>>()
-        .join("\n");
-    if ending == Ending::Passed {
-        fs::remove_dir_all(&logs)?;
-    }
-    Ok(Played { ending, took: begun.elapsed(), logs, tail })
+fn play(name: &str, limit: Duration, lab: &str, directory: &Path, interrupts: &Interrupts) -> Result<Played> {
+    Played::of(name, directory, |logs, output| {
+        Task { words: &["play", name], lab, limit, output: Some(output.into()), logs: Some(logs.into()) }
+            .run(interrupts)
+    })
 }
 
 /// Each job has a lab of its own; their names differ in the last character.
@@ -188,18 +104,6 @@ fn lab_name(jobs: usize, job: usize) -> Result<String> {
         "with --jobs (at most 9), LAB_NAME may have 3 characters at most, since each job adds one"
     );
     Ok(format!("{name}{job}"))
-}
-
-/// `target/lab-test`, emptied.
-fn log_directory() -> Result<PathBuf> {
-    let own = std::env::current_exe()?;
-    let target =
-        own.ancestors().nth(2).context("this program is nowhere")?.join("lab-test").join(instance_name()?);
-    if target.exists() {
-        fs::remove_dir_all(&target)?;
-    }
-    fs::create_dir_all(&target)?;
-    Ok(target)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use super::Stage;
+use super::operator::{Events, Operator};
 use crate::client::redis::load::Outcome;
 use crate::host::{Fault, FaultInstant, Service};
 
@@ -37,8 +38,19 @@ pub(crate) struct Failover {
 impl Failover {
     /// Collects the failover that followed `fault`, and waits for its end.
     pub(crate) fn observe(stage: &Stage, service: Service, fault: Fault, at: FaultInstant) -> Result<Self> {
-        Self::collect(stage, service, fault, at).with_context(|| {
-            let counters = match stage.operator.service(service.name()) {
+        Self::collect(&stage.operator, &stage.events, service, fault, at)
+    }
+
+    /// [`Failover::observe`] wherever operator and events are.
+    pub(crate) fn collect(
+        operator: &Operator,
+        events: &Events,
+        service: Service,
+        fault: Fault,
+        at: FaultInstant,
+    ) -> Result<Self> {
+        Self::from_events(events, service, fault, at).with_context(|| {
+            let counters = match operator.service(service.name()) {
                 Ok(service) => service.counters,
                 Err(_) => Default::default(),
             };
@@ -51,10 +63,9 @@ impl Failover {
         })
     }
 
-    fn collect(stage: &Stage, service: Service, fault: Fault, at: FaultInstant) -> Result<Self> {
+    fn from_events(events: &Events, service: Service, fault: Fault, at: FaultInstant) -> Result<Self> {
         let name = service.name();
         let fault_us = at.monotonic_ns / 1_000;
-        let events = &stage.events;
         let suspected = events.wait("suspected", name, fault_us, END)?;
         let cut = events.wait("cut_over", name, suspected.monotonic_us, END)?;
         let done = events.wait("recuperated", name, cut.monotonic_us, END)?;
@@ -92,7 +103,9 @@ impl Failover {
     pub(crate) fn expect_plausible(&self) -> Result<()> {
         let possible: &[&str] = match self.fault {
             Fault::Freeze => &["domain_paused"],
-            Fault::Crash | Fault::Destroy | Fault::Poweroff | Fault::Reboot => &["domain_gone"],
+            // libxl pauses what it is about to destroy.
+            Fault::Destroy => &["domain_gone", "domain_paused"],
+            Fault::Crash | Fault::Poweroff | Fault::Reboot => &["domain_gone"],
             Fault::Hang => &["no_progress", "unacknowledged_segment"],
             Fault::Spin => &["no_progress", "unacknowledged_segment"],
             Fault::Kill => &["unshared_close"],

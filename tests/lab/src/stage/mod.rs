@@ -139,34 +139,42 @@ impl Stage {
 
     /// No client noticed anything, and the domain that serves now holds every acknowledged write.
     pub(crate) fn expect_unharmed(&self, outcome: &Outcome) -> Result<()> {
-        ensure!(
-            outcome.troubles() == 0,
-            "clients noticed: {} resets, {} closed, {} wrong answers, {} unanswered, {} reconnects: {:#?}",
-            outcome.resets,
-            outcome.closed,
-            outcome.wrong_answers,
-            outcome.unanswered,
-            outcome.reconnects,
-            outcome.errors
-        );
         let ovm = self.ovm(Service::Redis)?;
-        let verdict = self.verify(&ovm, outcome)?;
-        ensure!(
-            verdict.wrong.is_empty(),
-            "{} holds something else than was acknowledged, {} writes lost: {:#?}",
-            ovm.name,
-            verdict.lost_writes,
-            verdict.wrong
-        );
-        println!(
-            "  {} requests, {} acknowledged writes, none lost; latency p50 {} us, max {} us",
-            outcome.requests,
-            outcome.acknowledged_writes,
-            outcome.latency.value_at_quantile(0.5) / 1_000,
-            outcome.latency.max() / 1_000
-        );
-        Ok(())
+        expect_unharmed(outcome, &ovm.name, || self.verify(&ovm, outcome))
     }
+}
+
+/// No client noticed anything, and the domain `ovm` holds every acknowledged write.
+pub(crate) fn expect_unharmed(
+    outcome: &Outcome,
+    ovm: &str,
+    verify: impl FnOnce() -> Result<Verdict>,
+) -> Result<()> {
+    ensure!(
+        outcome.troubles() == 0,
+        "clients noticed: {} resets, {} closed, {} wrong answers, {} unanswered, {} reconnects: {:#?}",
+        outcome.resets,
+        outcome.closed,
+        outcome.wrong_answers,
+        outcome.unanswered,
+        outcome.reconnects,
+        outcome.errors
+    );
+    let verdict = verify()?;
+    ensure!(
+        verdict.wrong.is_empty(),
+        "{ovm} holds something else than was acknowledged, {} writes lost: {:#?}",
+        verdict.lost_writes,
+        verdict.wrong
+    );
+    println!(
+        "  {} requests, {} acknowledged writes, none lost; latency p50 {} us, max {} us",
+        outcome.requests,
+        outcome.acknowledged_writes,
+        outcome.latency.value_at_quantile(0.5) / 1_000,
+        outcome.latency.max() / 1_000
+    );
+    Ok(())
 }
 
 /// A configuration in which every service has the first `replicas` of its replicas only.

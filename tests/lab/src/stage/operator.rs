@@ -13,7 +13,7 @@ use understudy_api::{Event, Service, Status};
 
 use crate::host::setup;
 
-/// How long dom0d may take to find every domain and take it up.
+/// How long dom0d may take to find every domain and take it up, in namespaces.
 const READY: Duration = Duration::from_secs(15);
 
 /// An operator at one dom0d's control socket.
@@ -21,11 +21,17 @@ const READY: Duration = Duration::from_secs(15);
 pub(crate) struct Operator {
     program: PathBuf,
     socket: PathBuf,
+    ready: Duration,
 }
 
 impl Operator {
     pub(crate) fn new(socket: &Path) -> Result<Self> {
-        Ok(Self { program: program("understudy")?, socket: socket.to_owned() })
+        Ok(Self { program: program("understudy")?, socket: socket.to_owned(), ready: READY })
+    }
+
+    /// One who uses an installed `understudy`, and lets dom0d take so long to be ready.
+    pub(crate) fn installed(program: &str, socket: &str, ready: Duration) -> Self {
+        Self { program: program.into(), socket: socket.into(), ready }
     }
 
     /// What `understudy status` says.
@@ -46,7 +52,7 @@ impl Operator {
     /// Waits until dom0d serves, with every replica that `config` names promotable.
     pub(crate) fn wait_ready(&self, config: &str) -> Result<()> {
         let wanted: Config = config.parse()?;
-        self.until("every replica promotable", READY, |status| {
+        self.until("every replica promotable", self.ready, |status| {
             status.ready
                 && wanted.services.iter().all(|wanted| {
                     status.services.iter().any(|service| {
@@ -63,7 +69,7 @@ impl Operator {
     /// conversation is open.
     pub(crate) fn seed_all(&self, config: &str) -> Result<()> {
         let wanted: Config = config.parse()?;
-        let deadline = Instant::now() + READY;
+        let deadline = Instant::now() + self.ready;
         while Instant::now() < deadline {
             let status = self.status()?;
             let mut complete = status.ready;

@@ -1,17 +1,23 @@
 //! The way into dom0: SSH over QEMU's user network, from this machine's loopback only, with keys made
 //! for this lab. Also into the client (a network namespace of dom0) and, by their consoles, the domUs.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::machine::Machine;
 use super::patience::Patience;
+use super::product;
+use crate::supervise::Ending;
 
 /// How long a domU has to answer to `exec`, in seconds.
 const DOMU_ANSWER_LIMIT_S: u32 = 60;
+
+/// By which timeout(1) says that the time was over.
+const TIMED_OUT: i32 = 124;
 
 /// A running dom0.
 #[derive(Debug)]
@@ -67,26 +73,38 @@ impl Dom0 {
         Ok(said.into_owned())
     }
 
-    /// Writes a file, and the directories above it.
-    pub(super) fn write(&self, patience: &Patience, path: &str, mode: &str, contents: &[u8]) -> Result<()> {
-        self.run_with(
-            patience,
-            &format!("writing {path}"),
-            &format!("mkdir -p $(dirname {path}) && cat >{path}.new && chmod {mode} {path}.new && mv {path}.new {path}"),
-            contents,
-            Duration::from_secs(120),
-        )?;
-        Ok(())
-    }
-
     /// Opens the connection that everything then goes through, as a login costs two seconds in
     /// emulation: whether dom0 lets us in. It ends with the machine.
     pub(super) fn connect(&self, patience: &Patience) -> bool {
         let mut ssh = self.ssh();
         ssh.args(["-o", "ControlMaster=yes", "-o", "ControlPersist=yes", "true"]);
-        patience
-            .run_silent("connecting to dom0", &mut ssh, Duration::from_secs(20))
-            .is_ok_and(|s| s.success())
+        ssh.stdout(Stdio::null()).stderr(Stdio::null());
+        patience.follow("connecting to dom0", &mut ssh, Duration::from_secs(20)).is_ok_and(|s| s.success())
+    }
+
+    /// Has this program carry out an [`Order`](super::inside::Order), its output shown as it comes or
+    /// written to a file. It is ended in dom0 when its time is over.
+    pub(super) fn order(
+        &self,
+        patience: &Patience,
+        words: &[&str],
+        output: Option<&Path>,
+        limit: Duration,
+    ) -> Result<Ending> {
+        let mut ssh = self.ssh();
+        let order = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+        ssh.arg(format!("timeout --kill-after=5 {} {} xen inside {order}", limit.as_secs(), product::LAB));
+        if let Some(path) = output {
+            let file = File::create(path).with_context(|| format!("writing {}", path.display()))?;
+            ssh.stdout(file.try_clone()?).stderr(file);
+        }
+        let ended = patience.follow(words[0], &mut ssh, limit + Duration::from_secs(30));
+        Ok(match ended {
+            Ok(status) if status.success() => Ending::Passed,
+            Ok(status) if status.code() != Some(TIMED_OUT) => Ending::Failed,
+            _ if patience.is_over() => Ending::Interrupted,
+            _ => Ending::TimedOut,
+        })
     }
 
     /// Runs a program with this process' terminal; gives its exit code.

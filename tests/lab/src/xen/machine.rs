@@ -174,8 +174,13 @@ impl Machine {
         self.owned = false;
     }
 
+    /// Where its logs are.
+    pub(super) fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
     fn console(&self) -> PathBuf {
-        self.directory.join("log/console.log")
+        self.log().join("console.log")
     }
 
     fn console_text(&self) -> String {
@@ -191,7 +196,7 @@ impl Drop for Machine {
         if let Err(error) = end(&self.directory, self.state.pid) {
             eprintln!("QEMU (pid {}) could not be ended: {error:#}", self.state.pid);
         }
-        let log = self.directory.join("log");
+        let log = self.log();
         match std::env::var_os(KEEP_LOGS).map(PathBuf::from) {
             Some(to) if keep(&log, &to).is_ok() => eprintln!("the machine's logs are in {}", to.display()),
             _ => eprintln!("the machine's logs are in {} until the next `up`", log.display()),

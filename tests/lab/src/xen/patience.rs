@@ -8,6 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::supervise::Interrupts;
 
@@ -46,7 +48,7 @@ impl Patience {
         }
     }
 
-    /// Runs a program to its end, with `input`; it is killed when its time is over. Whether it
+    /// Runs a program to its end, with `input`; it is ended when its time is over. Whether it
     /// succeeded is the caller's to judge.
     pub(super) fn run(
         &self,
@@ -77,31 +79,45 @@ impl Patience {
         Ok(Output { status, stdout: collect(stdout), stderr: collect(stderr) })
     }
 
-    /// Runs a program that may leave a process behind, to its own end.
-    pub(super) fn run_silent(
-        &self,
-        what: &str,
-        command: &mut Command,
-        limit: Duration,
-    ) -> Result<ExitStatus> {
-        let mut child = command
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| format!("{what}: cannot start {}", command.get_program().to_string_lossy()))?;
+    /// Runs a program to its own end, its output where the caller put it: one that may leave a process
+    /// behind, or whose output is to be seen as it comes.
+    pub(super) fn follow(&self, what: &str, command: &mut Command, limit: Duration) -> Result<ExitStatus> {
+        let mut child =
+            command.process_group(0).stdin(Stdio::null()).spawn().with_context(|| {
+                format!("{what}: cannot start {}", command.get_program().to_string_lossy())
+            })?;
         self.finish(what, &mut child, limit)
+    }
+
+    /// Whether everything is to stop.
+    pub(super) fn is_over(&self) -> bool {
+        self.0.within(Duration::ZERO)
     }
 
     fn finish(&self, what: &str, child: &mut Child, limit: Duration) -> Result<ExitStatus> {
         let ended = self.until(what, limit, || Ok(child.try_wait()?));
         if ended.is_err() {
-            child.kill()?;
-            child.wait()?;
+            end(child)?;
         }
         ended
     }
+}
+
+/// Ends a program and what it has started, which is its process group: politely, so that it can remove
+/// what it made, and then not.
+fn end(child: &mut Child) -> Result<()> {
+    let group = Pid::from_raw(i32::try_from(child.id())?);
+    for (signal, periods) in [(Signal::SIGTERM, 50), (Signal::SIGKILL, 50)] {
+        // Whoever has ended by itself can't be told.
+        let _ = killpg(group, signal);
+        for _ in 0..periods {
+            if child.try_wait()?.is_some() {
+                return Ok(());
+            }
+            thread::sleep(PERIOD);
+        }
+    }
+    bail!("process {group} does not end")
 }
 
 fn reader(from: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {

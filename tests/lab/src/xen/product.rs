@@ -1,4 +1,5 @@
-//! What is under test: dom0d with its unit, and the command line tool, as an operator installs them.
+//! What goes into dom0: dom0d with its unit, the command line tool and the hooks, as an operator installs
+//! them, and this program, which plays the stories there.
 
 use std::fs;
 use std::path::Path;
@@ -6,19 +7,20 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
 
 use super::dom0::Dom0;
-use super::guests::{Guests, name};
 use super::patience::Patience;
+use crate::client::http::hex;
 use crate::host::setup;
 
-/// The service's virtual address.
-pub(super) const PSC: &str = "10.77.0.100";
-/// Until dom0d has all replicas in the queue; emulation makes its start slow.
-const READY_LIMIT: Duration = Duration::from_secs(180);
+/// This program in dom0.
+pub(super) const LAB: &str = "/usr/local/sbin/lab";
 /// Debian packages that this lab needs besides the other lab's.
-const PACKAGES: [&str; 7] =
-    ["qemu-system-x86", "mmdebstrap", "e2fsprogs", "cpio", "kmod", "openssh-client", "binutils"];
+const PACKAGES: [&str; 8] =
+    ["qemu-system-x86", "mmdebstrap", "e2fsprogs", "cpio", "kmod", "xz-utils", "openssh-client", "binutils"];
+/// How long a single order may take, here or in dom0.
+const ORDER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Installs what is missing on this machine, and builds the product.
 pub(super) fn prepare(progress: &dyn Fn(&str)) -> Result<()> {
@@ -26,56 +28,43 @@ pub(super) fn prepare(progress: &dyn Fn(&str)) -> Result<()> {
     setup::build(progress)
 }
 
-/// Copies the programs and the unit.
+/// Copies what is not there yet. Each order to dom0 costs a second or two in emulation.
 pub(super) fn copy(dom0: &Dom0, patience: &Patience, progress: &dyn Fn(&str)) -> Result<()> {
-    for program in ["dom0d", "understudy"] {
-        let contents = stripped(&setup::built(program), &dom0.scratch(program), patience)?;
-        dom0.write(patience, &format!("/usr/sbin/{program}"), "755", &contents)?;
+    let own = Path::new("/proc/self/exe");
+    let sums = format!("cat /usr/sbin/*.sum {LAB}.sum 2>/dev/null || :");
+    let there = dom0.run(patience, "asking for programs", &sums, ORDER_LIMIT)?;
+    for (program, to) in [
+        (setup::built("dom0d").as_path(), "/usr/sbin/dom0d"),
+        (setup::built("understudy").as_path(), "/usr/sbin/understudy"),
+        (own, LAB),
+    ] {
+        let contents = fs::read(program).with_context(|| format!("reading {}", program.display()))?;
+        let sum = hex(Sha256::new_with_prefix(&contents));
+        if !there.lines().any(|line| line == sum) {
+            copy_program(dom0, patience, contents, to, &sum)?;
+        }
     }
-    let unit = setup::workspace().join("dom0d/dom0d.service");
-    let text = fs::read(&unit).with_context(|| format!("reading {}", unit.display()))?;
-    dom0.write(patience, "/etc/systemd/system/dom0d.service", "644", &text)?;
-    progress("dom0d, understudy and the unit are in dom0");
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(setup::workspace()).args(["-c", "dom0d/dom0d.service", "xl-hooks"]);
+    let output = patience.run("packing unit and hooks", &mut tar, &[], ORDER_LIMIT)?;
+    ensure!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
+    let unpack = "tar -C /root --no-same-owner -x && mv /root/dom0d/dom0d.service /etc/systemd/system/ &&
+                  systemctl daemon-reload";
+    dom0.run_with(patience, "unpacking unit and hooks", unpack, &output.stdout, ORDER_LIMIT)?;
+    progress("dom0d, its unit, understudy, the hooks and this program are in dom0");
     Ok(())
 }
 
-/// Starts dom0d by its unit, with the domUs as one service; returns when each replica is promotable.
-pub(super) fn start(
-    dom0: &Dom0,
-    guests: &Guests,
-    patience: &Patience,
-    progress: &dyn Fn(&str),
-) -> Result<()> {
-    let rvms = guests.replica_names();
-    let configuration = format!(
-        "[[service]]\nname = \"redis\"\npsc = [\"{PSC}\", \"fd77::100\"]\nports = [6379]\n\
-         bridge = \"xenbr0\"\novm = \"{}\"\nrvms = {rvms:?}\nattach = \"known\"\n",
-        name(1)
-    );
-    dom0.write(patience, "/etc/understudy/dom0d.toml", "644", configuration.as_bytes())?;
-    let start = "systemctl daemon-reload && systemctl start dom0d";
-    dom0.run(patience, "starting dom0d", start, Duration::from_secs(120))?;
-    progress("dom0d runs");
-    for rvm in rvms {
-        patience.until(&format!("seeding {rvm}"), READY_LIMIT, || {
-            // An order that came through though its answer did not is refused the second time.
-            let order = format!(
-                "understudy attach redis {rvm} --assume-identical >/dev/null 2>&1; \
-                 understudy status | grep -qE '^ +{rvm} .*RVM .* yes '"
-            );
-            let seeded = dom0.run(patience, "attaching a replica", &order, Duration::from_secs(60));
-            Ok(seeded.ok())
-        })?;
-        progress(&format!("{rvm} is a replica"));
-    }
+/// Packed and without what only a debugger reads: emulated, each megabyte costs half a second.
+fn copy_program(dom0: &Dom0, patience: &Patience, contents: Vec<u8>, to: &str, sum: &str) -> Result<()> {
+    let scratch = dom0.scratch("program");
+    fs::write(&scratch, contents).with_context(|| format!("writing {}", scratch.display()))?;
+    let mut pack = Command::new("sh");
+    pack.args(["-ec", "strip --strip-debug \"$0\"; exec gzip -c -4 \"$0\""]).arg(&scratch);
+    let output = patience.run("packing a program", &mut pack, &[], ORDER_LIMIT)?;
+    ensure!(output.status.success(), "packing {to}: {}", String::from_utf8_lossy(&output.stderr));
+    let unpack =
+        format!("gunzip -c >{to}.new && chmod 755 {to}.new && mv {to}.new {to} && echo {sum} >{to}.sum");
+    dom0.run_with(patience, &format!("copying {to}"), &unpack, &output.stdout, ORDER_LIMIT)?;
     Ok(())
-}
-
-/// A program without what only a debugger reads: emulated, each megabyte costs half a second.
-fn stripped(path: &Path, scratch: &Path, patience: &Patience) -> Result<Vec<u8>> {
-    let mut strip = Command::new("strip");
-    strip.arg("--strip-debug").arg("-o").arg(scratch).arg(path);
-    let output = patience.run("stripping", &mut strip, &[], Duration::from_secs(60))?;
-    ensure!(output.status.success(), "strip {}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
-    fs::read(scratch).with_context(|| format!("reading {}", scratch.display()))
 }

@@ -1,0 +1,170 @@
+//! The domUs: `guest-1` is the OVM, the others its replicas, on dom0's bridge, as an operator would
+//! create them with xl; and what can happen to them.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::command::{in_domain, run};
+use crate::client::clock::now_ns;
+use crate::client::http;
+use crate::client::place::Place;
+use crate::client::redis::session::{Answer, Session};
+use crate::host::{BRIDGE, Fault, FaultInstant, Service, domain_name, guest_addresses, guest_mac};
+use crate::xen::Kind;
+
+/// From a guest's creation to services that answer; 12 s were seen.
+const SERVICES_LIMIT: Duration = Duration::from_secs(180);
+
+/// The domUs of a lab.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::xen) struct Guests {
+    pub(in crate::xen) kind: Kind,
+    pub(in crate::xen) replicas: usize,
+}
+
+impl Guests {
+    /// Whatever became of them before: each one runs, answers, and its Redis holds nothing. No dom0d
+    /// may run, as it closes the replicas' network.
+    pub(super) fn prepare(self, progress: &dyn Fn(&str)) -> Result<()> {
+        let places = 1..=self.replicas + 1;
+        for place in places.clone() {
+            let name = domain_name(place);
+            if self.is_fit(place) {
+                continue;
+            }
+            if exists(&name) {
+                run(&["xl", "destroy", &name])?;
+            }
+            let begun = Instant::now();
+            self.create(place)?;
+            progress(&format!("{name} created in {:.0} s", begun.elapsed().as_secs_f64()));
+        }
+        for place in places {
+            let deadline = Instant::now() + SERVICES_LIMIT;
+            while let Err(error) = ask(place) {
+                if Instant::now() > deadline {
+                    let name = domain_name(place);
+                    return Err(error.context(format!("{name} does not serve after {SERVICES_LIMIT:?}")));
+                }
+                sleep(Duration::from_millis(200));
+            }
+        }
+        progress("every guest's services answer");
+        Ok(())
+    }
+
+    /// `xl create`s one.
+    pub(super) fn create(self, place: usize) -> Result<()> {
+        let path = format!("/etc/xen/{}.cfg", domain_name(place));
+        fs::write(&path, self.configuration(place)).with_context(|| format!("writing {path}"))?;
+        run(&["xl", "create", &path]).map(drop)
+    }
+
+    /// What `xl create` is given.
+    fn configuration(self, place: usize) -> String {
+        let name = domain_name(place);
+        let addresses: Vec<String> = guest_addresses(place, true).iter().map(IpAddr::to_string).collect();
+        format!(
+            r#"name = "{name}"
+type = "{kind}"
+kernel = "/srv/guests/vmlinux"
+ramdisk = "/srv/guests/guest.cpio"
+extra = "console=hvc0 quiet lab.name={name} lab.address={v4}/24 lab.address6={v6}/64"
+memory = 192
+vcpus = 1
+vif = [ "mac={mac},bridge={BRIDGE},ip={v4} {v6}" ]
+# The lab's emulated SVM can't emulate RDTSCP.
+tsc_mode = "native"
+"#,
+            kind = self.kind.name(),
+            v4 = addresses[0],
+            v6 = addresses[1],
+            mac = guest_mac(place),
+        )
+    }
+
+    /// Whether a guest is as it was created, or can be made so without creating it again.
+    fn is_fit(self, place: usize) -> bool {
+        let name = domain_name(place);
+        let Ok(domid) = domid(&name) else { return false };
+        let kind = run(&["xenstore-read", &format!("/libxl/{domid}/type")]);
+        if !kind.is_ok_and(|kind| kind.trim() == self.kind.name()) {
+            return false;
+        }
+        let state = state(&name).unwrap_or_default();
+        if state.contains(['s', 'c', 'd']) || (state.contains('p') && resume(&name).is_err()) {
+            return false;
+        }
+        ask(place).is_ok()
+    }
+}
+
+/// Undoes a fence's or a [`Fault::Freeze`]'s pause, and [`Fault::Hang`].
+fn resume(name: &str) -> Result<()> {
+    run(&["xl", "unpause", name])?;
+    in_domain(name, "killall -CONT redis-server nginx").map(drop)
+}
+
+/// Empties a guest's Redis, and sees that its HTTP server has the large file.
+fn ask(place: usize) -> Result<()> {
+    let address = guest_addresses(place, false)[0];
+    client().run(move || {
+        let answer = Session::connect(SocketAddr::new(address, Service::Redis.port()))?.ask(&["FLUSHALL"])?;
+        ensure!(answer == Answer::Status("OK".to_owned()), "FLUSHALL was answered with {answer:?}");
+        http::head(&mut http::connect(SocketAddr::new(address, Service::Http.port()))?, LARGE)
+    })
+}
+
+/// The file that every guest offers, the same in all.
+pub(super) const LARGE: &str = "/large.bin";
+
+/// Where clients are: a network namespace of dom0.
+pub(super) fn client() -> Place {
+    Place::new("client")
+}
+
+/// The domain's present number.
+pub(super) fn domid(name: &str) -> Result<u16> {
+    let said = run(&["xl", "domid", name])?;
+    said.trim().parse().with_context(|| format!("not a domid: {said}"))
+}
+
+pub(super) fn exists(name: &str) -> bool {
+    domid(name).is_ok()
+}
+
+/// The letters by which `xl list` shows a domain's state.
+fn state(name: &str) -> Result<String> {
+    let said = run(&["xl", "list", name])?;
+    let line = said.lines().nth(1).context("xl list shows no domain")?;
+    Ok(line.split_whitespace().nth(4).context("xl list shows no state")?.to_owned())
+}
+
+/// Makes a fault happen, the instant taken right before the order is given: an `xl` takes a tenth of
+/// a second to start in emulation, an order over a console several.
+pub(super) fn fault(fault: Fault, name: &str) -> Result<FaultInstant> {
+    let at = FaultInstant { monotonic_ns: now_ns() };
+    // What ends the guest must not end before the console has answered.
+    let soon = |order: &str| in_domain(name, &format!("(sleep 0.3; {order}) >/dev/null 2>&1 &"));
+    match fault {
+        Fault::Freeze => run(&["xl", "pause", name])?,
+        Fault::Destroy => run(&["xl", "destroy", name])?,
+        Fault::Crash => soon("echo c >/proc/sysrq-trigger")?,
+        Fault::Poweroff => soon("poweroff -f")?,
+        Fault::Reboot => soon("reboot -f")?,
+        Fault::Hang => in_domain(name, "killall -STOP redis-server nginx")?,
+        Fault::Kill => in_domain(name, "killall -KILL redis-server nginx")?,
+        Fault::Spin => bail!("nothing in a guest can be told to spin with interrupts off"),
+    };
+    Ok(at)
+}
+
+/// SHA-256 of the large file, as a guest reads it from its own file system.
+pub(super) fn large_sha256(name: &str) -> Result<String> {
+    let said = in_domain(name, "sha256sum /srv/www/large.bin")?;
+    Ok(said.split_whitespace().next().context("sha256sum said nothing")?.to_owned())
+}

@@ -1,0 +1,73 @@
+//! Pauses that are no faults: what an operator announced, and what the toolstack does by itself.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::host::Service;
+use crate::scenarios::Scenario;
+use crate::xen::Kind;
+use crate::xen::inside::command::run;
+use crate::xen::inside::guests::Guests;
+use crate::xen::inside::stage::{ANSWERS, Stage};
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario::new("maintenance/announced-pause", |_| {
+            excused(|stage| {
+                stage.operator.order(&["pause", Service::Redis.name(), "guest-1"])?;
+                sleep(Duration::from_secs(5));
+                stage.operator.order(&["resume", Service::Redis.name(), "guest-1"]).map(drop)
+            })
+        })
+        .within(Duration::from_secs(240)),
+        Scenario::new("maintenance/save-and-dump", |_| {
+            excused(|_| {
+                for words in [&["save", "-c"][..], &["dump-core"]] {
+                    let begun = Instant::now();
+                    let file = "/var/tmp/guest-1.image";
+                    run(&[&["xl"], words, &["guest-1", file]].concat())?;
+                    println!("  xl {} took {:.1} s", words[0], begun.elapsed().as_secs_f64());
+                    fs::remove_file(file)?;
+                }
+                Ok(())
+            })
+        })
+        .within(Duration::from_secs(240)),
+        Scenario::new("maintenance/shutdown-request", shutdown_request).within(Duration::from_secs(240)),
+    ]
+}
+
+/// What `work` does to the OVM stops it for some seconds: clients wait, and go on with the same OVM.
+fn excused(work: impl FnOnce(&Stage) -> Result<()>) -> Result<()> {
+    let stage = Stage::up(Kind::Pv, 1, &[Service::Redis])?;
+    let load = stage.load("excused")?;
+    let epoch = stage.operator.service(Service::Redis.name())?.epoch;
+    work(&stage)?;
+    load.wait_answers(40, ANSWERS)?;
+    let service = stage.operator.service(Service::Redis.name())?;
+    ensure!(service.epoch == epoch, "it caused a promotion");
+    ensure!(stage.ovm(Service::Redis)? == "guest-1", "guest-1 was deposed");
+    ensure!(service.promotable() == 1, "the replica is not promotable any more");
+    stage.expect_unharmed(&load.finish()?)
+}
+
+/// `xl shutdown` of the OVM moves the service first, where its policy says so.
+fn shutdown_request(_: &str) -> Result<()> {
+    let guests = Guests { kind: Kind::Pv, replicas: 1 };
+    let stage = Stage::up_with(guests, &[Service::Redis], |config| {
+        config.replace("[[service]]\n", "[[service]]\non_shutdown_request = \"switchover\"\n")
+    })?;
+    let load = stage.load("shutdown")?;
+    run(&["xl", "shutdown", "guest-1"])?;
+    stage.operator.until("guest-2 serves", ANSWERS, |status| {
+        status.services[0]
+            .ovm()
+            .and_then(|server| server.domain.as_ref())
+            .is_some_and(|domain| domain.name == "guest-2")
+    })?;
+    load.wait_answers(40, ANSWERS)?;
+    stage.expect_unharmed(&load.finish()?)
+}

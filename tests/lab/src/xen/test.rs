@@ -1,0 +1,84 @@
+//! `cargo lab xen test`: plays the stories on one booted host, one after the other.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use super::dom0::Dom0;
+use super::inside::stories;
+use super::patience::Patience;
+use super::{find_or_boot, product};
+use crate::supervise::Ending;
+use crate::tally::{Played, Tally, log_directory};
+
+/// How `cargo lab xen test` is called.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Play only stories whose name contains one of these
+    filters: Vec<String>,
+    /// Print the names and play nothing
+    #[arg(long)]
+    list: bool,
+    /// Go on after a failure
+    #[arg(long)]
+    keep_going: bool,
+}
+
+/// Plays what `options` select, on the host that is up, else on one that it boots and takes down; the
+/// last line says how many passed and failed.
+pub(super) fn run(name: &str, options: &Options) -> Result<ExitCode> {
+    let wanted: Vec<_> = stories::all()
+        .into_iter()
+        .filter(|story| {
+            options.filters.is_empty() || options.filters.iter().any(|part| story.name.contains(part))
+        })
+        .collect();
+    if options.list {
+        for story in &wanted {
+            println!("{}", story.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(
+        !wanted.is_empty(),
+        "no story's name contains \"{}\"; `cargo lab xen test --list` shows them",
+        options.filters.join("\" or \"")
+    );
+    let begun = Instant::now();
+    let progress = |line: &str| println!("[{:5.1} s] {line}", begun.elapsed().as_secs_f64());
+    product::prepare(&progress)?;
+    let patience = Patience::begin()?;
+    let machine = find_or_boot(name, &patience, &progress)?;
+    let directory = log_directory(&format!("{name}.xen"))?;
+    let (total, mut tally) = (wanted.len(), Tally::default());
+    for story in &wanted {
+        let played = Played::of(&story.name, &directory, |logs, output| {
+            let ending =
+                machine.dom0().order(&patience, &["play", &story.name], Some(output), story.limit)?;
+            if matches!(ending, Ending::Failed | Ending::TimedOut) {
+                keep_host_log(machine.dom0(), &patience, logs);
+            }
+            Ok(ending)
+        });
+        if !tally.count(&story.name, played, options.keep_going) {
+            break;
+        }
+    }
+    progress("played");
+    Ok(tally.conclude(total))
+}
+
+/// What dom0d, the hypervisor, dom0's kernel and the guests said.
+pub(super) fn keep_host_log(dom0: &Dom0, patience: &Patience, logs: &Path) {
+    let script = "xl list -v; understudy status; understudy events | tail -n 200
+                  journalctl --no-pager -u dom0d | tail -n 500; xl dmesg | tail -n 100; dmesg | tail -n 100
+                  for file in /var/log/xen/console/*; do echo \"== $file\"; tail -n 30 \"$file\"; done";
+    let said = dom0.run(patience, "collecting logs", script, Duration::from_secs(120));
+    let text = said.unwrap_or_else(|error| format!("{error:#}\n"));
+    if let Err(error) = fs::write(logs.join("host.log"), text) {
+        eprintln!("the host's log could not be kept in {}: {error}", logs.display());
+    }
+}

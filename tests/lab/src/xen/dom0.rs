@@ -19,6 +19,9 @@ const DOMU_ANSWER_LIMIT_S: u32 = 60;
 /// By which timeout(1) says that the time was over.
 const TIMED_OUT: i32 = 124;
 
+/// Where dom0 keeps which process carries out an order.
+const RUNNING: &str = "/run/lab/order";
+
 /// A running dom0.
 #[derive(Debug)]
 pub(super) struct Dom0 {
@@ -93,7 +96,13 @@ impl Dom0 {
     ) -> Result<Ending> {
         let mut ssh = self.ssh();
         let order = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
-        ssh.arg(format!("timeout --kill-after=5 {} {} xen inside {order}", limit.as_secs(), product::LAB));
+        // One at a time: one whose caller was interrupted goes on there.
+        ssh.arg(format!(
+            "kill $(cat {RUNNING} 2>/dev/null) 2>/dev/null; echo $$ >{RUNNING}; \
+             exec timeout --kill-after=5 {} {} xen inside {order}",
+            limit.as_secs(),
+            product::LAB
+        ));
         if let Some(path) = output {
             let file = File::create(path).with_context(|| format!("writing {}", path.display()))?;
             ssh.stdout(file.try_clone()?).stderr(file);

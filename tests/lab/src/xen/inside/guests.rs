@@ -148,7 +148,7 @@ fn state(name: &str) -> Result<String> {
 /// a second to start in emulation, an order over a console several.
 pub(super) fn fault(fault: Fault, name: &str) -> Result<FaultInstant> {
     let at = FaultInstant { monotonic_ns: now_ns() };
-    // What ends the guest must not end before the console has answered.
+    // The console must have answered before the guest ends or is fenced.
     let soon = |order: &str| in_domain(name, &format!("(sleep 0.3; {order}) >/dev/null 2>&1 &"));
     match fault {
         Fault::Freeze => run(&["xl", "pause", name])?,
@@ -156,8 +156,8 @@ pub(super) fn fault(fault: Fault, name: &str) -> Result<FaultInstant> {
         Fault::Crash => soon("echo c >/proc/sysrq-trigger")?,
         Fault::Poweroff => soon("poweroff -f")?,
         Fault::Reboot => soon("reboot -f")?,
-        Fault::Hang => in_domain(name, "killall -STOP redis-server nginx")?,
-        Fault::Kill => in_domain(name, "killall -KILL redis-server nginx")?,
+        Fault::Hang => soon("killall -STOP redis-server nginx")?,
+        Fault::Kill => soon("killall -KILL redis-server nginx")?,
         Fault::Spin => bail!("nothing in a guest can be told to spin with interrupts off"),
     };
     Ok(at)

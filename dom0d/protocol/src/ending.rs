@@ -116,16 +116,18 @@ impl Conversation {
             })
     }
 
-    /// Closed just now, and an RVM has yet to take the last bytes: another conversation in its place
+    /// A server lacks bytes of the client's, or owes answers that the client was sent.
+    fn is_behind(&self, leg: &Leg) -> bool {
+        let owes = leg.covers() && leg.answers.end() < self.down.end();
+        !leg.through && leg.gone.is_none() && (leg.rcv_nxt < self.up.end() || owes)
+    }
+
+    /// Closed just now, and an RVM is behind: another conversation in its place
     /// would make that RVM stale, and a client could do so at will. Its next SYN comes after a second.
     pub(crate) fn is_unfinished(&self, ctx: &Context) -> bool {
         let is_recent = self.closed.is_some_and(|closed| ctx.now.since(closed) < REUSE);
-        is_recent
-            && ctx.roster().any(|(slot, server)| {
-                self.legs
-                    .get(slot, server)
-                    .is_some_and(|leg| !leg.through && leg.gone.is_none() && leg.rcv_nxt < self.up.end())
-            })
+        let mut legs = ctx.roster().filter_map(|(slot, server)| self.legs.get(slot, server));
+        is_recent && legs.any(|leg| self.is_behind(leg))
     }
 
     /// Whether to keep it: open and its client alive, or closed and its linger not over.
@@ -168,8 +170,7 @@ impl Conversation {
         ctx.owed.remove(&self.id);
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.take(slot, server) {
-                let owes = !leg.through && leg.covers() && leg.answers.end() < self.down.end();
-                if leg.gone.is_none() && (leg.rcv_nxt < self.up.end() || owes) {
+                if self.is_behind(&leg) {
                     ctx.mark_stale(slot, StaleReason::MissedBytes);
                 }
                 if open_at_ovm && ovm == Some(slot) && leg.is_open() {

@@ -294,6 +294,12 @@ impl Observer {
         self.index_of(client, server).map(|i| &self.conversations[i])
     }
 
+    /// A client that was refused does not know it yet: what it says is passed as it is, and is the OVM's to
+    /// refuse.
+    pub(crate) fn is_refused(&self, conversation: &Conversation, server: ServerId) -> bool {
+        conversation.reset_to_client && self.ovm == Some(server)
+    }
+
     /// What happens concerns a conversation that was over long ago: nobody need remember it.
     pub(crate) fn is_long_over(&self, seen: &Seen<'_>, at: u64) -> bool {
         let conversation = match seen {

@@ -89,7 +89,8 @@ impl Checker for Clock {
                 else {
                     return Ok(());
                 };
-                if leg.iss.is_some() && !segment.rst && !leg.tsvals.contains(&tsecr) {
+                let judged = leg.iss.is_some() && !segment.rst && !observer.is_refused(conversation, *server);
+                if judged && !leg.tsvals.contains(&tsecr) {
                     return Err(format!(
                         "{server:?} is echoed timestamp {tsecr}, which it never sent to {} ({segment})",
                         segment.src

@@ -53,8 +53,7 @@ impl Checker for Delivery {
         if observer.liars.contains(server) {
             return Ok(());
         }
-        if conversation.reset_to_client && observer.ovm == Some(*server) {
-            // What a client says before it hears of its reset is the new OVM's to refuse.
+        if observer.is_refused(conversation, *server) {
             return Ok(());
         }
         let (Some(iss), Some(ack)) = (leg.iss, segment.ack) else {

@@ -68,8 +68,7 @@ impl CauseBeforeEffect {
         let Some(conversation) = observer.conversation_of(segment.src, segment.dst) else {
             return Ok(());
         };
-        if conversation.reset_to_client && conversation.legs.get(&server).is_some_and(|leg| leg.reset) {
-            // The server refused the client: nobody is there to take the bytes.
+        if observer.is_refused(conversation, server) {
             return Ok(());
         }
         let start = conversation.client_position(segment.seq).max(0) as u64;

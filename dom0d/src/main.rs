@@ -336,6 +336,9 @@ async fn clean_up(netlink: &Handle, macs: &[plane::Mac]) {
             tracing::error!(%error, "an anchor stays; the next dom0d removes it");
         }
     }
+    if let Err(error) = anchor::remove_clsact(netlink, &understudy_bpf::prepared_interfaces()).await {
+        tracing::error!(%error, "a clsact qdisc stays; remove it with: tc qdisc del dev INTERFACE clsact");
+    }
     if let Err(error) = rules::remove() {
         tracing::error!(%error, "rules stay; remove them with: nft delete table bridge understudy");
     }

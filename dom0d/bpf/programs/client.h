@@ -18,7 +18,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	scratch = bpf_map_lookup_elem(&scratches, &zero);
 	if (!service || !scratch)
 		return TC_ACT_UNSPEC;
-	if (!parse(skb, &segment, scratch->old)) {
+	if (!parse(skb, &segment, scratch)) {
 		count(COUNT_FOREIGN_CLIENT);
 		return TC_ACT_UNSPEC;
 	}

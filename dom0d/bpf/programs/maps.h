@@ -62,6 +62,8 @@ struct options {
 /* A TCP header before and after; too big for the stack beside all else. */
 struct scratch {
 	struct options options;
+	/* Ethernet and IP header, without options. */
+	__u8 frame[56];
 	__u8 old[64];
 	__u8 new[64];
 	/* Room for reads that begin within the header. */

@@ -17,7 +17,7 @@ struct segment {
 	__u32 version;
 	__u16 source_port, destination_port;
 	__u8 source[16], destination[16]; /* an IPv4 address in the first four bytes */
-	__u8 source_mac[6], destination_mac[6];
+	__u8 source_mac[6];
 };
 
 static __always_inline __u16 be16_at(const __u8 *at)
@@ -44,24 +44,21 @@ static __always_inline int later(__u32 a, __u32 b)
 	return (__s32)(a - b) > 0;
 }
 
-/* Fills `segment` and the first 20 bytes of `header`; 0 if the frame is no such segment. */
-static __always_inline int parse(struct __sk_buff *skb, struct segment *segment, __u8 *header)
+/* Fills `segment`, the Ethernet and IP headers and the first 20 bytes of the TCP header; 0 if the frame is no such
+ * segment.
+ */
+static __always_inline int parse(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch)
 {
-	__u8 ethernet[ETHERNET];
-	__u8 ip[40];
+	__u8 *header = scratch->old, *ip = scratch->frame + ETHERNET;
 
 	__builtin_memset(segment, 0, sizeof(*segment));
-	if (skb->vlan_present || bpf_skb_load_bytes(skb, 0, ethernet, sizeof(ethernet)))
+	if (skb->vlan_present || bpf_skb_load_bytes(skb, 0, scratch->frame, ETHERNET + 20))
 		return 0;
-	__builtin_memcpy(segment->destination_mac, ethernet, 6);
-	__builtin_memcpy(segment->source_mac, ethernet + 6, 6);
-	switch (be16_at(ethernet + 12)) {
+	__builtin_memcpy(segment->source_mac, scratch->frame + 6, 6);
+	switch (be16_at(scratch->frame + 12)) {
 	case 0x0800: {
-		__u32 ihl;
+		__u32 ihl = (ip[0] & 0x0f) * 4;
 
-		if (bpf_skb_load_bytes(skb, ETHERNET, ip, 20))
-			return 0;
-		ihl = (ip[0] & 0x0f) * 4;
 		if (ip[0] >> 4 != 4 || ihl < 20 || be16_at(ip + 6) & 0x3fff || ip[9] != 6)
 			return 0;
 		segment->version = 4;
@@ -72,9 +69,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 		break;
 	}
 	case 0x86dd:
-		if (bpf_skb_load_bytes(skb, ETHERNET, ip, 40))
-			return 0;
-		if (ip[0] >> 4 != 6 || ip[6] != 6)
+		if (ip[0] >> 4 != 6 || ip[6] != 6 || bpf_skb_load_bytes(skb, ETHERNET + 20, ip + 20, 20))
 			return 0;
 		segment->version = 6;
 		segment->l4 = ETHERNET + 40;

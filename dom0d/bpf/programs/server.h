@@ -24,7 +24,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 			slot = at;
 	if (slot >= SLOTS)
 		return TC_ACT_UNSPEC;
-	if (!parse(skb, &segment, scratch->old)) {
+	if (!parse(skb, &segment, scratch)) {
 		count(COUNT_FOREIGN_SERVER);
 		return TC_ACT_UNSPEC;
 	}

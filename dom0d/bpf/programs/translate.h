@@ -184,35 +184,43 @@ static __always_inline int server_to_client(struct __sk_buff *skb, const struct 
 	return PASSES;
 }
 
-/* Writes the new header and `address` in place of `before`, at `at` in the IP header, and both MACs. The helpers
- * know a partial checksum: there only the address counts. -1 if the frame can't be written.
+/* Writes the new header, `address` in place of `before`, at `at` in the IP header, and both MACs. The helpers know a
+ * partial checksum: there only the address counts. -1 if the frame can't be written.
  */
 static __always_inline int rewrite(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch,
 				   __u32 at, __u8 *before, __u8 *address, const __u8 *to_mac,
 				   const __u8 *from_mac)
 {
-	__u8 macs[12];
 	__u32 header = segment->header - TCP_LEAST;
 	__u32 checksum = segment->l4 + 16;
+	__u8 *ip = scratch->frame + ETHERNET;
 	__s64 changed, moved;
 
 	changed = bpf_csum_diff((__be32 *)scratch->old, 60, (__be32 *)scratch->new, 60, 0);
-	/* The address's place is a constant in each family. */
+	__builtin_memcpy(scratch->frame, to_mac, 6);
+	__builtin_memcpy(scratch->frame + 6, from_mac, 6);
+	/* Constant lengths in each family. */
 	if (segment->version == 4) {
+		__u32 sum;
+
 		moved = bpf_csum_diff((__be32 *)before, 4, (__be32 *)address, 4, 0);
-		if (bpf_skb_store_bytes(skb, ETHERNET + at, address, 4, 0) ||
-		    bpf_l3_csum_replace(skb, ETHERNET + 10, 0, moved, 0))
+		__builtin_memcpy(ip + (at & 31), address, 4);
+		/* RFC 1624, on words as they lie in memory, as bpf_csum_diff has them. */
+		sum = (__u16) ~*(__u16 *)(ip + 10) + ((__u32)moved & 0xffff) + ((__u32)moved >> 16);
+		sum = (sum & 0xffff) + (sum >> 16);
+		sum = (sum & 0xffff) + (sum >> 16);
+		*(__u16 *)(ip + 10) = ~sum;
+		if (bpf_skb_store_bytes(skb, 0, scratch->frame, ETHERNET + 20, 0))
 			return -1;
 	} else {
 		moved = bpf_csum_diff((__be32 *)before, 16, (__be32 *)address, 16, 0);
-		if (bpf_skb_store_bytes(skb, ETHERNET + at, address, 16, 0))
+		__builtin_memcpy(ip + (at & 31), address, 16);
+		if (bpf_skb_store_bytes(skb, 0, scratch->frame, ETHERNET + 40, 0))
 			return -1;
 	}
-	if (bpf_skb_store_bytes(skb, segment->l4, scratch->new, ((header & 63) + TCP_LEAST), 0) ||
+	if (bpf_skb_store_bytes(skb, segment->l4, scratch->new, (header & 63) + TCP_LEAST, 0) ||
 	    bpf_l4_csum_replace(skb, checksum, 0, changed, 0) ||
 	    bpf_l4_csum_replace(skb, checksum, 0, moved, BPF_F_PSEUDO_HDR))
 		return -1;
-	__builtin_memcpy(macs, to_mac, 6);
-	__builtin_memcpy(macs + 6, from_mac, 6);
-	return bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0);
+	return 0;
 }

@@ -31,7 +31,7 @@ pub mod layout;
 mod load;
 mod tap;
 
-pub use load::{LoadError, Programs, Settings, load};
+pub use load::{LoadError, Programs, Settings, load, prepared_interfaces};
 pub use tap::{Copied, Tap};
 
 impl layout::Conversation {

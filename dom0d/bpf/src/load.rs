@@ -1,13 +1,14 @@
 //! How the programs get into the kernel and onto interfaces. Whatever may wait (verification, netlink) is here.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, RingBuf};
 use aya::programs::tc::{
-    NlOptions, SchedClassifierLinkId, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program,
+    NlOptions, SchedClassifierLinkId, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program,
 };
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod, TestRun as _, TestRunOptions};
@@ -25,8 +26,15 @@ unsafe impl Pod for Conversation {}
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/understudy.bpf.o"));
 
-/// Interfaces that this process has cleared of what a killed predecessor left.
-static CLEARED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// Interfaces that this process has put programs on, and whether the place for them (the clsact qdisc) was made
+/// by dom0d, this one or a killed predecessor.
+static PREPARED: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
+
+/// Interfaces whose clsact qdisc dom0d has made: to be removed when dom0d ends.
+pub fn prepared_interfaces() -> Vec<String> {
+    let prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+    prepared.iter().filter(|(_, ours)| **ours).map(|(name, _)| name.clone()).collect()
+}
 
 /// What the programs must know of a service from the start.
 #[derive(Clone, Debug)]
@@ -194,20 +202,15 @@ impl Programs {
     fn attach(&mut self, name: &'static str, interface: &str, side: TcAttachType) -> Result<(), LoadError> {
         let failed = |error: String| LoadError::Attach { interface: interface.to_owned(), error };
         self.detach(interface);
-        match qdisc_add_clsact(interface) {
-            // There already: ours from before, or somebody else's.
-            Ok(()) | Err(TcError::AlreadyAttached) => {}
-            Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(failed(error.to_string()));
-            }
-            // Attaching says what is wrong, if anything is.
-            Err(_) => {}
-        }
-        let mut cleared = CLEARED.lock().unwrap_or_else(PoisonError::into_inner);
-        if !cleared.iter().any(|known| known == interface) {
+        // If this fails for another reason than that it is there, attaching says why.
+        let made = qdisc_add_clsact(interface).is_ok();
+        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if made {
+            prepared.insert(interface.to_owned(), true);
+        } else if !prepared.contains_key(interface) {
             // Left by a dom0d that was killed: it would take all frames first.
-            let _ = qdisc_detach_program(interface, side, name);
-            cleared.push(interface.to_owned());
+            let ours = qdisc_detach_program(interface, side, name).is_ok();
+            prepared.insert(interface.to_owned(), ours);
         }
         let options = TcAttachOptions::Netlink(NlOptions::default());
         let program = classifier(&mut self.ebpf, name)?;

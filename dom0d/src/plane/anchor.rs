@@ -14,6 +14,7 @@ use rtnetlink::packet_route::link::{
     BridgeMulticastRouterType, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVeth};
 
 use super::device::Device;
@@ -197,6 +198,18 @@ pub(crate) async fn remove(netlink: &Handle, psc_mac: Mac) -> Result<(), AnchorE
         Some(link) => delete(netlink, link).await,
         None => Ok(()),
     }
+}
+
+/// Takes the place for programs (the clsact qdisc) from interfaces; one that is gone took it along.
+pub(crate) async fn remove_clsact(netlink: &Handle, interfaces: &[String]) -> Result<(), AnchorError> {
+    for link in links(netlink).await?.iter().filter(|link| interfaces.contains(&link.name)) {
+        let mut request = netlink.qdisc().del(link.index.cast_signed());
+        let header = &mut request.message_mut().header;
+        header.parent = TcHandle::CLSACT;
+        header.handle = TcHandle { major: 0xffff, minor: 0 };
+        refused(format!("remove clsact from {}", link.name), request.execute().await)?;
+    }
+    Ok(())
 }
 
 /// Removes every anchor that dom0d once made and this configuration does not have.

@@ -153,7 +153,7 @@ impl Conversation {
         }
         if flags.has(Flags::FIN) {
             leg.fin = Some(position);
-            if self.must_hold(position, false, ctx) {
+            if self.must_hold(position, false, leg.rcv_nxt, ctx) {
                 flags = flags.without(Flags::FIN);
             } else {
                 self.pass_fin(position);
@@ -300,10 +300,12 @@ impl Conversation {
     // ---- close ----------------------------------------------------------------------------------
 
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
-    pub(crate) fn must_hold(&mut self, position: u64, rst: bool, ctx: &mut Context) -> bool {
+    pub(crate) fn must_hold(&mut self, position: u64, rst: bool, had: u64, ctx: &mut Context) -> bool {
         // Behind a FIN that was passed a RST is still one to be doubted.
         let open = self.closed.is_none() && (rst || self.down_fin.is_none());
-        let opinion = self.opinion(position, rst, ctx);
+        // When it closed: a kernel goes on to acknowledge what no service reads any more.
+        let had = self.held.map_or(had.min(self.up_end()), |held| held.had);
+        let opinion = self.opinion(position, rst, had, ctx);
         if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             self.release_hold(ctx);
             return false;
@@ -319,20 +321,19 @@ impl Conversation {
         let hold = ctx.config.timing.close_hold;
         let (review, until) =
             self.held.map_or((ctx.now + hold * 3 / 4, ctx.now + hold), |held| (held.review, held.until));
-        self.held = Some(Held { position, rst, review, until });
+        self.held = Some(Held { position, rst, had, review, until });
         true
     }
 
     /// What the OVM has, as far as it was recorded.
-    fn ovm_had(&self, ctx: &Context) -> u64 {
+    pub(crate) fn ovm_had(&self, ctx: &Context) -> u64 {
         let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
         leg.map_or(self.up_end(), |leg| leg.rcv_nxt.min(self.up_end()))
     }
 
     /// What the covering RVMs say about a close at `position`.
-    fn opinion(&self, position: u64, rst: bool, ctx: &Context) -> Opinion {
+    fn opinion(&self, position: u64, rst: bool, had: u64, ctx: &Context) -> Opinion {
         let ovm = ctx.queue.ovm();
-        let had = self.ovm_had(ctx);
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
@@ -386,7 +387,7 @@ impl Conversation {
         if let Some(slot) = ctx.queue.ovm() {
             self.note_gone(slot, leg, ctx);
         }
-        if self.must_hold(start, true, ctx) {
+        if self.must_hold(start, true, leg.rcv_nxt, ctx) {
             return;
         }
         let flags = segment.flags;
@@ -415,7 +416,7 @@ impl Conversation {
     /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
     pub(crate) fn review_hold(&mut self, ctx: &mut Context) {
         let Some(held) = self.held else { return };
-        let opinion = self.opinion(held.position, held.rst, ctx);
+        let opinion = self.opinion(held.position, held.rst, held.had, ctx);
         if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             if opinion == Opinion::Disputed {
                 ctx.disputes.insert(self.id);

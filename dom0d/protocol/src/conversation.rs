@@ -34,6 +34,9 @@ pub(crate) struct Client {
     pub(crate) ts_recent: u32,
     /// SND.UNA of the servers: down position that it acknowledged.
     pub(crate) acked: u64,
+    /// The latest acknowledgment came only with what is no news, a keepalive or a repetition: a server that
+    /// is strict about that (RFC 9293 §3.10.7.4) has not taken notice of it.
+    pub(crate) acked_beside: bool,
     /// Right edge of its window.
     pub(crate) edge: u64,
 }
@@ -60,6 +63,8 @@ pub(crate) struct Told {
 pub(crate) struct Held {
     pub(crate) position: u64,
     pub(crate) rst: bool,
+    /// What the OVM had of the client's bytes when it closed.
+    pub(crate) had: u64,
     /// When RVMs are asked, so that the opinions on all conversations are there when the first hold ends.
     pub(crate) review: Instant,
     pub(crate) until: Instant,

@@ -339,6 +339,7 @@ impl Embryonic {
                 tsval,
                 ts_recent: tsval,
                 acked: 1,
+                acked_beside: false,
                 edge: 1 + u64::from(self.window),
             },
             told,

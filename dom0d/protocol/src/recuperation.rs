@@ -83,7 +83,7 @@ impl Conversation {
             let position = leg.covers().then(|| early.unwrap_or(leg.answers.end()));
             self.recuperating = Some(recuperating);
             self.legs.put(slot, leg);
-            if !position.is_some_and(|position| self.must_hold(position, true, ctx)) {
+            if !position.is_some_and(|position| self.must_hold(position, true, self.ovm_had(ctx), ctx)) {
                 self.reset(ctx);
             }
             return;
@@ -133,7 +133,7 @@ impl Conversation {
         if self.down_fin.is_none()
             && leg.covers()
             && let Some(fin) = leg.fin.filter(|fin| *fin == self.down.highest())
-            && !self.must_hold(fin, false, ctx)
+            && !self.must_hold(fin, false, leg.rcv_nxt, ctx)
         {
             self.down_fin = Some(fin);
         }

@@ -124,6 +124,8 @@ impl Conversation {
             if self.client_owes.is_some_and(|(_, position)| ack >= position) {
                 self.client_owes = None;
             }
+            let repeats = start < self.told.acked && start + segment.sequence_length() <= self.told.acked;
+            self.client.acked_beside = repeats && (newly > 0 || self.client.acked_beside);
             self.client.acked = ack;
             self.client.edge = ack + window;
             if let Some(recuperating) = &mut self.recuperating {

@@ -91,6 +91,7 @@ impl Conversation {
         let idle = given
             && ovm.rcv_nxt >= self.given_to(ovm)
             && self.client.acked >= position
+            && !(ovm.through && self.client.acked_beside)
             && self.client.edge > position
             && self.down_fin.is_none_or(|fin| position < fin);
         let since = match self.suspicion.silent_since.filter(|_| self.suspicion.silent_at == position) {

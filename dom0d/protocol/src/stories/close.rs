@@ -185,3 +185,13 @@ fn replicas_are_heard_before_a_close_passes_that_was_held_while_the_daemon_starv
     story.wait(Duration::from_millis(21));
     assert!(story.client_hears().flags.has(Flags::FIN));
 }
+
+#[test]
+fn what_a_kernel_takes_behind_its_dead_services_fin_is_not_asked_of_replicas() {
+    let mut story = Story::established(1);
+    fin(&mut story, 0, 1);
+    story.client_sends(1, b"abc", 1);
+    story.server_sends(0, 2, b"", 4);
+    story.wait(Duration::from_millis(16));
+    assert_eq!(story.service.ctx.disputes.len(), 1, "the replica goes on where the OVM closed");
+}

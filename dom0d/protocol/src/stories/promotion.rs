@@ -249,3 +249,18 @@ fn a_new_ovm_whose_window_stays_shut_is_accused() {
     story.wait(Duration::from_millis(260));
     assert_eq!(story.service.ovm(), Some(ServerId(2)), "{:?}", story.events);
 }
+
+#[test]
+fn an_ovm_that_may_not_have_heard_of_the_clients_acknowledgment_is_not_accused() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(0, 1, b"part", 4);
+    story.server_sends(1, 1, b"part, rest", 4);
+    // The acknowledgment was lost; a keepalive repeats it, where strict servers do not look.
+    story.client_says(Say { seq: at(3), ack: iss(0) + 5, payload: b"k", ..Say::default() });
+    story.wait(Duration::from_millis(400));
+    assert!(story.effects.is_empty(), "{:?}", story.events);
+    story.client_says(Say { seq: at(4), ack: iss(0) + 5, ..Say::default() });
+    story.wait(Duration::from_millis(260));
+    assert!(!story.effects.is_empty());
+}

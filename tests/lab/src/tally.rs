@@ -15,9 +15,9 @@ const SHOWN: usize = 30;
 /// What has been played so far.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
-    passed: usize,
-    failed: usize,
-    interrupted: bool,
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
+    pub(crate) interrupted: bool,
 }
 
 impl Tally {

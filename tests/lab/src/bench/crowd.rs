@@ -12,10 +12,10 @@ use super::rtt::clear;
 use crate::client::pingpong::{PingPong, histogram};
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, Lab, Service};
-use crate::stage::Stage;
 use crate::stage::failover::Failover;
 use crate::stage::pinning::{Pinning, pin_host, pin_process, release_host};
 use crate::stage::repair::repair;
+use crate::stage::{Stage, unhurried};
 
 const CROWDS: [usize; 3] = [1, 1_000, 10_000];
 
@@ -74,7 +74,10 @@ fn cost(
     let (mut cutover, mut first_byte, mut recuperated) = (Vec::new(), Vec::new(), Vec::new());
     let mut client_errors = 0;
     clear(lab)?;
-    let config = format!("{}\n[service.limits]\npromotions = 1000000\n", redis_only(&lab.default_config()));
+    let config = format!(
+        "{}\n[service.limits]\npromotions = 1000000\n",
+        unhurried(&redis_only(&lab.default_config()))
+    );
     let mut stage = Stage::take_identical(Lab::find(&lab.config().name)?, &config)?;
     let pid = stage.dom0d.as_ref().map(|dom0d| dom0d.pid()).unwrap_or_default();
     for sample in 0..samples {

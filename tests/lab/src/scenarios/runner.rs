@@ -28,6 +28,9 @@ pub(crate) struct Options {
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
+    /// Play those that failed once more: for a machine that is busy with other things
+    #[arg(long, requires = "keep_going")]
+    second_try: bool,
 }
 
 /// Plays what `options` select; the last line says how many passed and failed.
@@ -54,19 +57,39 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let directory = log_directory(&instance_name()?)?;
     let total = wanted.len();
     // Names only: a story can't be sent to another thread, and it is played in another process.
-    let queue: Mutex<VecDeque<(String, Duration)>> =
-        Mutex::new(wanted.into_iter().map(|s| (s.name, s.limit)).collect());
-    let tally = Mutex::new(Tally::default());
+    let queue = wanted.into_iter().map(|s| (s.name, s.limit)).collect();
+    let (mut tally, failed) = play_all(queue, options, &directory, &interrupts);
+    if options.second_try && !tally.interrupted && !failed.is_empty() {
+        println!("{} failed; once more:", failed.len());
+        let (again, _) = play_all(failed, options, &directory, &interrupts);
+        tally = Tally { passed: tally.passed + again.passed, ..again };
+    }
+    Ok(tally.conclude(total))
+}
+
+/// Plays what is in `queue`; gives also what failed.
+fn play_all(
+    queue: VecDeque<(String, Duration)>,
+    options: &Options,
+    directory: &Path,
+    interrupts: &Interrupts,
+) -> (Tally, VecDeque<(String, Duration)>) {
+    let (queue, tally) = (Mutex::new(queue), Mutex::new((Tally::default(), VecDeque::new())));
     std::thread::scope(|scope| {
         for job in 0..options.jobs.max(1) {
-            let (queue, tally, interrupts, directory) = (&queue, &tally, &interrupts, &directory);
+            let (queue, tally) = (&queue, &tally);
             scope.spawn(move || {
                 loop {
                     let next = lock(queue).pop_front();
                     let Some((name, limit)) = next else { break };
                     let verdict = lab_name(options.jobs, job)
                         .and_then(|lab| play(&name, limit, &lab, directory, interrupts));
-                    let go_on = lock(tally).count(&name, verdict, options.keep_going);
+                    let mut tally = lock(tally);
+                    let before = tally.0.failed;
+                    let go_on = tally.0.count(&name, verdict, options.keep_going);
+                    if tally.0.failed > before {
+                        tally.1.push_back((name, limit));
+                    }
                     if !go_on {
                         lock(queue).clear();
                     }
@@ -74,7 +97,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             });
         }
     });
-    Ok(tally.into_inner().unwrap_or_else(|e| e.into_inner()).conclude(total))
+    tally.into_inner().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Plays the scenario of exactly this name in this process.

@@ -50,6 +50,11 @@ struct Walk<'a, X> {
     garbage: u64,
 }
 
+/// The node is the guest's to write, too: only what a toolstack asks (or nothing, once it is obeyed) counts.
+fn shutdown_request(text: &str) -> Option<String> {
+    ["", "poweroff", "reboot", "halt", "suspend", "s3", "crash"].contains(&text).then(|| text.to_owned())
+}
+
 impl<X: AsyncXs> Walk<'_, X> {
     async fn domain(&mut self, domid: u16) -> io::Result<Option<Domain>> {
         let home = format!("/local/domain/{domid}");
@@ -59,7 +64,7 @@ impl<X: AsyncXs> Walk<'_, X> {
             return Ok(None);
         };
         let shutdown_request = self
-            .parsed(&format!("{home}/control/shutdown"), |text| Some(text.to_owned()))
+            .parsed(&format!("{home}/control/shutdown"), shutdown_request)
             .await?
             .filter(|request| !request.is_empty());
         let mut vifs = Vec::new();

@@ -23,7 +23,8 @@ pub(crate) enum Plane {
 }
 
 impl Plane {
-    fn name(self) -> &'static str {
+    /// Its name in dom0d's configuration and on the command line.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Plane::Pcap => "pcap",
             Plane::Bpf => "bpf",
@@ -31,7 +32,7 @@ impl Plane {
     }
 
     /// The one meant; without a word dom0d's own default.
-    fn chosen() -> Option<Self> {
+    pub(crate) fn chosen() -> Option<Self> {
         let name = std::env::var(PLANE).ok()?;
         [Plane::Pcap, Plane::Bpf].into_iter().find(|plane| plane.name() == name)
     }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use super::machine::Machine;
 use super::patience::Patience;
 use super::product;
+use crate::host::Plane;
 use crate::supervise::Ending;
 
 /// How long a domU has to answer to `exec`, in seconds.
@@ -96,10 +97,11 @@ impl Dom0 {
     ) -> Result<Ending> {
         let mut ssh = self.ssh();
         let order = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+        let plane = Plane::chosen().map_or(String::new(), |plane| format!("--plane {}", plane.name()));
         // One at a time: one whose caller was interrupted goes on there.
         ssh.arg(format!(
             "kill $(cat {RUNNING} 2>/dev/null) 2>/dev/null; echo $$ >{RUNNING}; \
-             exec timeout --kill-after=5 {} {} xen inside {order}",
+             exec timeout --kill-after=5 {} {} {plane} xen inside {order}",
             limit.as_secs(),
             product::LAB
         ));

@@ -48,7 +48,10 @@ pub(super) fn copy(dom0: &Dom0, patience: &Patience, progress: &dyn Fn(&str)) ->
     tar.arg("-C").arg(setup::workspace()).args(["-c", "dom0d/dom0d.service", "xl-hooks"]);
     let output = patience.run("packing unit and hooks", &mut tar, &[], ORDER_LIMIT)?;
     ensure!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
+    // A host that is emulated on busy cores stands still for ten seconds at times.
     let unpack = "tar -C /root --no-same-owner -x && mv /root/dom0d/dom0d.service /etc/systemd/system/ &&
+                  mkdir -p /etc/systemd/system/dom0d.service.d &&
+                  printf '[Service]\\nWatchdogSec=60s\\n' >/etc/systemd/system/dom0d.service.d/emulation.conf &&
                   systemctl daemon-reload";
     dom0.run_with(patience, "unpacking unit and hooks", unpack, &output.stdout, ORDER_LIMIT)?;
     progress("dom0d, its unit, understudy, the hooks and this program are in dom0");

@@ -13,6 +13,8 @@ use crate::{EventKind, Evidence, LinkAddress, Passage, ServerId, StaleReason, Un
 const LINKS: usize = 4096;
 /// Refused handshakes counted while closes are held; more tell no more.
 const HELD_REFUSALS: usize = 16;
+/// Unknown conversations told apart; with more, each counts as one in which a client said something.
+const UNKNOWN: usize = 4096;
 /// SYNs kept during a drain.
 const HELD_SYNS: usize = 1024;
 
@@ -145,6 +147,12 @@ impl Service {
     /// A conversation that the daemon does not know flows all the same. After a promotion the new OVM
     /// answers it with a RST of its own: a clean end.
     pub(crate) fn pass_unprotected_to_ovm(&mut self, link: LinkAddress, segment: &Segment<'_>) {
+        if !segment.payload.is_empty() {
+            let key = Key { client: segment.src, psc: segment.dst };
+            if self.unknown.len() < UNKNOWN {
+                self.unknown.insert(key);
+            }
+        }
         if self.ctx.passage == Passage::Passed {
             return;
         }
@@ -157,12 +165,19 @@ impl Service {
         translated.emit_split(mss, |packet| self.ctx.send_to_server(server, packet));
     }
 
-    /// An OVM's segment in a conversation that the daemon does not know. Unless it is a refusal, or the
-    /// handshake is still to be completed, the OVM serves somebody whose bytes no RVM gets.
+    /// An OVM's segment in a conversation that the daemon does not know. If it answers, or acknowledges
+    /// what a client said there, the OVM serves somebody whose bytes no RVM gets; what is left of a
+    /// conversation that was over long ago harms nobody.
     pub(crate) fn pass_unprotected_to_client(&mut self, key: Key, segment: &Segment<'_>) {
         self.ctx.counters.unprotected_segments += 1;
         let begins = self.handshakes.note_acknowledgment(&key, segment);
-        if !segment.flags.has(Flags::RST.with(Flags::SYN)) && !begins {
+        let heard = self.unknown.len() == UNKNOWN || self.unknown.contains(&key);
+        if !segment.flags.has(Flags::RST.with(Flags::SYN))
+            && !begins
+            && (heard || !segment.payload.is_empty())
+        {
+            self.unknown.clear();
+            self.ctx.event(EventKind::Unprotected { client: key.client, reason: Uncovered::MidStream });
             self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
         }
         self.send_as_is(key, segment);

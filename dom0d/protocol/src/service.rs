@@ -48,6 +48,8 @@ pub struct Service {
     pub(crate) sweep: Option<usize>,
     pub(crate) next_resets: Instant,
     pub(crate) links: HashMap<IpAddr, LinkAddress>,
+    /// Unknown conversations in which clients said something to the OVM.
+    pub(crate) unknown: BTreeSet<Key>,
     /// Conversations that the data plane may pass by itself, as far as is known.
     pub(crate) passable: VecDeque<ConversationId>,
 }
@@ -67,6 +69,7 @@ impl Service {
             sweep: None,
             next_resets: Instant::default(),
             links: HashMap::new(),
+            unknown: BTreeSet::new(),
             passable: VecDeque::new(),
         }
     }

@@ -385,3 +385,17 @@ fn a_request_that_the_ovm_refused_is_kept_from_replicas_or_makes_them_stale() {
         assert_eq!(bytes, if given { 3 } else { 0 });
     }
 }
+
+#[test]
+fn what_is_left_of_an_unknown_conversation_makes_nobody_stale() {
+    let mut story = Story::new(1);
+    let close = Say { seq: iss(0) + 1, ack: at(1), flags: Flags::FIN.with(Flags::ACK), ..Say::default() };
+    story.server_says(0, close);
+    story.client_says(Say { seq: at(1), ack: iss(0) + 2, ..Say::default() });
+    story.server_sends(0, 2, b"", 1);
+    assert!(is_promotable(&story, 1));
+    // But once the client says something, and the OVM takes it, a replica lacks it.
+    story.client_sends(1, b"SET", 2);
+    story.server_sends(0, 2, b"", 4);
+    assert!(!is_promotable(&story, 1));
+}

@@ -132,14 +132,24 @@ fn transaction(rules: &RuleSet) -> Value {
             "type": "filter", "hook": "prerouting", "prio": -300, "policy": "accept",
         }}}),
     ];
-    for (vif, vif_rules) in &rules.vifs {
+    // A chain for each vif, found by one look-up: frames of everybody else pass one rule, however many vifs
+    // there are.
+    let mut verdicts = Vec::new();
+    for (number, (vif, vif_rules)) in rules.vifs.iter().enumerate() {
+        let chain = format!("server{number}");
+        commands.push(json!({"add": {"chain": {"family": FAMILY, "table": TABLE, "name": chain}}}));
         for expressions in vif_rules.expressions() {
-            let mut rule = vec![matches(json!({"meta": {"key": "iifname"}}), json!(vif))];
-            rule.extend(expressions);
             commands.push(json!({"add": {"rule": {
-                "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": rule,
+                "family": FAMILY, "table": TABLE, "chain": chain, "expr": expressions,
             }}}));
         }
+        verdicts.push(json!([vif, {"jump": {"target": chain}}]));
+    }
+    if !verdicts.is_empty() {
+        let expression = json!({"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": verdicts}}});
+        commands.push(json!({"add": {"rule": {
+            "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": [expression],
+        }}}));
     }
     json!({"nftables": commands})
 }
@@ -301,6 +311,8 @@ mod tests {
         assert!(commands[1]["delete"]["table"].is_object());
         assert!(commands[2]["add"]["table"].is_object());
         assert_eq!(commands[3]["add"]["chain"]["hook"], "prerouting");
-        assert!(commands[4].to_string().contains("vif1.0"));
+        assert_eq!(commands[4]["add"]["chain"]["name"], "server0");
+        let last = commands.last().unwrap().to_string();
+        assert!(last.contains("vif1.0") && last.contains("server0"), "{last}");
     }
 }

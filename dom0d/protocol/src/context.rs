@@ -233,6 +233,7 @@ impl Context {
     pub(crate) fn due(&mut self, slot: Slot, bytes: i64) {
         if let Some(server) = self.queue.get_mut(slot) {
             server.behind += bytes;
+            server.followed += u64::try_from(-bytes).unwrap_or(0);
         }
     }
 

@@ -41,6 +41,8 @@ pub(crate) struct Server {
     pub(crate) diverged: u64,
     /// Bytes of both directions that the others have and it has not; negative when it is ahead.
     pub(crate) behind: i64,
+    /// Bytes of both directions that it has followed, ever.
+    pub(crate) followed: u64,
 }
 
 impl Server {
@@ -119,6 +121,7 @@ impl Queue {
             covered: 0,
             diverged: 0,
             behind: 0,
+            followed: 0,
         });
         Some(slot)
     }

@@ -102,7 +102,8 @@ impl Conversation {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
-            let progress = leg.rcv_nxt + leg.compared;
+            // In any conversation: in this one it may wait for its turn in the service-wide order.
+            let progress = ctx.queue.get(slot).map_or(0, |server| server.followed);
             let (since, before) = *leg.paced.get_or_insert((ctx.now, progress));
             if !blamed || progress - before >= least {
                 leg.paced = blamed.then_some((ctx.now, progress));

@@ -96,17 +96,19 @@ tsc_mode = "native"
             return false;
         }
         let state = state(&name).unwrap_or_default();
-        if state.contains(['s', 'c', 'd']) || (state.contains('p') && resume(&name).is_err()) {
+        if state.contains(['s', 'c', 'd']) {
             return false;
         }
-        ask(place).is_ok()
+        if state.contains('p') {
+            return run(&["xl", "unpause", &name]).is_ok() && restart_services(&name).is_ok();
+        }
+        ask(place).is_ok() || restart_services(&name).is_ok()
     }
 }
 
-/// Undoes a fence's or a [`Fault::Freeze`]'s pause, and [`Fault::Hang`].
-fn resume(name: &str) -> Result<()> {
-    run(&["xl", "unpause", name])?;
-    in_domain(name, "killall -CONT redis-server nginx").map(drop)
+/// Their connections end, and what [`Fault::Hang`] stopped begins anew.
+fn restart_services(name: &str) -> Result<()> {
+    in_domain(name, "killall -KILL redis-server nginx").map(drop)
 }
 
 /// Empties a guest's Redis, and sees that its HTTP server has the large file.

@@ -21,6 +21,8 @@ use crate::xen::Kind;
 const CONFIG: &str = "/etc/understudy/dom0d.toml";
 /// Until dom0d has found every guest.
 const READY: Duration = Duration::from_secs(60);
+/// Until what clients closed is closed.
+const CLOSED: Duration = Duration::from_secs(5);
 /// Until some answers came: on a busy machine an answer may take a second.
 pub(super) const ANSWERS: Duration = Duration::from_secs(60);
 
@@ -130,8 +132,16 @@ pub(super) fn config(replicas: usize, services: &[Service]) -> String {
     FOR_EMULATION.to_owned() + &default_config(&plan).replace("[[service]]\n", SERVICE_FOR_EMULATION)
 }
 
-/// Ends dom0d, and what it remembers of domains.
+/// Ends dom0d, and what it remembers of domains; first, if it runs, the conversations that clients have
+/// closed: a FIN that is repeated when the next dom0d runs belongs to a conversation which that one could
+/// not replicate, and makes its replicas stale.
 pub(super) fn forget() -> Result<()> {
+    if run(&["systemctl", "is-active", "dom0d"]).is_ok() {
+        // A story that failed may leave some open.
+        let _ = operator().until("no conversation", CLOSED, |status| {
+            status.services.iter().all(|service| service.conversations == 0)
+        });
+    }
     shell(
         "systemctl stop dom0d; systemctl reset-failed dom0d 2>/dev/null || :; rm -f /run/understudy/*.state",
     )

@@ -20,9 +20,11 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 /// Everything in dom0 that Understudy could leave behind.
 fn traces() -> Result<String> {
+    // A route that a router advertised gets older meanwhile.
     shell(
-        "ip -br link; ip -br address; ip rule; ip route show table all; bridge -d link; nft list ruleset
-         tc qdisc; xenstore-ls /tool; xenstore-ls /libxl; find /etc/xen /var/lib/understudy 2>/dev/null || :",
+        "{ ip -br link; ip -br address; ip rule; ip route show table all; bridge -d link; nft list ruleset
+           tc qdisc; xenstore-ls /tool; xenstore-ls /libxl; find /etc/xen /var/lib/understudy 2>/dev/null || :
+         } | sed -E 's/ expires [0-9]+sec//'",
     )
 }
 
@@ -34,7 +36,7 @@ fn killed(_: &str) -> Result<()> {
     let pid = stage.operator.status()?.pid;
     run(&["systemctl", "kill", "--signal=KILL", "dom0d"])?;
     let Stage { guests, config, .. } = stage;
-    let stage = loop_until_restarted(guests, config, pid)?;
+    let stage = after_restart(guests, config, pid)?;
     stage.operator.until("the restarted dom0d serves", ANSWERS, |status| {
         status.services[0].serving && status.services[0].servers.len() == 2
     })?;
@@ -65,7 +67,7 @@ fn killed(_: &str) -> Result<()> {
     failover.expect_plausible()
 }
 
-fn loop_until_restarted(guests: Guests, config: String, former: u32) -> Result<Stage> {
+fn after_restart(guests: Guests, config: String, former: u32) -> Result<Stage> {
     let deadline = std::time::Instant::now() + ANSWERS;
     loop {
         let pid = run(&["systemctl", "show", "--property=MainPID", "--value", "dom0d"])?;

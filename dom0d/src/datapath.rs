@@ -43,8 +43,6 @@ pub(crate) enum Message {
         bridge: String,
         /// The far end of the anchor.
         device: Device,
-        /// Number of the bridge's port.
-        port: u32,
     },
     /// A domain can be used by a service, or its lost interface is open again.
     Arrived {
@@ -305,9 +303,9 @@ impl DataPath {
     fn take(&mut self, now: Instant, message: Message) {
         match message {
             Message::Command(command) => self.carry_out(now, command),
-            Message::Anchored { service, bridge, device, port } => {
+            Message::Anchored { service, bridge, device } => {
                 let (service, mut around) = self.split(service);
-                service.anchored(now, bridge, (device, port), &mut around);
+                service.anchored(now, bridge, device, &mut around);
             }
             Message::Arrived { service, arrival, vif } => {
                 // The version that pass_on gives to the rules which this changes.

@@ -213,7 +213,7 @@ impl Placement {
         {
             placed = Err(error.to_string());
         }
-        let (device, far_index, port) = match placed {
+        let (device, far_index) = match placed {
             Ok(placed) => placed,
             Err(reason) => {
                 // A half-made or unusable anchor must not attract the PSC's frames.
@@ -226,12 +226,11 @@ impl Placement {
             }
         };
         self.anchors[index].on = Some((bridge.index, far_index));
-        self.tell(Message::Anchored { service: index, bridge: bridge.name.clone(), device, port });
+        self.tell(Message::Anchored { service: index, bridge: bridge.name.clone(), device });
         Ok(())
     }
 
-    /// Makes an anchor: its far end, captured on, the number of that, and the number of the bridge's port.
-    async fn place(&self, service: &config::Service, bridge: &Link) -> Result<(Device, u32, u32), String> {
+    async fn place(&self, service: &config::Service, bridge: &Link) -> Result<(Device, u32), String> {
         let text = |error: AnchorError| error.to_string();
         let addresses = anchor::addresses_of_dom0(&self.netlink).await;
         for address in addresses.map_err(text)? {
@@ -244,11 +243,8 @@ impl Placement {
         let far = anchor::create(&self.netlink, service.psc_mac, bridge).await;
         let far = far.map_err(text)?;
         let links = anchor::links(&self.netlink).await.map_err(text)?;
-        let number = |name: &str| {
-            let link = links.iter().find(|link| link.name == name);
-            link.map(|link| link.index).ok_or_else(|| AnchorError::Vanished(name.to_owned()).to_string())
-        };
-        let (index, port) = (number(&far)?, number(&anchor::names(service.psc_mac).0)?);
+        let index = links.iter().find(|link| link.name == far);
+        let index = index.ok_or_else(|| AnchorError::Vanished(far.clone()).to_string())?;
         let filter = anchor_filter(service.psc_mac);
         let buffer = self.config.capture_buffer;
         let psc = Psc::new(&service.engine.psc, service.psc_mac);
@@ -264,7 +260,7 @@ impl Placement {
                 mac_text(mac),
                 bridge.name
             )),
-            Ok((device, None)) => Ok((device, index, port)),
+            Ok((device, None)) => Ok((device, index.index)),
         }
     }
 

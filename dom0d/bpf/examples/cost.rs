@@ -32,7 +32,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         0,
         Server { ifindex: LOOPBACK, has_v4: 1, mac: MAC, v4: [10, 77, 0, 100], ..Server::default() },
     );
-    tap.set_anchor(LOOPBACK);
     tap.activate(Some(0));
     let flow =
         Flow { timestamps: true, up_nxt: 1000, told_acked: 1000, told_edge: 60_000, ..Flow::default() };

@@ -66,11 +66,6 @@ impl SharedControl {
         }
     }
 
-    pub(crate) fn set_anchor(&self, ifindex: u32) {
-        // SAFETY: a field's address within the mapping.
-        unsafe { addr_of_mut!((*self.0.as_ptr()).anchor_ifindex).write_volatile(ifindex) }
-    }
-
     /// A copy of all.
     pub(crate) fn get(&self) -> Control {
         // SAFETY: the mapping is that long; all bit patterns are values.

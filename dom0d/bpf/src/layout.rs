@@ -30,6 +30,9 @@ pub const FROM_CLIENT: u16 = 4;
 /// In [`Control::policy`]: a daemon that stays away does not stop conversations.
 pub const SERVE: u32 = 1;
 
+/// Mark of a server's frame that speaks for the PSC, translated.
+pub const MARK: u32 = 0x5553;
+
 /// Names of the counters, in the order of their places.
 pub const COUNTERS: [&str; REASONS] = [
     "client_forwarded",
@@ -101,8 +104,6 @@ shared! {
         unrecorded: u64,
         /// What to do when the ring is full and the daemon is gone.
         policy: u32,
-        /// Number of the anchor's interface, the PSC's port of the bridge.
-        anchor_ifindex: u32,
         /// The PSC's MAC.
         psc_mac: [u8; 6],
         /// 1 if the PSC has an IPv4 address.
@@ -117,8 +118,6 @@ shared! {
         ports: [u16; 16],
         /// The servers by slot.
         servers: [Server; 8],
-        /// Keeps the size a multiple of eight.
-        padding: u32,
     }
 
     /// Names a conversation: client and port of the PSC.
@@ -207,6 +206,7 @@ pub fn c_header() -> String {
         ("HANDED_OVER", u64::from(HANDED_OVER)),
         ("FROM_CLIENT", u64::from(FROM_CLIENT)),
         ("SERVE", u64::from(SERVE)),
+        ("MARK", u64::from(MARK)),
     ] {
         header.push_str(&format!("#define {name} {value}\n"));
     }

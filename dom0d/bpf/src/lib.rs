@@ -8,7 +8,7 @@
 //!                        │              lossless ring ──▶ daemon ──▶ replicas
 //!                        │                    ▲
 //!                        │                    │ record, first
-//!                        └──redirect── vif ⇤ ingress: program `server` (of a replica: its own lossy ring)
+//!                     bridge ◀──passes── vif ⇤ ingress: program `server` (of a replica: its own lossy ring)
 //! ```
 //!
 //! * **Who may speak** is one word, [`Tap::activate`]: epoch and slot. Storing it is fence and promotion at once,

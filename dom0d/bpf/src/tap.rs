@@ -64,11 +64,6 @@ impl Tap {
         self.control.set_server(slot, server);
     }
 
-    /// The PSC's port of the bridge.
-    pub fn set_anchor(&mut self, ifindex: u32) {
-        self.control.set_anchor(ifindex);
-    }
-
     /// The daemon lives.
     pub fn beat(&mut self, now_ns: u64) {
         self.control.set_heartbeat(now_ns);

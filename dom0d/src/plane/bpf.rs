@@ -156,9 +156,8 @@ impl Plane for BpfPlane {
         "bpf"
     }
 
-    fn set_anchor(&mut self, now: Instant, far_end: Device, port: u32) {
-        self.tap.set_anchor(port);
-        self.portable.set_anchor(now, far_end, port);
+    fn set_anchor(&mut self, now: Instant, far_end: Device) {
+        self.portable.set_anchor(now, far_end);
     }
 
     fn is_anchored(&self) -> bool {

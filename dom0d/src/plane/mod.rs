@@ -68,9 +68,9 @@ pub(crate) trait Plane: Send {
     /// Its name in the configuration.
     fn name(&self) -> &'static str;
 
-    /// The PSC's place on its bridge: the far end of the anchor, and the number of the bridge's port. The PSC is
-    /// announced with the next [`Plane::tick`].
-    fn set_anchor(&mut self, now: Instant, far_end: Device, port: u32);
+    /// The PSC's place on its bridge: the far end of the anchor. The PSC is announced with the next
+    /// [`Plane::tick`].
+    fn set_anchor(&mut self, now: Instant, far_end: Device);
 
     /// Whether the PSC has its place on a bridge.
     fn is_anchored(&self) -> bool;

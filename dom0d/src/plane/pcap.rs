@@ -408,7 +408,7 @@ impl Plane for PcapPlane {
         "pcap"
     }
 
-    fn set_anchor(&mut self, now: Instant, far_end: Device, _port: u32) {
+    fn set_anchor(&mut self, now: Instant, far_end: Device) {
         self.note_lost();
         self.anchor = Some(Port::new(far_end));
         self.announced = 0;

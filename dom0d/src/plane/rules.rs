@@ -146,6 +146,11 @@ fn transaction(rules: &RuleSet) -> Value {
         verdicts.push(json!([vif, {"jump": {"target": chain}}]));
     }
     if !verdicts.is_empty() {
+        // What the kernel's part of the data plane has translated speaks for the PSC.
+        let marked = matches(json!({"meta": {"key": "mark"}}), json!(understudy_bpf::layout::MARK));
+        commands.push(json!({"add": {"rule": {
+            "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": [marked, {"accept": null}],
+        }}}));
         let expression = json!({"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": verdicts}}});
         commands.push(json!({"add": {"rule": {
             "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": [expression],

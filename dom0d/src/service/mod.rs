@@ -118,10 +118,10 @@ impl Service {
         &mut self,
         now: Instant,
         bridge: String,
-        (far_end, port): (Device, u32),
+        far_end: Device,
         around: &mut Surroundings<'_>,
     ) {
-        self.plane.set_anchor(now, far_end, port);
+        self.plane.set_anchor(now, far_end);
         let mac = mac_text(self.config.psc_mac);
         self.daemon_event(now, DaemonEvent::PscReady { bridge: bridge.clone(), mac }, around);
         self.bridge = Some(bridge);

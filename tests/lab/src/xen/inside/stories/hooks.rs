@@ -12,7 +12,7 @@ use crate::xen::inside::command::{run, shell};
 use crate::xen::inside::stage::Stage;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
-    vec![Scenario::new("hook/never-in-the-way", never_in_the_way).within(Duration::from_secs(300))]
+    vec![Scenario::new("hook/never-in-the-way", never_in_the_way).within(Duration::from_secs(600))]
 }
 
 /// Far less than libxl's limit for a hotplug script (40 s), far more than noise.

@@ -334,6 +334,7 @@ impl Conversation {
     /// What the covering RVMs say about a close at `position`.
     fn opinion(&self, position: u64, rst: bool, had: u64, ctx: &Context) -> Opinion {
         let ovm = ctx.queue.ovm();
+        let closes = self.up_fin.is_some_and(|(fin, _)| had > fin);
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
@@ -352,11 +353,11 @@ impl Conversation {
                 return Opinion::Shared;
             }
             // One that is merely behind disputes nothing: it has what the OVM had, has answered all
-            // the OVM answered, and stays.
+            // the OVM answered, and stays. That of a client that has closed itself is no news.
             let quiet = ctx.now.since(ctx.measured_from(leg.answered_at)) >= ctx.config.timing.close_hold / 2;
             let stays = leg.fin.is_none() && leg.gone.is_none();
             let disputes = answered > position
-                || (stays && answered == position && quiet && leg.rcv_nxt >= had && leg.is_open());
+                || (stays && !closes && answered == position && quiet && leg.rcv_nxt >= had && leg.is_open());
             opinion =
                 if disputes || opinion == Opinion::Disputed { Opinion::Disputed } else { Opinion::Unknown };
         }

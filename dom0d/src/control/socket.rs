@@ -1,8 +1,8 @@
 //! How the control socket comes to be and goes: one daemon per path, root only, nothing left behind.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -74,9 +74,10 @@ impl ControlSocket {
             _ => Path::new("."),
         };
         if !directory.exists() {
-            let mut builder = DirBuilder::new();
-            builder.recursive(true).mode(0o755);
-            builder.create(directory).map_err(system(directory, "create its directory"))?;
+            // Whatever the umask is.
+            fs::create_dir_all(directory)
+                .and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755)))
+                .map_err(system(directory, "create its directory"))?;
         }
 
         // Of two daemons that start at once, each may find the other's socket not yet listening and

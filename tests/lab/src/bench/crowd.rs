@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::failover::{Spread, redis_only};
-use super::rtt::clear;
+use super::rtt::{clear, hang_up};
 use crate::client::pingpong::{PingPong, histogram};
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, Lab, Service};
@@ -73,6 +73,7 @@ fn cost(
     let mut pings = histogram()?;
     let (mut cutover, mut first_byte, mut recuperated) = (Vec::new(), Vec::new(), Vec::new());
     let mut client_errors = 0;
+    hang_up(lab)?;
     clear(lab)?;
     let config = format!(
         "{}\n[service.limits]\npromotions = 1000000\n",

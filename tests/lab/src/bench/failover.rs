@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::rtt::clear;
+use super::rtt::{clear, hang_up};
 use super::summary::quantile;
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, Lab, Service};
@@ -56,6 +56,7 @@ impl Spread {
 pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for replicas in 1..=3 {
+        hang_up(lab)?;
         clear(lab)?;
         let config = format!(
             "{}\n[service.limits]\npromotions = 1000000\n",
@@ -132,6 +133,9 @@ fn once(stage: &Stage, fault: Fault, ovm: &str) -> Result<(Failover, u64, u64)> 
     let first_byte_us =
         observed.first_byte_us(&outcome).context("no client read anything after the cutover")?;
     let errors = outcome.troubles() + verdict.lost_writes + observed.reset;
+    for error in outcome.errors.iter().chain(&verdict.wrong) {
+        println!("  {fault:?} of {ovm}: {error}");
+    }
     Ok((observed, first_byte_us, errors))
 }
 

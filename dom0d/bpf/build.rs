@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 #[path = "src/layout.rs"]
+// Only its C header is made here; the rest is for the crate.
 #[allow(dead_code, unreachable_pub)]
 mod layout;
 

@@ -285,6 +285,7 @@ mod tests {
             ("/local/domain/0/backend/vif/3/0/frontend", "/local/domain/4/device/vif/0", 1, 0),
             ("/local/domain/0/backend/vif/3/0/ip", "10.77.0.300", 1, 1),
             ("/local/domain/0/backend/vif/3/zero/mac", "", 1, 1),
+            ("/local/domain/3/control/shutdown", "what a guest may write", 1, 1),
         ] {
             let snapshot = listed(&[(path, Some(value))]).await;
             assert_eq!(snapshot.garbage, 1, "{path} = {value:?}");

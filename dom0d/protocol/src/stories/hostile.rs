@@ -399,3 +399,43 @@ fn what_is_left_of_an_unknown_conversation_makes_nobody_stale() {
     story.server_sends(0, 2, b"", 4);
     assert!(!is_promotable(&story, 1));
 }
+
+#[test]
+fn one_conversation_at_a_standstill_deposes_nobody() {
+    for others_go_on in [false, true] {
+        let mut story = Story::established(1);
+        story.client_sends(1, b"SET", 1);
+        story.server_sends(1, 1, b"", 4);
+        story.servers.iter_mut().for_each(VecDeque::clear);
+        story.peer.set_port(story.peer.port() + 1);
+        story.client.clear();
+        story.establish(1);
+        for position in 1..40 {
+            story.wait(Duration::from_millis(20));
+            if others_go_on {
+                story.client_sends(position, b"x", 1);
+                story.server_sends(0, 1, b"", position + 1);
+                story.server_sends(1, 1, b"", position + 1);
+            }
+        }
+        assert_eq!(story.service.ovm() == Some(ServerId(0)), others_go_on);
+    }
+}
+
+#[test]
+fn what_is_kept_for_all_conversations_is_bounded() {
+    let mut story = Story::configured(1, |config| config.limits.retained_bytes = 3_000);
+    story.establish(1);
+    let mut position = 1;
+    for _ in 0..20 {
+        story.servers[0].clear();
+        story.client_sends(position, &[7; 500], 1);
+        position += story.servers[0].iter().map(|heard| heard.payload.len() as u32).sum::<u32>();
+        story.server_sends(0, 1, b"", position);
+        assert!(story.service.status().retained_bytes < 4_000);
+        // The replica takes nothing, and no other limit is near.
+        story.wait(Duration::from_millis(20));
+    }
+    assert!(story.events.iter().any(|event| matches!(event, EventKind::Evicted { .. })));
+    assert!(position > 7_000, "{position}");
+}

@@ -40,6 +40,8 @@ struct Heard {
 /// A service with an OVM and seeded RVMs, one client, and everybody's inbox.
 struct Story {
     service: Service,
+    /// Who speaks and is spoken to: [`CLIENT`], or another of its host.
+    peer: std::net::SocketAddr,
     now: Instant,
     client: VecDeque<Heard>,
     servers: Vec<VecDeque<Heard>>,
@@ -100,6 +102,7 @@ impl Story {
         let servers = vec![VecDeque::new(); 4];
         let mut story = Self {
             service,
+            peer: CLIENT.parse().unwrap(),
             now,
             client: VecDeque::new(),
             servers,
@@ -138,7 +141,7 @@ impl Story {
                     self.client.push_back(heard);
                 }
                 Destination::Server(ServerId(server)) => {
-                    assert_eq!(segment.src, CLIENT.parse().unwrap());
+                    assert_eq!(segment.src.ip(), self.peer.ip());
                     self.servers[server as usize].push_back(heard);
                 }
             }
@@ -168,7 +171,7 @@ impl Story {
 
     fn client_says(&mut self, say: Say<'_>) {
         let segment = Segment {
-            src: CLIENT.parse().unwrap(),
+            src: self.peer,
             dst: PSC.parse().unwrap(),
             seq: say.seq,
             ack: say.ack,
@@ -186,7 +189,7 @@ impl Story {
     fn server_says(&mut self, server: u32, say: Say<'_>) {
         let segment = Segment {
             src: format!("10.0.0.{}:80", 10 + server).parse().unwrap(),
-            dst: CLIENT.parse().unwrap(),
+            dst: self.peer,
             seq: say.seq,
             ack: say.ack,
             flags: say.flags,

@@ -140,3 +140,13 @@ fn a_replica_that_leaves_before_it_had_everything_is_stale_at_once() {
     story.server_says(2, leaves);
     assert!(story.service.status().servers[1].stale.is_some());
 }
+
+#[test]
+fn a_replica_is_told_what_arrived_beyond_a_gap() {
+    // Without SACK blocks its kernel takes a duplicate ACK for nothing, and waits for its timer.
+    let mut story = Story::established(1);
+    story.server_sends(1, 11, b"late", 1);
+    let told = story.server_hears(1);
+    let edge = |position: u32| iss(1).wrapping_add(position);
+    assert_eq!((told.ack, told.sack.iter().collect::<Vec<_>>()), (edge(1), vec![(edge(11), edge(15))]));
+}

@@ -439,3 +439,16 @@ fn what_is_kept_for_all_conversations_is_bounded() {
     assert!(story.events.iter().any(|event| matches!(event, EventKind::Evicted { .. })));
     assert!(position > 7_000, "{position}");
 }
+
+#[test]
+fn without_room_a_segment_is_passed_to_nobody_until_its_sender_repeats_it() {
+    let mut story = Story::configured(0, |config| config.limits.retained_bytes = 500);
+    story.establish(0);
+    story.client_sends(1, &[7; 500], 1);
+    assert_eq!(story.server_hears(0).payload.len(), 500);
+    story.client_sends(501, &[7; 100], 1);
+    assert_eq!(heard_by(&mut story, 0), []);
+    story.server_sends(0, 1, b"", 501);
+    story.client_sends(501, &[7; 100], 1);
+    assert_eq!(story.server_hears(0).payload.len(), 100);
+}

@@ -56,6 +56,12 @@ impl Stream {
         }
     }
 
+    /// End of the known range that has the byte at `position`.
+    pub(crate) fn run_at(&self, position: u64) -> Option<u64> {
+        let run = self.known.iter().find(|&&(start, end)| (start as u64..end as u64).contains(&position))?;
+        Some(run.1 as u64)
+    }
+
     /// The byte at a position.
     pub(crate) fn get(&self, position: usize) -> Option<u8> {
         let after = self.known.partition_point(|r| r.0 <= position);

@@ -338,8 +338,8 @@ impl Conversation {
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
-            if leg.gone.is_some() && ctx.queue.get(slot).is_none_or(|server| server.stale.is_some()) {
-                // It may have gone for reasons of its own.
+            if ctx.queue.get(slot).is_none_or(|server| server.stale.is_some()) {
+                // It may close, or go on, for reasons of its own.
                 continue;
             }
             let answered = leg.answers.end();

@@ -195,3 +195,19 @@ fn what_a_kernel_takes_behind_its_dead_services_fin_is_not_asked_of_replicas() {
     story.wait(Duration::from_millis(16));
     assert_eq!(story.service.ctx.disputes.len(), 1, "the replica goes on where the OVM closed");
 }
+
+#[test]
+fn an_unseeded_replica_shares_no_close_and_disputes_none() {
+    for seeded in [0, 1] {
+        let mut story = Story::new(seeded);
+        let unseeded = seeded + 1;
+        story.service.attach(story.now, spec(unseeded), Seeding::Unseeded).unwrap();
+        story.establish(unseeded);
+        fin(&mut story, unseeded, 1);
+        fin(&mut story, 0, 1);
+        let passed = story.client.iter().any(|heard| heard.flags.has(Flags::FIN));
+        assert_eq!(passed, seeded == 0, "held for one that could take over");
+        story.wait(Duration::from_millis(16));
+        assert_eq!(story.service.ctx.disputes.len(), seeded as usize);
+    }
+}

@@ -319,10 +319,24 @@ impl Conversation {
         }
         // A RST after a FIN, or the other way round: the last word counts.
         let hold = ctx.config.timing.close_hold;
-        let (review, until) =
-            self.held.map_or((ctx.now + hold * 3 / 4, ctx.now + hold), |held| (held.review, held.until));
+        let (review, until) = self
+            .held
+            .map_or((Some(ctx.now + hold * 3 / 4), ctx.now + hold), |held| (held.review, held.until));
         self.held = Some(Held { position, rst, had, review, until });
         true
+    }
+
+    /// A replica may delay its ACK for longer than a close is held (RFC 9293 §3.8.6.3), or have lost a segment:
+    /// what it has not acknowledged of what the OVM `had` it is sent again, which a TCP answers at once.
+    fn ask_for_opinions(&mut self, had: u64, ctx: &mut Context) {
+        for (slot, server) in ctx.roster() {
+            if let Some(mut leg) = self.legs.take(slot, server) {
+                if leg.is_open() && !leg.through && leg.rcv_nxt < had {
+                    self.retransmit_first(&mut leg, ctx);
+                }
+                self.legs.put(slot, leg);
+            }
+        }
     }
 
     /// What the OVM has, as far as it was recorded.
@@ -416,11 +430,15 @@ impl Conversation {
     /// Decides about a held FIN or RST: an RVM shares it, or its time is over. Disputed on several
     /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
     pub(crate) fn review_hold(&mut self, ctx: &mut Context) {
-        let Some(held) = self.held else { return };
+        let Some(mut held) = self.held else { return };
         let opinion = self.opinion(held.position, held.rst, held.had, ctx);
         if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             if opinion == Opinion::Disputed {
                 ctx.disputes.insert(self.id);
+            }
+            if held.review.take_if(|review| ctx.now >= *review).is_some() {
+                self.held = Some(held);
+                self.ask_for_opinions(held.had, ctx);
             }
             if ctx.now < held.ends(ctx) {
                 return;

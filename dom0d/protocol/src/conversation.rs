@@ -65,8 +65,9 @@ pub(crate) struct Held {
     pub(crate) rst: bool,
     /// What the OVM had of the client's bytes when it closed.
     pub(crate) had: u64,
-    /// When RVMs are asked, so that the opinions on all conversations are there when the first hold ends.
-    pub(crate) review: Instant,
+    /// When RVMs are asked (`None`: they were), so that the opinions on all conversations are there when the
+    /// first hold ends.
+    pub(crate) review: Option<Instant>,
     pub(crate) until: Instant,
 }
 

@@ -146,7 +146,7 @@ impl Conversation {
                     .filter(|_| !self.is_client_silent && ctx.queue.rvms().next().is_some())
                     .map(|(since, _)| since + CLIENT_SILENCE),
             );
-            consider(self.held.map(|held| if ctx.now < held.review { held.review } else { held.ends(ctx) }));
+            consider(self.held.map(|held| held.review.unwrap_or(held.ends(ctx))));
             consider(self.suspicion.deadline(&ctx.config.timing, ctx));
         }
         next

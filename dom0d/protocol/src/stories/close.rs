@@ -211,3 +211,19 @@ fn an_unseeded_replica_shares_no_close_and_disputes_none() {
         assert_eq!(story.service.ctx.disputes.len(), seeded as usize);
     }
 }
+
+#[test]
+fn a_replica_that_delays_its_acknowledgment_is_asked_before_a_close_passes() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"abc", 1);
+    assert_eq!(story.server_hears(1).payload, b"abc");
+    story.server_sends(0, 1, b"", 4);
+    fin(&mut story, 0, 1);
+    assert!(story.servers[1].is_empty());
+    story.wait(Duration::from_millis(15));
+    assert_eq!(story.server_hears(1).payload, b"abc", "again: a TCP answers that at once");
+    story.server_sends(1, 1, b"", 4);
+    assert_eq!(story.service.ctx.disputes.len(), 1);
+    story.wait(Duration::from_millis(4));
+    assert!(story.servers[1].is_empty());
+}

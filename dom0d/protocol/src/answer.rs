@@ -70,11 +70,7 @@ impl Conversation {
         if !segment.flags.has(Flags::SYN) || !acknowledges {
             if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::SYN) {
                 // An old connection of the same client on this server: reset it, then try again.
-                if let Some(guest) = ctx.guest(slot, self.key.psc) {
-                    let reset =
-                        Segment { seq: segment.ack, flags: Flags::RST, ..self.segment_to_leg(leg, guest) };
-                    ctx.send_to_server(leg.server, reset.emit());
-                }
+                self.refuse(slot, leg, segment, ctx);
             }
             return Ok(());
         }
@@ -483,7 +479,9 @@ impl Conversation {
         }
         if leg.gone.is_some() {
             // Behind its RST there is nothing to hear; or it has not heard the daemon's.
-            self.send_reset_to(slot, leg, ctx);
+            if segment.flags.has(Flags::ACK) {
+                self.refuse(slot, leg, segment, ctx);
+            }
             return;
         }
         if segment.flags.has(Flags::SYN) {

@@ -99,6 +99,14 @@ impl Conversation {
         }
     }
 
+    /// Answers a segment of a server's connection that there is not (any more): RFC 9293 §3.10.7.1.
+    pub(crate) fn refuse(&self, slot: Slot, leg: &Leg, segment: &Segment<'_>, ctx: &mut Context) {
+        if let Some(guest) = ctx.guest(slot, self.key.psc) {
+            let reset = Segment { seq: segment.ack, flags: Flags::RST, ..self.segment_to_leg(leg, guest) };
+            ctx.send_to_server(leg.server, reset.emit());
+        }
+    }
+
     /// A new OVM, catching up, still has to produce an answer of this conversation, though that may have
     /// ended for the client.
     pub(crate) fn is_awaited(&self, ctx: &Context) -> bool {
@@ -112,7 +120,7 @@ impl Conversation {
         self.closed.is_some()
             && ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| {
                 let ended = leg.rcv_nxt >= self.up_end() && leg.fin.is_some_and(|fin| leg.told.0 > fin);
-                !leg.through && leg.gone.is_none() && leg.covers() && !ended
+                !leg.through && leg.gone.is_none() && !ended
             })
     }
 

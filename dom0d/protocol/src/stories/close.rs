@@ -227,3 +227,15 @@ fn a_replica_that_delays_its_acknowledgment_is_asked_before_a_close_passes() {
     story.wait(Duration::from_millis(4));
     assert!(story.servers[1].is_empty());
 }
+
+#[test]
+fn a_connection_that_went_on_behind_its_reset_is_refused_where_it_is() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"abc", 1);
+    story
+        .server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(4), flags: Flags::RST, ..Say::default() });
+    story.servers[1].clear();
+    story.server_sends(1, 1, b"ok", 4);
+    let reset = story.server_hears(1);
+    assert_eq!((reset.seq, reset.flags), (at(4), Flags::RST));
+}

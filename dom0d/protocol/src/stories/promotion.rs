@@ -226,6 +226,20 @@ fn a_new_ovm_still_gets_the_bytes_of_a_conversation_that_had_to_be_reset() {
 }
 
 #[test]
+fn what_a_new_ovm_says_where_it_differed_is_never_for_the_client() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"right", 2);
+    story.fail_ovm();
+    story.server_sends(1, 1, b"wrong", 1);
+    story.wait(Duration::from_secs(70));
+    story.client.clear();
+    // It has not taken the client's byte yet, so it was not reset, and says it again.
+    story.server_sends(1, 1, b"wrong", 1);
+    assert!(story.client.is_empty());
+}
+
+#[test]
 fn a_new_ovm_is_not_counted_as_ahead_of_its_own_answers() {
     let mut story = Story::established(1);
     story.client_sends(1, b"ask", 1);

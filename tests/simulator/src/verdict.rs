@@ -124,7 +124,10 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     }
     let lossy = |links: &[LinkKnobs], index: usize| links.get(index).is_some_and(|link| !link.faithful());
     let moves = conversation.is_some_and(|c| world.now < c.moved_at + 2 * LONGEST_RTO_US);
-    if moves && (lossy(&world.knobs.client_links, c) || lossy(&world.knobs.guest_links, ovm)) {
+    // What smoltcp sends again beyond the client's window is lost each time as well.
+    let id = world.guests[ovm].id;
+    let overran = conversation.and_then(|c| c.legs.get(&id)).is_some_and(|leg| leg.overran);
+    if moves && (overran || lossy(&world.knobs.client_links, c) || lossy(&world.knobs.guest_links, ovm)) {
         return Some("lost packets made it slow");
     }
     if conversation.is_some_and(Conversation::is_deadlocked) {

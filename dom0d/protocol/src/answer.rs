@@ -353,10 +353,9 @@ impl Conversation {
                 continue;
             }
             let answered = leg.answers.end();
-            // One that has closed still repeats what the client lacks; behind a RST nobody does.
+            // One that has closed still repeats what the client lacks, and hears it out; behind a RST nobody does.
             let shares = match rst {
-                true if leg.gone.is_some() => leg.produced() >= position,
-                true => leg.fin.is_some_and(|fin| self.client.acked > fin),
+                true => leg.gone.is_some() && leg.produced() >= position,
                 false => leg.fin == Some(position),
             };
             if shares {

@@ -239,3 +239,18 @@ fn a_connection_that_went_on_behind_its_reset_is_refused_where_it_is() {
     let reset = story.server_hears(1);
     assert_eq!((reset.seq, reset.flags), (at(4), Flags::RST));
 }
+
+#[test]
+fn a_reset_is_not_shared_by_a_replica_that_has_closed_and_hears_the_client_out() {
+    let mut story = Story::established(1);
+    fin(&mut story, 1, 1);
+    fin(&mut story, 0, 1);
+    assert!(story.client_hears().flags.has(Flags::FIN));
+    story.client_says(Say { seq: at(1), ack: iss(0) + 2, ..Say::default() });
+    story.server_says(0, Say { seq: iss(0) + 2, ack: at(1), flags: Flags::RST, ..Say::default() });
+    assert!(story.client.is_empty(), "held");
+    story.fail_ovm();
+    story.client_sends(1, b"last words", 2);
+    assert!(story.servers[1].iter().any(|heard| heard.payload == b"last words"));
+    assert_eq!(story.service.status().counters["resets"], 0);
+}

@@ -222,19 +222,19 @@ impl Conversation {
 
     /// What the client is sent grew from `before`: the order and the RVMs' dues follow.
     pub(crate) fn note_answer(&mut self, before: u64, ctx: &mut Context) {
-        let grown = self.down.end() - before;
-        if grown == 0 {
+        let end = self.down.end();
+        if end == before {
             return;
         }
         ctx.last_answer = ctx.now;
         self.suspicion.note_answer();
         self.for_each_leg(ctx, |slot, leg, ctx| {
             if !leg.through {
-                ctx.due(slot, grown as i64);
+                ctx.due(slot, end.saturating_sub(leg.answers.end().max(before)) as i64);
             }
         });
         if ctx.queue.rvms().next().is_some() {
-            ctx.order.answered(self.id, self.down.end());
+            ctx.order.answered(self.id, end);
             // An RVM that was faster has produced this already.
             ctx.progressed = [true; MAX_SERVERS];
         }
@@ -506,7 +506,9 @@ impl Conversation {
                     ctx.last_answer = ctx.now;
                 }
                 leg.answered_at = ctx.now;
-                ctx.due(slot, -(grown as i64));
+                // What is ahead of the client in one conversation makes good for nothing elsewhere.
+                let followed = leg.answers.end().min(self.down.end()).saturating_sub(before);
+                ctx.due(slot, -(followed as i64));
                 ctx.progressed[slot.index()] = true;
             }
             // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).

@@ -232,7 +232,7 @@ impl Context {
     /// `bytes` more are to be followed by the server in `slot` (fewer if negative).
     pub(crate) fn due(&mut self, slot: Slot, bytes: i64) {
         if let Some(server) = self.queue.get_mut(slot) {
-            server.behind += bytes;
+            server.behind = server.behind.saturating_add_signed(bytes);
             server.followed += u64::try_from(-bytes).unwrap_or(0);
         }
     }

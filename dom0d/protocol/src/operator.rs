@@ -171,7 +171,7 @@ impl Service {
             covered: server.covered,
             uncovered: ctx.open.saturating_sub(server.covered + server.diverged),
             diverged: server.diverged,
-            behind_bytes: server.behind_bytes(),
+            behind_bytes: server.behind,
         };
         ServiceStatus {
             epoch: ctx.epoch,

@@ -39,8 +39,8 @@ pub(crate) struct Server {
     pub(crate) covered: u64,
     /// Open conversations in which it diverged (not among the covered).
     pub(crate) diverged: u64,
-    /// Bytes of both directions that the others have and it has not; negative when it is ahead.
-    pub(crate) behind: i64,
+    /// Bytes of both directions that the others have and it has not.
+    pub(crate) behind: u64,
     /// Bytes of both directions that it has followed, ever.
     pub(crate) followed: u64,
 }
@@ -49,10 +49,6 @@ impl Server {
     /// Its own address of the same family.
     pub(crate) fn address(&self, like: IpAddr) -> Option<IpAddr> {
         self.addresses.iter().copied().find(|address| address.is_ipv4() == like.is_ipv4())
-    }
-
-    pub(crate) fn behind_bytes(&self) -> u64 {
-        u64::try_from(self.behind).unwrap_or(0)
     }
 }
 

@@ -124,8 +124,6 @@ impl Conversation {
             self.note_answer(before, ctx);
             self.note_gap(ctx);
             if let Some(slot) = ctx.queue.slot_of(leg.server) {
-                // It was counted as ahead by what it had answered.
-                ctx.due(slot, (self.down.end() - before) as i64);
                 // Bytes beyond a gap, sent under the old OVM, are compared as they are reached.
                 self.compare(slot, leg, ctx);
             }

@@ -136,7 +136,7 @@ impl Service {
             let since = waiting.then(|| *server.waiting_since.get_or_insert(now));
             server.waiting_since = since;
             server.lagging = since.is_some_and(|since| now.since(since.max(starved_at)) >= lag_limit);
-            if evicts && server.behind_bytes() > limits.lag_bytes {
+            if evicts && server.behind > limits.lag_bytes {
                 self.ctx.counters.lag_bytes += 1;
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             } else if outstanding > u64::from(limits.order_entries) {
@@ -146,7 +146,7 @@ impl Service {
         }
         // An earlier eviction may not have freed yet what it will.
         if self.ctx.retained >= limits.retained_bytes && self.sweep.is_none() {
-            let behind = |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind_bytes());
+            let behind = |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind);
             if let Some(slot) = self.ctx.queue.rvms().max_by_key(behind) {
                 self.ctx.counters.retained_bytes += 1;
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);

@@ -150,3 +150,21 @@ fn a_replica_is_told_what_arrived_beyond_a_gap() {
     let edge = |position: u32| iss(1).wrapping_add(position);
     assert_eq!((told.ack, told.sack.iter().collect::<Vec<_>>()), (edge(1), vec![(edge(11), edge(15))]));
 }
+
+#[test]
+fn a_replica_that_is_ahead_in_one_conversation_is_behind_in_another_all_the_same() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(1, 1, b"a long answer", 4);
+    story.peer.set_port(story.peer.port() + 1);
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    story.establish(1);
+    story.client_sends(1, b"ask", 1);
+    let behind = |story: &Story| story.service.status().servers[1].behind_bytes;
+    assert_eq!(behind(&story), 3);
+    story.server_sends(1, 1, b"", 4);
+    story.server_sends(0, 1, b"answer", 4);
+    assert_eq!(behind(&story), 6);
+    story.server_sends(1, 1, b"answer and more", 4);
+    assert_eq!(behind(&story), 0);
+}

@@ -178,6 +178,8 @@ pub(crate) struct Conversation {
     client_edge: i64,
     /// ISS and window scale of the SYN-ACK that the client was sent.
     pub(crate) view: Option<(u32, u8)>,
+    /// ISS of an earlier SYN-ACK, that a RST followed.
+    withdrawn: Option<u32>,
     /// Answers as they were sent to the client.
     pub(crate) sent: Stream,
     pub(crate) sent_fin: Option<i64>,
@@ -383,6 +385,7 @@ impl Observer {
                     client_scale: segment.window_scale.unwrap_or(0).min(14),
                     client_edge: i64::from(segment.window),
                     view: None,
+                    withdrawn: None,
                     sent: Stream::default(),
                     sent_fin: None,
                     sent_growth: Vec::new(),
@@ -415,6 +418,11 @@ impl Observer {
             return;
         }
         conversation.established = true;
+        if conversation.withdrawn.is_some_and(|iss| segment.ack == Some(iss.wrapping_add(1))) {
+            // It had accepted that one, and the RST is on its way.
+            conversation.reset_to_client = true;
+            return;
+        }
         let position = conversation.client_position(segment.seq);
         if let Some(acked) = segment.ack.and_then(|ack| conversation.view_position(ack)) {
             conversation.last_up = (position, acked);
@@ -510,6 +518,7 @@ impl Observer {
                 if segment.window_scale.is_none() {
                     conversation.client_scale = 0;
                 }
+                conversation.withdrawn = conversation.view.map(|(iss, _)| iss);
                 conversation.view = Some((segment.seq, scale));
             }
             return;

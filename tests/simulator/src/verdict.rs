@@ -6,7 +6,7 @@ use crate::application::KEYS;
 use crate::client::{Client, Ending, Outcome, Step};
 use crate::guest::Health;
 use crate::link::LinkKnobs;
-use crate::observer::Conversation;
+use crate::observer::{Conversation, Leg};
 use crate::stack::LONGEST_RTO_US;
 use crate::world::World;
 
@@ -75,13 +75,18 @@ fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static st
     if world.died.iter().any(|dead| is_lone_close(world, *dead, conversation)) {
         return Some("a dead service closed it alone");
     }
+    let lied = |(id, leg): (&ServerId, &Leg)| world.observer.liars.contains(id) && leg.fin.is_some();
+    if !world.died.is_empty() && conversation.legs.iter().any(lied) {
+        return Some("a liar shared a dead service's close");
+    }
     // With no conversation left to dispute anything, refused SYNs are evidence of nothing.
     let refused = world.died.iter().any(|dead| conversation.legs.get(dead).is_some_and(|leg| leg.reset));
     (refused && conversation.view.is_none()).then_some("a dead service refused")
 }
 
-/// A dead service's kernel closed this conversation, and no other within the time that closes are held: only
-/// several are evidence. Others it could not close yet, or the link lost their FINs.
+/// A dead service's kernel closed this conversation, and no other so soon that replicas could dispute it before
+/// this one's hold ended, which takes half a hold: only several are evidence. Others it could not close yet, or
+/// the link lost their FINs.
 fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> bool {
     let Some(leg) = conversation.legs.get(&dead) else { return false };
     let passed =
@@ -95,7 +100,7 @@ fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> 
             return false;
         }
         let closed = c.legs.get(&dead).and_then(|leg| leg.closed_at).zip(leg.closed_at);
-        closed.is_some_and(|(one, other)| one.abs_diff(other) <= hold)
+        closed.is_some_and(|(one, other)| one.abs_diff(other) <= hold / 2)
     };
     passed && world.observer.conversations.iter().filter(together).count() == 1
 }
@@ -158,6 +163,9 @@ fn forgotten(world: &World, client: &Client, index: usize) -> bool {
 
 /// Every acknowledged request is in the state of the server that serves, and of each that could.
 fn servers(world: &mut World) -> Verdict {
+    if world.lies_served {
+        return Ok(());
+    }
     let status = world.service.status();
     for server in &status.servers {
         let serves = server.role != Role::Rvm;

@@ -111,9 +111,11 @@ pub(crate) struct World {
     impaired: BTreeMap<ServerId, &'static str>,
     /// Servers whose answers are not what the service would say, and whether one of them served.
     untrue: BTreeSet<ServerId>,
+    /// Servers that reset their conversations.
+    resetters: BTreeSet<ServerId>,
     pub(crate) untrue_served: bool,
     /// A server whose segments are not what a TCP would send served: then nobody can know what was said.
-    lies_served: bool,
+    pub(crate) lies_served: bool,
     last_status: u64,
     /// Handshakes that nobody but the OVM knew of when its service died.
     pub(crate) refused: BTreeSet<(SocketAddr, u32)>,
@@ -232,6 +234,7 @@ impl World {
             excuse: None,
             impaired: BTreeMap::new(),
             untrue: BTreeSet::new(),
+            resetters: BTreeSet::new(),
             untrue_served: false,
             lies_served: false,
             last_status: 0,

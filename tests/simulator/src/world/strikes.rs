@@ -162,6 +162,9 @@ impl World {
         if matches!(fault, Fault::Mutated { .. } | Fault::WrongAnswer(_)) {
             self.untrue.insert(id);
         }
+        if matches!(fault, Fault::ResetAll(_)) {
+            self.resetters.insert(id);
+        }
         if self.service.ovm() == Some(id) && !matches!(fault, Fault::Thaw(_)) {
             self.excuse_of_blow(fault);
         }

@@ -75,7 +75,7 @@ fn cost(
     let mut pings = histogram()?;
     let (mut cutover, mut first_byte, mut recuperated) = (Vec::new(), Vec::new(), Vec::new());
     let mut client_errors = 0;
-    hang_up(lab)?;
+    hang_up(&lab.domains()?)?;
     clear(lab)?;
     let config = format!(
         "{}\n[service.limits]\npromotions = 1000000\n",
@@ -141,6 +141,7 @@ fn cost(
         recuperated.push(observed.recuperated_us.saturating_sub(observed.fault_us));
         client_errors += outcome.troubles() + observed.reset;
         repair(lab, Fault::Freeze, &ovm.name)?;
+        hang_up(&[ovm])?;
         clear(lab)?;
         stage.operator.seed_all(&config)?;
     }

@@ -56,7 +56,7 @@ impl Spread {
 pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for replicas in 1..=3 {
-        hang_up(lab)?;
+        hang_up(&lab.domains()?)?;
         clear(lab)?;
         let config = format!(
             "{}\n[service.limits]\npromotions = 1000000\n",
@@ -102,6 +102,7 @@ fn row(stage: &Stage, config: &str, fault: Fault, replicas: usize, samples: usiz
         detected_by.push(observed.detected_by);
         client_errors += errors;
         repair(&stage.lab, fault, &ovm)?;
+        hang_up(&[stage.lab.domain(&ovm)?])?;
         clear(&stage.lab)?;
         stage.operator.seed_all(config)?;
     }

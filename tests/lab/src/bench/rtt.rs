@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 
 use crate::client::pingpong::{PingPong, histogram};
 use crate::client::place::Place;
-use crate::host::{Lab, Service};
+use crate::host::{Domain, Lab, Service};
 use crate::stage::operator::Operator;
 use crate::stage::own_address;
 use crate::stage::pinning::{Pinning, pin_host, pin_process};
@@ -94,11 +94,12 @@ pub(crate) fn clear(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Ends what connections earlier measurements left in servers that were paused under them: a server that
-/// repeats an answer to one of them is at work for somebody whom a new dom0d does not know.
-pub(crate) fn hang_up(lab: &Lab) -> Result<()> {
-    for domain in lab.domains()? {
-        domain.run(&["ss", "--kill", "--tcp", "sport", "=", ":6379"])?;
+/// Ends what connections earlier measurements left in servers that were paused under them: they count
+/// against what the service takes, and a server that repeats an answer to one of them is at work for
+/// somebody whom a new dom0d does not know.
+pub(crate) fn hang_up(servers: &[Domain]) -> Result<()> {
+    for server in servers {
+        server.run(&["ss", "--kill", "--tcp", "sport", "=", ":6379"])?;
     }
     Ok(())
 }

@@ -63,7 +63,7 @@ pub(crate) struct Leg {
     pub(crate) ack_due: bool,
     /// When it last answered something new.
     pub(crate) answered_at: Instant,
-    /// When the daemon last handed it something new.
+    /// When it last was handed something that it may not have had before.
     pub(crate) handed_at: Instant,
     /// When and where it was while room for what it lacks ran out.
     pub(crate) paced: Option<(Instant, u64)>,

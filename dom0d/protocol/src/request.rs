@@ -156,6 +156,13 @@ impl Conversation {
             ctx.counters.contradictions += u64::from(contradicts);
             let end = self.up.end();
             let grown = end - before;
+            if start < before
+                && let Some(ovm) = ctx.ovm().and_then(|(slot, server)| self.legs.get_mut(slot, server))
+                && ovm.rcv_nxt < end
+            {
+                // It may not have had this before.
+                ovm.handed_at = ctx.now;
+            }
             if grown > 0 {
                 // An OVM may have acknowledged what was never recorded.
                 self.for_each_leg(ctx, |slot, leg, ctx| {

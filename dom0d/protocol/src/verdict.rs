@@ -82,14 +82,12 @@ impl Conversation {
     fn judge_progress(&mut self, slot: Slot, ovm: &Leg, ctx: &mut Context) {
         // Where the OVM is. In recuperation that can be behind what the client was sent.
         let position = if ovm.through { self.down.end() } else { ovm.answers.end() };
-        // It has been given all that its next answer takes, and lacks nothing of that: else it is (c)'s to
-        // judge, or the daemon's to hand on.
+        // It has been given all that its next answer takes: else that is the daemon's to hand on.
         let given = ovm.through
             || ovm.sender.highest >= self.up_end()
             || (ctx.is_catching_up() && ctx.order.awaited(slot) == Some(self.id));
         // If the client lacks something, the OVM may be waiting for the network, not for itself.
         let idle = given
-            && ovm.rcv_nxt >= self.given_to(ovm)
             && self.client.acked >= position
             && !(ovm.through && self.client.acked_beside)
             && self.client.edge > position
@@ -104,6 +102,9 @@ impl Conversation {
             None
         } else if ctx.now.since(ctx.measured_from(since)) < ctx.config.timing.progress_limit {
             Some(since)
+        } else if ovm.rcv_nxt < self.given_to(ovm) {
+            // It lacks some of the request, which is (c)'s to judge, or its delayed ACK is still to come.
+            Some(ctx.now)
         } else if witnesses == 1 && ctx.last_answer > since {
             // A single RVM could be the one that is wrong: then the OVM must be silent altogether.
             Some(ctx.last_answer)

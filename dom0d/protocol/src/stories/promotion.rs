@@ -127,6 +127,28 @@ fn an_answer_that_the_ovm_does_not_begin_is_evidence_after_its_limit() {
 }
 
 #[test]
+fn the_wait_begins_when_the_ovm_was_handed_the_request_last() {
+    for repeated in [false, true] {
+        let mut story = Story::established(1);
+        story.client_sends(1, b"ask", 1);
+        story.server_sends(1, 1, b"answer", 4);
+        story.wait(Duration::from_millis(40));
+        if repeated {
+            // What came before may have been lost on the way to the OVM.
+            story.client_sends(1, b"ask", 1);
+        }
+        // A delayed ACK (RFC 9293 §3.8.6.3).
+        story.server_sends(0, 1, b"", 4);
+        story.wait(Duration::from_millis(215));
+        let suspected = story
+            .events
+            .iter()
+            .any(|event| matches!(event, EventKind::Suspected { evidence: Evidence::NoProgress, .. }));
+        assert_eq!(suspected, !repeated);
+    }
+}
+
+#[test]
 fn a_window_that_stays_shut_where_a_replicas_is_open_is_evidence() {
     let mut story = Story::established(1);
     story.client_sends(1, b"upload", 1);

@@ -518,7 +518,8 @@ impl Observer {
                 if segment.window_scale.is_none() {
                     conversation.client_scale = 0;
                 }
-                conversation.withdrawn = conversation.view.map(|(iss, _)| iss);
+                conversation.withdrawn =
+                    conversation.view.map(|(iss, _)| iss).filter(|iss| *iss != segment.seq);
                 conversation.view = Some((segment.seq, scale));
             }
             return;

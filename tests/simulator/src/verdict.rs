@@ -34,7 +34,7 @@ fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict
         connection.port, connection.answered, connection.issued, connection.received
     );
     let harm = match &connection.outcome {
-        Some(Outcome::WrongByte(position)) if !world.untrue_served => {
+        Some(Outcome::WrongByte(position)) if !world.untrue_served && !world.forgetful_served => {
             return Err(("client result", format!("{name} got a wrong byte at {position}")));
         }
         Some(Outcome::WrongByte(_)) => "got a wrong byte",
@@ -79,6 +79,11 @@ fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static st
     if !world.died.is_empty() && conversation.legs.iter().any(lied) {
         return Some("a liar shared a dead service's close");
     }
+    let closed =
+        |(id, leg): &(&ServerId, &Leg)| world.killed.contains(id) && (leg.fin.is_some() || leg.reset);
+    if !world.died.is_empty() && conversation.legs.iter().filter(closed).count() > 1 {
+        return Some("two dead services closed it alike");
+    }
     // With no conversation left to dispute anything, refused SYNs are evidence of nothing.
     let refused = world.died.iter().any(|dead| conversation.legs.get(dead).is_some_and(|leg| leg.reset));
     (refused && conversation.view.is_none()).then_some("a dead service refused")
@@ -95,14 +100,14 @@ fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> 
     let together = |c: &&Conversation| {
         let end = c.legs.get(&dead).and_then(|leg| leg.fin);
         let shared = c.legs.iter().any(|(id, leg)| *id != dead && leg.fin.is_some() && leg.fin == end);
-        if c.client_reset || shared {
-            // The client had left as well, or it was no death that closed this one.
+        if c.client_reset || shared || !world.disputable.contains(&(c.client, c.isn)) {
+            // The client had left as well, or it was no death that closed this one, or replicas were behind.
             return false;
         }
         let closed = c.legs.get(&dead).and_then(|leg| leg.closed_at).zip(leg.closed_at);
         closed.is_some_and(|(one, other)| one.abs_diff(other) <= hold / 2)
     };
-    passed && world.observer.conversations.iter().filter(together).count() == 1
+    passed && world.observer.conversations.iter().filter(together).count() <= 1
 }
 
 /// Reasons for a connection to hang that no evidence can show, or that are not the engine's.
@@ -163,7 +168,7 @@ fn forgotten(world: &World, client: &Client, index: usize) -> bool {
 
 /// Every acknowledged request is in the state of the server that serves, and of each that could.
 fn servers(world: &mut World) -> Verdict {
-    if world.lies_served {
+    if world.lies_served || world.forgetful_served {
         return Ok(());
     }
     let status = world.service.status();

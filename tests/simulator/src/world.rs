@@ -111,14 +111,19 @@ pub(crate) struct World {
     impaired: BTreeMap<ServerId, &'static str>,
     /// Servers whose answers are not what the service would say, and whether one of them served.
     untrue: BTreeSet<ServerId>,
-    /// Servers that reset their conversations.
+    /// Servers that reset their conversations, and whether one served before dom0 had heard of it.
     resetters: BTreeSet<ServerId>,
+    pub(crate) forgetful_served: bool,
     pub(crate) untrue_served: bool,
     /// A server whose segments are not what a TCP would send served: then nobody can know what was said.
     pub(crate) lies_served: bool,
     last_status: u64,
     /// Handshakes that nobody but the OVM knew of when its service died.
     pub(crate) refused: BTreeSet<(SocketAddr, u32)>,
+    /// Conversations in which a replica had kept up when the OVM's service died.
+    pub(crate) disputable: BTreeSet<(SocketAddr, u32)>,
+    /// Servers whose service died.
+    pub(crate) killed: BTreeSet<ServerId>,
     /// Servers whose service died while they served.
     pub(crate) died: BTreeSet<ServerId>,
     /// How far each server was behind when the run was last about to end.
@@ -235,11 +240,14 @@ impl World {
             impaired: BTreeMap::new(),
             untrue: BTreeSet::new(),
             resetters: BTreeSet::new(),
+            forgetful_served: false,
             untrue_served: false,
             lies_served: false,
             last_status: 0,
             refused: BTreeSet::new(),
             died: BTreeSet::new(),
+            disputable: BTreeSet::new(),
+            killed: BTreeSet::new(),
             standing: Vec::new(),
             story: String::new(),
             bare,

@@ -221,10 +221,11 @@ impl World {
                     _ => "promotion.further",
                 });
                 self.note(format!("{from:?} -> {to:?}"));
-                // Promoted before dom0 had heard a RST of it, it lacks what the reset conversations said.
+                self.untrue_served |= self.untrue.contains(&to);
+                // It lacks what the reset conversations said.
                 let heard = |c: &Conversation| c.legs.get(&to).is_some_and(|leg| leg.reset);
-                let unheard = self.resetters.contains(&to) && !self.observer.conversations.iter().any(heard);
-                self.untrue_served |= self.untrue.contains(&to) || unheard;
+                self.forgetful_served |=
+                    self.resetters.contains(&to) && !self.observer.conversations.iter().any(heard);
                 self.lies_served |= self.observer.liars.contains(&to);
                 if let Some(why) = self.impaired.get(&to) {
                     self.excuse.get_or_insert(why);

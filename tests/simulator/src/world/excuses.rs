@@ -51,14 +51,18 @@ impl World {
             self.refused
                 .extend(self.observer.conversations.iter().filter(half_open).map(|c| (c.client, c.isn)));
             // A close is disputed by RVMs that have kept up within the hold, in several conversations.
-            let prompt = healthy.iter().any(|&g| {
+            let mut prompt = false;
+            for g in healthy {
                 let (guest, link) = (&self.knobs.guests[g], &self.knobs.guest_links.get(g));
                 let quick = guest.think_us.1 <= 1000
                     && link.is_none_or(|l| l.delay_us + l.jitter_us <= 500 && l.faithful());
                 let id = self.guests[g].id;
-                let conversations = &self.observer.conversations;
-                quick && conversations.iter().filter(|c| c.is_open() && c.kept_up(id)).count() > 2
-            });
+                let conversations = self.observer.conversations.iter();
+                let kept_up = conversations.filter(|c| quick && c.is_open() && c.kept_up(id));
+                let kept_up: Vec<_> = kept_up.map(|c| (c.client, c.isn)).collect();
+                prompt |= kept_up.len() > 2;
+                self.disputable.extend(kept_up);
+            }
             if !prompt {
                 self.excuse.get_or_insert("a close that nobody could dispute");
             }

@@ -162,6 +162,9 @@ impl World {
         if matches!(fault, Fault::Mutated { .. } | Fault::WrongAnswer(_)) {
             self.untrue.insert(id);
         }
+        if matches!(fault, Fault::Kill { .. }) {
+            self.killed.insert(id);
+        }
         if matches!(fault, Fault::ResetAll(_)) {
             self.resetters.insert(id);
         }

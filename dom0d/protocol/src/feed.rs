@@ -260,7 +260,8 @@ impl Conversation {
         if self.is_client_silent || self.was_reset {
             acknowledged = acknowledged.max(leg.compared.min(self.down.end()));
         }
-        (acknowledged.max(leg.told.0), self.client.edge)
+        // It may say what the client was sent, also where the client's window has shrunk since.
+        (acknowledged.max(leg.told.0), self.client.edge.max(self.down.end()))
     }
 
     /// A segment in the client's name with nothing in it but acknowledgment, window and time.

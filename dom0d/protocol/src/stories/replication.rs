@@ -168,3 +168,16 @@ fn a_replica_that_is_ahead_in_one_conversation_is_behind_in_another_all_the_same
     story.server_sends(1, 1, b"answer and more", 4);
     assert_eq!(behind(&story), 0);
 }
+
+#[test]
+fn a_replica_may_say_what_the_client_was_sent_before_its_window_shrank() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(0, 1, &[b'x'; 900], 4);
+    story.servers[1].clear();
+    story.client_says(Say { seq: at(4), ack: iss(0) + 1, window: 100, ..Say::default() });
+    story.server_sends(1, 1, &[b'x'; 100], 4);
+    story.client_says(Say { seq: at(4), ack: iss(0) + 101, window: 0, ..Say::default() });
+    let told = story.servers[1].pop_back().unwrap();
+    assert_eq!((told.ack, told.window), (iss(1).wrapping_add(101), 800));
+}

@@ -169,14 +169,12 @@ impl Conversation {
             return false;
         }
         self.send_data(leg, guest, from, to, ctx);
-        if to > leg.sender.highest {
-            leg.handed_at = ctx.now;
-        }
         leg.sender.sent(to, ctx.now);
         true
     }
 
     fn send_data(&mut self, leg: &mut Leg, guest: SocketAddr, from: u64, to: u64, ctx: &mut Context) {
+        leg.handed_at = ctx.now;
         leg.told = self.told_to(leg);
         leg.ack_due = false;
         let payload = self.up.copy(from..to);
@@ -200,13 +198,11 @@ impl Conversation {
             return;
         }
         self.send_fin(leg, guest, position, ctx);
-        if position >= leg.sender.highest {
-            leg.handed_at = ctx.now;
-        }
         leg.sender.sent(position + 1, ctx.now);
     }
 
     fn send_fin(&mut self, leg: &mut Leg, guest: SocketAddr, position: u64, ctx: &mut Context) {
+        leg.handed_at = ctx.now;
         leg.told = self.told_to(leg);
         leg.ack_due = false;
         let fin = Segment {

@@ -149,6 +149,20 @@ fn the_wait_begins_when_the_ovm_was_handed_the_request_last() {
 }
 
 #[test]
+fn the_wait_begins_anew_when_a_reminder_may_have_brought_the_request() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(1, 1, b"answer", 4);
+    story.wait(Duration::from_millis(220));
+    story.server_sends(0, 1, b"", 4);
+    let suspected = |story: &Story| story.events.iter().any(|e| matches!(e, EventKind::Suspected { .. }));
+    story.wait(Duration::from_millis(200));
+    assert!(!suspected(&story));
+    story.wait(Duration::from_millis(60));
+    assert!(suspected(&story));
+}
+
+#[test]
 fn a_window_that_stays_shut_where_a_replicas_is_open_is_evidence() {
     let mut story = Story::established(1);
     story.client_sends(1, b"upload", 1);

@@ -25,7 +25,8 @@ impl Conversation {
         if let Some(gone) = leg.gone {
             let ovm = ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
             let unsaid = self.up_rst.is_none() && leg.covers() && leg.answers.end() < self.down.end();
-            let lacks = ctx.queue.ovm() != Some(slot) && (leg.rcv_nxt < self.told.acked.max(ovm) || unsaid);
+            let lacks =
+                ctx.queue.ovm() != Some(slot) && (leg.rcv_nxt.max(1) < self.told.acked.max(ovm) || unsaid);
             // It left before it had all that others took, or had said all that the client was sent; or
             // nobody follows it.
             let alone = lacks || (self.is_open() && ctx.now >= gone + GONE_GRACE);

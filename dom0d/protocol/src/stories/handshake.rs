@@ -151,3 +151,12 @@ fn an_ovm_that_answers_in_mid_handshake_serves_nobody_yet() {
     let told: Vec<_> = story.client.iter().filter_map(|heard| heard.timestamps).collect();
     assert!(!told.is_empty() && told.iter().all(|(tsval, _)| *tsval >= later), "{told:?}");
 }
+
+#[test]
+fn a_client_that_is_gone_before_a_replica_knew_of_it_harms_no_replica() {
+    let mut story = Story::new(1);
+    story.open();
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, flags: Flags::RST, ..Say::default() });
+    story.wait(Duration::from_secs(62));
+    assert_eq!(story.service.status().servers[1].stale, None);
+}

@@ -397,10 +397,10 @@ impl Placement {
         };
         let renamed = given.name != domain.name;
         given.name.clone_from(&domain.name);
-        let request = match (&given.shutdown_request, &domain.shutdown_request) {
-            (None, Some(request)) => Some(request.clone()),
-            _ => None,
-        };
+        let request = domain
+            .shutdown_request
+            .clone()
+            .filter(|request| given.shutdown_request.as_ref() != Some(request));
         given.shutdown_request.clone_from(&domain.shutdown_request);
         if renamed {
             self.tell(Message::Renamed { service, domain: life, name: domain.name.clone() });

@@ -45,6 +45,11 @@ pub(crate) async fn alive(xenstore: &impl AsyncXs) -> io::Result<()> {
     answered(path, xenstore.read(path)).await.map(|_| ())
 }
 
+/// What a toolstack asks of a domain now.
+pub(crate) async fn request_to(xenstore: &impl AsyncXs, domid: u16) -> io::Result<Option<String>> {
+    Walk { xenstore, garbage: 0 }.request(domid).await
+}
+
 struct Walk<'a, X> {
     xenstore: &'a X,
     garbage: u64,
@@ -63,10 +68,7 @@ impl<X: AsyncXs> Walk<'_, X> {
         let (Some(uuid), Some(name)) = (uuid, name) else {
             return Ok(None);
         };
-        let shutdown_request = self
-            .parsed(&format!("{home}/control/shutdown"), shutdown_request)
-            .await?
-            .filter(|request| !request.is_empty());
+        let shutdown_request = self.request(domid).await?;
         let mut vifs = Vec::new();
         let backends = format!("/local/domain/0/backend/vif/{domid}");
         for child in self.children(&backends).await? {
@@ -77,6 +79,11 @@ impl<X: AsyncXs> Walk<'_, X> {
         }
         vifs.sort_by_key(|vif| vif.devid);
         Ok(Some(Domain { domid, uuid, name, vifs, shutdown_request }))
+    }
+
+    async fn request(&mut self, domid: u16) -> io::Result<Option<String>> {
+        let path = format!("/local/domain/{domid}/control/shutdown");
+        Ok(self.parsed(&path, shutdown_request).await?.filter(|request| !request.is_empty()))
     }
 
     async fn vif(&mut self, domid: u16, devid: u32) -> io::Result<Option<Vif>> {

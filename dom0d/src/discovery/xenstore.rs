@@ -7,9 +7,10 @@
 //! does not tell that its connection died either: every request has a deadline, and an idle connection
 //! is asked something now and then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::Arc;
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -19,7 +20,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use xenstore_rs::AsyncWatch;
 use xenstore_rs::tokio::XsTokio;
 
-use super::listing::{alive, list};
+use super::listing::{alive, list, request_to};
 use super::{Snapshot, changes};
 
 /// What discovery knows at the moment.
@@ -46,6 +47,10 @@ const RELIST: u32 = 15;
 
 /// Shortest time from one list to the next.
 const ASKED: Duration = Duration::from_millis(100);
+
+/// How long what a toolstack asked of a domain is shown after it was read: the guest clears the node as
+/// soon as it obeys, and may take long to do so.
+const OBEYS: Duration = Duration::from_secs(10);
 
 /// Longest wait for a watch to be set.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -109,9 +114,16 @@ async fn connect() -> io::Result<Connection> {
         changed: Arc::new(Notify::new()),
         watches: JoinSet::new(),
         domain_watches: BTreeMap::new(),
+        requests: Arc::default(),
     };
+    connection.watches.spawn(read_requests(
+        connection.xenstore.clone(),
+        Arc::clone(&connection.requests),
+        Arc::clone(&connection.changed),
+    ));
     for path in WATCHED {
-        connection.watch(path.to_owned()).await?;
+        let changed = Arc::clone(&connection.changed);
+        connection.watch(path.to_owned(), move || changed.notify_one()).await?;
     }
     Ok(connection)
 }
@@ -123,12 +135,59 @@ struct Connection {
     changed: Arc<Notify>,
     watches: JoinSet<()>,
     domain_watches: BTreeMap<u16, Vec<tokio::task::AbortHandle>>,
+    requests: Arc<Requests>,
+}
+
+/// What toolstacks ask of domains, read the moment its watch fires: a list may come too late for it.
+#[derive(Default)]
+struct Requests {
+    unread: Mutex<BTreeSet<u16>>,
+    told: Notify,
+    read: Mutex<BTreeMap<u16, (String, Instant)>>,
+}
+
+impl Requests {
+    /// A domain's node was written.
+    fn tell(&self, domid: u16) {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner).insert(domid);
+        self.told.notify_one();
+    }
+
+    /// Adds what was asked of a domain, and of no other, to a list of domains.
+    fn add_to(&self, snapshot: &mut Snapshot) {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.retain(|_, (_, at)| at.elapsed() < OBEYS);
+        for domain in &mut snapshot.domains {
+            let asked = read.get(&domain.domid).map(|(request, _)| request.clone());
+            domain.shutdown_request = domain.shutdown_request.take().or(asked);
+        }
+    }
+}
+
+async fn read_requests(xenstore: XsTokio, requests: Arc<Requests>, changed: Arc<Notify>) {
+    loop {
+        requests.told.notified().await;
+        let unread = mem::take(&mut *requests.unread.lock().unwrap_or_else(PoisonError::into_inner));
+        for domid in unread {
+            // A connection that fails is the lister's to tell.
+            if let Ok(Some(request)) = request_to(&xenstore, domid).await {
+                let mut read = requests.read.lock().unwrap_or_else(PoisonError::into_inner);
+                read.insert(domid, (request, Instant::now()));
+            }
+        }
+        changed.notify_one();
+        // A guest that rewrites its node without end costs no more than this.
+        sleep(SETTLE).await;
+    }
 }
 
 impl Connection {
-    async fn watch(&mut self, path: String) -> io::Result<tokio::task::AbortHandle> {
+    async fn watch(
+        &mut self,
+        path: String,
+        tell: impl Fn() + Send + 'static,
+    ) -> io::Result<tokio::task::AbortHandle> {
         let xenstore = self.xenstore.clone();
-        let changed = Arc::clone(&self.changed);
         let (ready, is_ready) = tokio::sync::oneshot::channel();
         // The stream borrows its path, so it lives where it is drained.
         let handle = self.watches.spawn(async move {
@@ -136,7 +195,7 @@ impl Connection {
                 Ok(mut events) => {
                     let _ = ready.send(Ok(()));
                     while events.next().await.is_some() {
-                        changed.notify_one();
+                        tell();
                     }
                 }
                 Err(error) => {
@@ -154,10 +213,11 @@ impl Connection {
     /// Lists after each change; returns why the connection is of no use any more.
     async fn follow(&mut self, found: &watch::Sender<Found>, relist: &Relist) -> io::Error {
         loop {
-            let snapshot = match list(&self.xenstore).await {
+            let mut snapshot = match list(&self.xenstore).await {
                 Ok(snapshot) => snapshot,
                 Err(error) => return error,
             };
+            self.requests.add_to(&mut snapshot);
             if let Err(error) = self.watch_each(&snapshot).await {
                 return error;
             }
@@ -200,11 +260,12 @@ impl Connection {
         });
         for domid in alive {
             if !self.domain_watches.contains_key(&domid) {
-                let mut watches = Vec::with_capacity(2);
-                for node in ["name", "control/shutdown"] {
-                    let path = format!("/local/domain/{domid}/{node}");
-                    watches.push(self.watch(path).await?);
-                }
+                let home = format!("/local/domain/{domid}");
+                let (changed, requests) = (Arc::clone(&self.changed), Arc::clone(&self.requests));
+                let watches = vec![
+                    self.watch(format!("{home}/name"), move || changed.notify_one()).await?,
+                    self.watch(format!("{home}/control/shutdown"), move || requests.tell(domid)).await?,
+                ];
                 self.domain_watches.insert(domid, watches);
             }
         }

@@ -21,6 +21,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("daemon/second", second),
         Scenario::new("daemon/xenstored-restarts", xenstored),
         Scenario::new("daemon/announced-pause", announced_pause),
+        Scenario::new("daemon/shutdown-request", shutdown_request),
         Scenario::new("daemon/domain-comes-later", comes_later),
     ]
 }
@@ -185,6 +186,28 @@ fn announced_pause(lab: &str) -> Result<()> {
     let outcome = load.finish()?;
     ensure!(stage.ovm(Service::Redis)?.name == "guest-1", "guest-1 was deposed");
     stage.expect_unharmed(&outcome)
+}
+
+/// What a toolstack asks the OVM moves the service first, though the guest clears the node at once.
+fn shutdown_request(lab: &str) -> Result<()> {
+    let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), |config| {
+        config.replace("[[service]]\n", "[[service]]\non_shutdown_request = \"switchover\"\n")
+    })?;
+    let load = Plan::new(stage.psc(Service::Redis)?, "shutdown").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let node = format!("/local/domain/{}/control/shutdown", stage.lab.domain("guest-1")?.domid);
+    let socket = stage.lab.directory().join("xenstored.sock");
+    let line = format!(
+        "export XENSTORED_PATH={}; xenstore-write {node} poweroff; sleep 0.002; xenstore-write {node} ''",
+        socket.display()
+    );
+    stage.lab.dom0().run(&["sh", "-c", &line])?;
+    stage.until("guest-2 serves", Duration::from_secs(10), |status| {
+        let ovm = status.services[0].ovm().and_then(|server| server.domain.as_ref());
+        ovm.is_some_and(|domain| domain.name == "guest-2")
+    })?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.expect_unharmed(&load.finish()?)
 }
 
 /// A replica that is created while dom0d runs is found, and is no candidate before it is seeded.

@@ -65,5 +65,7 @@ fn shutdown_request(_: &str) -> Result<()> {
             .is_some_and(|domain| domain.name == "guest-2")
     })?;
     load.wait_answers(40, ANSWERS)?;
+    let suspected = stage.events.since("suspected", Service::Redis.name(), 0);
+    ensure!(suspected.is_empty(), "it was moved only once guest-1 was gone: {suspected:?}");
     stage.expect_unharmed(&load.finish()?)
 }

@@ -79,6 +79,8 @@ pub(crate) struct Context {
     pub(crate) last_taken: Instant,
     /// When the caller was last found to have been starved of CPU.
     pub(crate) starved_at: Instant,
+    /// When the caller last came late by so much that RVMs may not have been heard about a close.
+    pub(crate) late_at: Instant,
 }
 
 impl Context {
@@ -110,6 +112,7 @@ impl Context {
             last_answer: Instant::default(),
             last_taken: Instant::default(),
             starved_at: Instant::default(),
+            late_at: Instant::default(),
         }
     }
 

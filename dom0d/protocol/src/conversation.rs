@@ -72,9 +72,9 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// RVMs get the time that a starved daemon did not hear them.
+    /// RVMs get the time that a late daemon did not hear them.
     pub(crate) fn ends(&self, ctx: &Context) -> Instant {
-        self.until.max(ctx.starved_at + ctx.config.timing.close_hold)
+        self.until.max(ctx.starved_at.max(ctx.late_at) + ctx.config.timing.close_hold)
     }
 }
 

@@ -258,12 +258,14 @@ impl Service {
 
     fn begin(&mut self, now: Instant) {
         let now = now.max(self.ctx.now);
-        if let Some(due) = self.poll_timeout()
-            && now.since(due) >= self.ctx.config.timing.starvation
-        {
+        let late = self.poll_timeout().map_or(Duration::ZERO, |due| now.since(due));
+        if late >= self.ctx.config.timing.starvation {
             // A starved host stalls everybody: nobody is at fault for that time.
             self.ctx.counters.starvations += 1;
             self.ctx.starved_at = now;
+        }
+        if late >= self.ctx.config.timing.close_hold / 2 {
+            self.ctx.late_at = now;
         }
         self.ctx.now = now;
     }

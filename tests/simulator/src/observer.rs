@@ -152,6 +152,8 @@ pub(crate) struct Leg {
     pub(crate) handed: u64,
     /// Furthest right edge of the window that it announced, as a position of client bytes.
     pub(crate) window_edge: i64,
+    /// The last window that it announced was shut.
+    pub(crate) window_shut: bool,
     /// Timestamps that it sent.
     pub(crate) tsvals: Vec<u32>,
 }
@@ -494,6 +496,7 @@ impl Observer {
         if let Some(acked) = acked {
             let edge = acked + (i64::from(segment.window) << leg.window_scale);
             leg.window_edge = leg.window_edge.max(edge);
+            leg.window_shut = segment.window == 0;
         }
     }
 

@@ -136,7 +136,8 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     let moves = conversation.is_some_and(|c| world.now < c.moved_at + 2 * LONGEST_RTO_US);
     // What smoltcp sends again beyond the client's window is lost each time as well.
     let id = world.guests[ovm].id;
-    let overran = conversation.and_then(|c| c.legs.get(&id)).is_some_and(|leg| leg.overran);
+    let leg = conversation.and_then(|c| c.legs.get(&id));
+    let overran = leg.is_some_and(|leg| leg.overran);
     if moves && (overran || lossy(&world.knobs.client_links, c) || lossy(&world.knobs.guest_links, ovm)) {
         return Some("lost packets made it slow");
     }
@@ -147,13 +148,18 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     {
         return Some("the OVM spun, and an acknowledgement of it was lost");
     }
-    if world.guests[ovm].health != Health::Hung {
-        return None;
-    }
     // The client can't say so much that RVMs could answer it; or windows that never have room for a segment
     // tell nothing when they are shut.
     let tiny = world.guests[ovm].receive_buffer() < usize::from(world.guests[ovm].mtu());
-    (tiny || conversation.is_some_and(|c| c.window_shut)).then_some("the OVM hung with its window shut")
+    let shut = conversation.is_some_and(|c| c.window_shut);
+    match world.guests[ovm].health {
+        Health::Hung => (tiny || shut).then_some("the OVM hung with its window shut"),
+        // smoltcp takes a window back that it had offered, which the client is not told.
+        Health::Spinning => {
+            (tiny && leg.is_some_and(|leg| leg.window_shut)).then_some("the OVM spun with a tiny window shut")
+        }
+        _ => None,
+    }
 }
 
 /// The connection is stuck since a TCP stack at one of its ends does nothing.

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Which kernel do dom0 and the guests run? Debian's, the newest that this machine's apt knows.
-# Leaves `vmlinuz`, the same unpacked as `vmlinux`, and `modules/lib/modules/<version>` (all of them; each
-# image takes what it lists).
+# Leaves `vmlinuz`, the same unpacked as `vmlinux`, and `modules/lib/modules/<version>` (all of them and one
+# of our own, spin; each image takes what it lists).
 set -eu
 out=$1
 scratch=$2
+here=$(cd "$(dirname "$0")" && pwd)
 
 cd "$scratch"
 package=$(apt-cache depends --no-recommends linux-image-amd64 | awk '/Depends: linux-image-/ { print $2 }')
@@ -12,8 +13,13 @@ package=$(apt-cache depends --no-recommends linux-image-amd64 | awk '/Depends: l
     echo "apt does not know linux-image-amd64: run apt-get update" >&2
     exit 1
 }
-apt-get -o APT::Sandbox::User=root download "$package"
-dpkg-deb -x "$package"_*.deb unpacked
+version=${package#linux-image-}
+headers=linux-headers-$version
+apt-get -o APT::Sandbox::User=root download \
+    "$package" "$headers" "${headers%-amd64}-common" "linux-kbuild-${version%%.0-*}"
+for deb in *.deb; do
+    dpkg-deb -x "$deb" unpacked
+done
 dpkg-query --showformat='${Package} ${Version}\n' --show "$package" 2>/dev/null ||
     dpkg-deb --show "$package"_*.deb
 cp unpacked/boot/vmlinuz-* "$out/vmlinuz"
@@ -24,6 +30,15 @@ header() {
 }
 begin=$((($(header u1 497) + 1) * 512 + $(header u4 584)))
 tail -c "+$((begin + 1))" "$out/vmlinuz" | head -c "$(($(header u4 588) - 4))" | xz -dc >"$out/vmlinux"
+mkdir spin
+cp "$here/spin.c" spin/
+echo 'obj-m := spin.o' >spin/Makefile
+sources=$scratch/unpacked/usr/src
+sed -i "s:/usr/src:$sources:" "$sources/$headers/Makefile"
+make -C "$sources/$headers" "M=$scratch/spin" modules
+strip --strip-debug spin/spin.ko
+
 mkdir -p "$out/modules"
 mv unpacked/lib "$out/modules/"
-depmod -b "$out/modules" "${package#linux-image-}"
+cp spin/spin.ko "$out/modules/lib/modules/$version/kernel/"
+depmod -b "$out/modules" "$version"

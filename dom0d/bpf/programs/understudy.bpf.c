@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-3.0-only
-/* The tc programs. What must hold of them is in DESIGN terms: recorded before forwarded; an older epoch never
+/* The tc programs. What must hold of them: recorded before forwarded; an older epoch never
  * forwards; a replica's frames reach its own ring only. Verified also by kernel 6.1: no TCX, no dynptr, no
  * open-coded iterators.
  */

@@ -1,5 +1,4 @@
-//! The service-wide order of both directions: cause before effect (DESIGN rule "cause before
-//! effect").
+//! The service-wide order of both directions: cause before effect.
 //!
 //! Answers that clients were sent are entries of a log. A client byte carries a *mark*: the length
 //! of the log when it was recorded. It may be handed to an RVM once that RVM's cursor has reached the

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::Scenario;
 use crate::client::postgres::Session;
-use crate::host::{Fault, Service};
+use crate::host::{Fault, FaultInstant, Service};
 use crate::stage::failover::Failover;
 use crate::stage::{Stage, own_address};
 
@@ -26,19 +26,34 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 const ACCOUNTS: &str = "CREATE TABLE account (id serial PRIMARY KEY, owner text, balance int);
     INSERT INTO account (owner, balance) SELECT 'owner ' || i, 100 FROM generate_series(1, 10) AS i";
 
-/// Transfers between accounts; the fault strikes between the two updates of one transaction.
+/// The fault strikes between the two updates of one transaction.
 fn transactions(lab: &str, fault: Fault) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Postgresql])?;
     let target = stage.psc(Service::Postgresql)?;
     let mut session = stage.client().run(move || Session::connect(target))?;
+    let at = transfers(&mut session, || stage.lab.fault(fault, "guest-1"))?;
+    let failover = Failover::observe(&stage, Service::Postgresql, fault, at)?;
+    let (place, address) = own_address(&stage.ovm(Service::Postgresql)?, Service::Postgresql)?;
+    expect_balanced(&mut session)?;
+    place.run(move || expect_balanced(&mut Session::connect(address)?)).context("asked directly")?;
+    failover.expect_plausible()
+}
+
+/// Sixty transfers, each a transaction; `strike` is called in the middle of one.
+pub(crate) fn transfers(
+    session: &mut Session,
+    strike: impl FnOnce() -> Result<FaultInstant>,
+) -> Result<FaultInstant> {
     session.query(ACCOUNTS)?;
-    let mut struck = None;
+    let (mut strike, mut struck) = (Some(strike), None);
     for n in 0..60 {
         let (from, to) = (n % 10 + 1, (n * 7 + 3) % 10 + 1);
         session.query("BEGIN")?;
         session.query(&format!("UPDATE account SET balance = balance - 1 WHERE id = {from}"))?;
-        if n == 30 {
-            struck = Some(stage.lab.fault(fault, "guest-1")?);
+        if n == 30
+            && let Some(strike) = strike.take()
+        {
+            struck = Some(strike()?);
         }
         let rows = session
             .query(&format!("UPDATE account SET balance = balance + 1 WHERE id = {to} RETURNING id"))?;
@@ -48,16 +63,15 @@ fn transactions(lab: &str, fault: Fault) -> Result<()> {
             .query(&format!("INSERT INTO account (owner, balance) VALUES ('new {n}', 0) RETURNING id"))?;
         ensure!(rows == [[Some((11 + n).to_string())]], "the row's number is {rows:?}, not {}", 11 + n);
     }
-    let at = struck.context("no fault struck")?;
-    let failover = Failover::observe(&stage, Service::Postgresql, fault, at)?;
-    let sums = "SELECT count(*), sum(balance) FROM account";
-    let through_psc = session.query(sums)?;
-    let (place, address) = own_address(&stage.ovm(Service::Postgresql)?, Service::Postgresql)?;
-    let direct = place.run(move || Session::connect(address)?.query(sums))?;
+    struck.context("no fault struck")
+}
+
+/// After [`transfers`] every row is there, and no money came or went.
+pub(crate) fn expect_balanced(session: &mut Session) -> Result<()> {
+    let rows = session.query("SELECT count(*), sum(balance) FROM account")?;
     let expected = [[Some("70".to_owned()), Some("1000".to_owned())]];
-    ensure!(through_psc == expected, "through the PSC: {through_psc:?}");
-    ensure!(direct == expected, "asked directly: {direct:?}");
-    failover.expect_plausible()
+    ensure!(rows == expected, "accounts and their sum are {rows:?}, not {expected:?}");
+    Ok(())
 }
 
 /// The real `psql`, one session from before the fault to after it.

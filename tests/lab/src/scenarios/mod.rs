@@ -1,7 +1,7 @@
 //! `cargo lab test`: stories that the whole of Understudy must pass, with real services.
 
 mod daemon;
-mod database;
+pub(crate) mod database;
 mod hostile;
 mod links;
 mod matrix;

@@ -18,7 +18,7 @@ const END: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Failover {
     pub(crate) fault: Fault,
-    /// The evidence's name (DESIGN section 7).
+    /// The evidence's name, as in dom0d's events.
     pub(crate) detected_by: String,
     pub(crate) fault_us: u64,
     pub(crate) suspected_us: u64,

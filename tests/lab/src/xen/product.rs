@@ -17,8 +17,18 @@ use crate::host::setup;
 /// This program in dom0.
 pub(super) const LAB: &str = "/usr/local/sbin/lab";
 /// Debian packages that this lab needs besides the other lab's.
-const PACKAGES: [&str; 8] =
-    ["qemu-system-x86", "mmdebstrap", "e2fsprogs", "cpio", "kmod", "xz-utils", "openssh-client", "binutils"];
+const PACKAGES: [&str; 10] = [
+    "qemu-system-x86",
+    "mmdebstrap",
+    "e2fsprogs",
+    "cpio",
+    "kmod",
+    "xz-utils",
+    "openssh-client",
+    "binutils",
+    "gcc-12",
+    "make",
+];
 /// How long a single order may take, here or in dom0.
 const ORDER_LIMIT: Duration = Duration::from_secs(120);
 

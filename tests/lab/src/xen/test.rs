@@ -9,8 +9,10 @@ use anyhow::{Result, ensure};
 
 use super::dom0::Dom0;
 use super::inside::stories;
+use super::machine::Machine;
 use super::patience::Patience;
 use super::{find_or_boot, product};
+use crate::scenarios::Scenario;
 use crate::supervise::Ending;
 use crate::tally::{Played, Tally, log_directory};
 
@@ -25,6 +27,9 @@ pub(crate) struct Options {
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
+    /// Play those that failed once more: for a machine that is busy with other things
+    #[arg(long, requires = "keep_going")]
+    second_try: bool,
 }
 
 /// Plays what `options` select, on the host that is up, else on one that it boots and takes down; the
@@ -53,22 +58,43 @@ pub(super) fn run(name: &str, options: &Options) -> Result<ExitCode> {
     let patience = Patience::begin()?;
     let machine = find_or_boot(name, &patience, &progress)?;
     let directory = log_directory(&format!("{name}.xen"))?;
-    let (total, mut tally) = (wanted.len(), Tally::default());
-    for story in &wanted {
-        let played = Played::of(&story.name, &directory, |logs, output| {
-            let ending =
-                machine.dom0().order(&patience, &["play", &story.name], Some(output), story.limit)?;
+    let (mut tally, failed) = play_all(&wanted, options, &machine, &patience, &directory);
+    if options.second_try && !tally.interrupted && !failed.is_empty() {
+        println!("{} failed; once more:", failed.len());
+        let (again, _) = play_all(failed, options, &machine, &patience, &directory);
+        tally = Tally { passed: tally.passed + again.passed, ..again };
+    }
+    progress("played");
+    Ok(tally.conclude(wanted.len()))
+}
+
+/// Plays some; gives also those that failed.
+fn play_all<'a>(
+    stories: impl IntoIterator<Item = &'a Scenario>,
+    options: &Options,
+    machine: &Machine,
+    patience: &Patience,
+    directory: &Path,
+) -> (Tally, Vec<&'a Scenario>) {
+    let (mut tally, mut failures) = (Tally::default(), Vec::new());
+    for story in stories {
+        let failed = tally.failed;
+        let played = Played::of(&story.name, directory, |logs, output| {
+            let ending = machine.dom0().order(patience, &["play", &story.name], Some(output), story.limit)?;
             if matches!(ending, Ending::Failed | Ending::TimedOut) {
-                keep_host_log(machine.dom0(), &patience, logs);
+                keep_host_log(machine.dom0(), patience, logs);
             }
             Ok(ending)
         });
-        if !tally.count(&story.name, played, options.keep_going) {
+        let goes_on = tally.count(&story.name, played, options.keep_going);
+        if tally.failed > failed {
+            failures.push(story);
+        }
+        if !goes_on {
             break;
         }
     }
-    progress("played");
-    Ok(tally.conclude(total))
+    (tally, failures)
 }
 
 /// What dom0d, the hypervisor, dom0's kernel and the guests said.

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 /// How long a domU may take to answer an order over its console, in seconds.
-const CONSOLE_LIMIT: &str = "60";
+const CONSOLE_LIMIT: &str = "30";
 
 /// Runs a program to its end; what it printed. Anything but success is an error that quotes it.
 pub(super) fn run(words: &[&str]) -> Result<String> {

@@ -42,7 +42,7 @@ const REDIS: [Service; 1] = [Service::Redis];
 /// Plays it; the exit code tells whether everything was as promised.
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
     let replicas = usize::from(options.replicas);
-    let guests = Guests { kind: options.guests, replicas };
+    let guests = Guests { kind: options.guests, replicas, postgresql: false };
     let ovm = domain_name(1);
     let tell = Story::begin();
 

@@ -6,12 +6,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::command::{in_domain, run};
 use crate::client::clock::now_ns;
 use crate::client::http;
 use crate::client::place::Place;
+use crate::client::postgres;
 use crate::client::redis::session::{Answer, Session};
 use crate::host::{BRIDGE, Fault, FaultInstant, Service, domain_name, guest_addresses, guest_mac};
 use crate::xen::Kind;
@@ -24,6 +25,8 @@ const SERVICES_LIMIT: Duration = Duration::from_secs(180);
 pub(in crate::xen) struct Guests {
     pub(in crate::xen) kind: Kind,
     pub(in crate::xen) replicas: usize,
+    /// With PostgreSQL as well, which takes more memory.
+    pub(in crate::xen) postgresql: bool,
 }
 
 impl Guests {
@@ -45,7 +48,7 @@ impl Guests {
         }
         for place in places {
             let deadline = Instant::now() + SERVICES_LIMIT;
-            while let Err(error) = ask(place) {
+            while let Err(error) = self.ask(place) {
                 if Instant::now() > deadline {
                     let name = domain_name(place);
                     return Err(error.context(format!("{name} does not serve after {SERVICES_LIMIT:?}")));
@@ -68,13 +71,17 @@ impl Guests {
     fn configuration(self, place: usize) -> String {
         let name = domain_name(place);
         let addresses: Vec<String> = guest_addresses(place, true).iter().map(IpAddr::to_string).collect();
+        let (system, services, memory) = match self.postgresql {
+            false => ("guest", "redis,http", 192),
+            true => ("guest-postgresql", "redis,http,postgresql", 512),
+        };
         format!(
             r#"name = "{name}"
 type = "{kind}"
 kernel = "/srv/guests/vmlinux"
-ramdisk = "/srv/guests/guest.cpio"
-extra = "console=hvc0 quiet lab.name={name} lab.address={v4}/24 lab.address6={v6}/64"
-memory = 192
+ramdisk = "/srv/guests/{system}.cpio"
+extra = "console=hvc0 quiet lab.name={name} lab.address={v4}/24 lab.address6={v6}/64 lab.services={services}"
+memory = {memory}
 vcpus = 1
 vif = [ "mac={mac},bridge={BRIDGE},ip={v4} {v6}" ]
 # The lab's emulated SVM can't emulate RDTSCP.
@@ -102,23 +109,29 @@ tsc_mode = "native"
         if state.contains('p') {
             return run(&["xl", "unpause", &name]).is_ok() && restart_services(&name).is_ok();
         }
-        ask(place).is_ok() || restart_services(&name).is_ok()
+        self.ask(place).is_ok() || (!self.postgresql && restart_services(&name).is_ok())
+    }
+
+    /// Empties a guest's Redis, and sees that its other servers have what stories want of them.
+    fn ask(self, place: usize) -> Result<()> {
+        let address = guest_addresses(place, false)[0];
+        let at = move |service: Service| SocketAddr::new(address, service.port());
+        client().run(move || {
+            let answer = Session::connect(at(Service::Redis))?.ask(&["FLUSHALL"])?;
+            ensure!(answer == Answer::Status("OK".to_owned()), "FLUSHALL was answered with {answer:?}");
+            http::head(&mut http::connect(at(Service::Http))?, LARGE)?;
+            if self.postgresql {
+                let mut session = postgres::Session::connect(at(Service::Postgresql))?;
+                session.query("DROP TABLE IF EXISTS account")?;
+            }
+            Ok(())
+        })
     }
 }
 
 /// Their connections end, and what [`Fault::Hang`] stopped begins anew.
-fn restart_services(name: &str) -> Result<()> {
+pub(super) fn restart_services(name: &str) -> Result<()> {
     in_domain(name, "killall -KILL redis-server nginx").map(drop)
-}
-
-/// Empties a guest's Redis, and sees that its HTTP server has the large file.
-fn ask(place: usize) -> Result<()> {
-    let address = guest_addresses(place, false)[0];
-    client().run(move || {
-        let answer = Session::connect(SocketAddr::new(address, Service::Redis.port()))?.ask(&["FLUSHALL"])?;
-        ensure!(answer == Answer::Status("OK".to_owned()), "FLUSHALL was answered with {answer:?}");
-        http::head(&mut http::connect(SocketAddr::new(address, Service::Http.port()))?, LARGE)
-    })
 }
 
 /// The file that every guest offers, the same in all.
@@ -160,7 +173,7 @@ pub(super) fn fault(fault: Fault, name: &str) -> Result<FaultInstant> {
         Fault::Reboot => soon("reboot -f")?,
         Fault::Hang => soon("killall -STOP redis-server nginx")?,
         Fault::Kill => soon("killall -KILL redis-server nginx")?,
-        Fault::Spin => bail!("nothing in a guest can be told to spin with interrupts off"),
+        Fault::Spin => soon("modprobe spin")?,
     };
     Ok(at)
 }

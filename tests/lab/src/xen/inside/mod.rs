@@ -47,7 +47,8 @@ impl Order {
 fn up(arguments: &UpArguments) -> Result<()> {
     let begun = Instant::now();
     let progress = |line: &str| println!("  [{:5.1} s] {line}", begun.elapsed().as_secs_f64());
-    let guests = Guests { kind: arguments.guests, replicas: usize::from(arguments.replicas) };
+    let guests =
+        Guests { kind: arguments.guests, replicas: usize::from(arguments.replicas), postgresql: false };
     stage::forget()?;
     guests.prepare(&progress)?;
     if arguments.no_dom0d {

@@ -38,7 +38,8 @@ pub(super) struct Stage {
 impl Stage {
     /// Sound guests, and a dom0d that knows nothing of an earlier one, with every replica promotable.
     pub(super) fn up(kind: Kind, replicas: usize, services: &[Service]) -> Result<Self> {
-        Self::up_with(Guests { kind, replicas }, services, |config| config)
+        let postgresql = services.contains(&Service::Postgresql);
+        Self::up_with(Guests { kind, replicas, postgresql }, services, |config| config)
     }
 
     /// The same with a configuration that `edit` makes from the default one.

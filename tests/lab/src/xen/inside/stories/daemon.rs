@@ -83,7 +83,7 @@ fn after_restart(guests: Guests, config: String, former: u32) -> Result<Stage> {
 /// Installed with its hooks, used through a failover, and taken off again.
 fn leaves_nothing(_: &str) -> Result<()> {
     forget()?;
-    let guests = Guests { kind: Kind::Pv, replicas: 1 };
+    let guests = Guests { kind: Kind::Pv, replicas: 1, postgresql: false };
     guests.prepare(&|line| println!("  {line}"))?;
     let before = traces()?;
     run(&["/root/xl-hooks/install"])?;

@@ -1,27 +1,32 @@
-//! Every fault of the OVM, while Redis clients write or one downloads 20 MiB.
+//! Every fault of the OVM, while Redis clients write, one downloads 20 MiB, or one transfers money.
 
 use std::net::TcpStream;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::client::http;
+use crate::client::postgres::Session;
 use crate::host::{Fault, Service};
 use crate::scenarios::Scenario;
+use crate::scenarios::database::{expect_balanced, transfers};
 use crate::xen::Kind;
+use crate::xen::inside::command::run;
 use crate::xen::inside::guests::{LARGE, client, large_sha256};
 use crate::xen::inside::stage::{ANSWERS, Stage};
 
 /// Where in the download the fault strikes.
 const STRUCK_AT: u64 = 4 << 20;
+/// What one segment carries at most; a guest's own stack sends dozens of them as one packet (GSO).
+const SEGMENT: u64 = 1460;
 /// Until the download has come there: on two busy cores emulation gave 30 KiB/s.
 const STRIKE_LIMIT: Duration = Duration::from_secs(240);
 
-const FAULTS: [Fault; 6] =
-    [Fault::Freeze, Fault::Hang, Fault::Kill, Fault::Crash, Fault::Destroy, Fault::Poweroff];
+const FAULTS: [Fault; 7] =
+    [Fault::Freeze, Fault::Hang, Fault::Spin, Fault::Kill, Fault::Crash, Fault::Destroy, Fault::Poweroff];
 
 /// Every fault with one and with two replicas over Redis; over the download, which takes longest, with one,
-/// and the two that differ most with two.
+/// and the two that differ most with two; one in the middle of a PostgreSQL transaction.
 pub(super) fn of_pv_guests() -> Vec<Scenario> {
     let mut all = Vec::new();
     for fault in FAULTS {
@@ -29,6 +34,8 @@ pub(super) fn of_pv_guests() -> Vec<Scenario> {
     }
     all.extend(FAULTS.map(|fault| in_download(Kind::Pv, fault, 1)));
     all.extend([Fault::Freeze, Fault::Destroy].map(|fault| in_download(Kind::Pv, fault, 2)));
+    all.push(in_transaction(Kind::Pv, Fault::Freeze));
+    all.push(under_redis(Kind::Pv, Fault::Reboot, 1));
     all
 }
 
@@ -53,6 +60,11 @@ fn in_download(kind: Kind, fault: Fault, replicas: usize) -> Scenario {
         .within(Duration::from_secs(600))
 }
 
+fn in_transaction(kind: Kind, fault: Fault) -> Scenario {
+    Scenario::new(name(kind, fault, 1, "postgresql"), move |_| transaction(kind, fault))
+        .within(Duration::from_secs(600))
+}
+
 fn redis(kind: Kind, fault: Fault, replicas: usize) -> Result<()> {
     let stage = Stage::up(kind, replicas, &[Service::Redis])?;
     let load = stage.load("failover")?;
@@ -60,6 +72,20 @@ fn redis(kind: Kind, fault: Fault, replicas: usize) -> Result<()> {
     let failover = stage.failover(Service::Redis, fault, at)?;
     load.wait_answers(40, ANSWERS)?;
     stage.expect_unharmed(&load.finish()?)?;
+    if fault == Fault::Spin {
+        // It takes no orders any more: the next story would wait for it in vain.
+        run(&["xl", "destroy", "guest-1"])?;
+    }
+    failover.expect_plausible()
+}
+
+fn transaction(kind: Kind, fault: Fault) -> Result<()> {
+    let stage = Stage::up(kind, 1, &[Service::Postgresql])?;
+    let target = stage.psc(Service::Postgresql);
+    let mut session = client().run(move || Session::connect(target))?;
+    let at = transfers(&mut session, || stage.fault(fault, "guest-1"))?;
+    let failover = stage.failover(Service::Postgresql, fault, at)?;
+    expect_balanced(&mut session)?;
     failover.expect_plausible()
 }
 
@@ -79,6 +105,10 @@ fn download(kind: Kind, fault: Fault, replicas: usize) -> Result<()> {
     })?;
     let download = http::download(&stage.client(), target, LARGE)?;
     download.wait_progress(STRUCK_AT, STRIKE_LIMIT)?;
+    let counters = stage.operator.service(Service::Http.name())?.plane_counters;
+    let frames = *counters.get("server_frames").context("dom0d counts no server_frames")?;
+    // Of all servers: what came was not cut into segments by the guests.
+    ensure!(frames < STRUCK_AT / SEGMENT, "{frames} frames for {STRUCK_AT} bytes: the guests use no GSO");
     let at = stage.fault(fault, "guest-1")?;
     let failover = stage.failover(Service::Http, fault, at)?;
     let transfer = download.finish()?;

@@ -52,7 +52,7 @@ fn excused(work: impl FnOnce(&Stage) -> Result<()>) -> Result<()> {
 
 /// `xl shutdown` of the OVM moves the service first, where its policy says so.
 fn shutdown_request(_: &str) -> Result<()> {
-    let guests = Guests { kind: Kind::Pv, replicas: 1 };
+    let guests = Guests { kind: Kind::Pv, replicas: 1, postgresql: false };
     let stage = Stage::up_with(guests, &[Service::Redis], |config| {
         config.replace("[[service]]\n", "[[service]]\non_shutdown_request = \"switchover\"\n")
     })?;

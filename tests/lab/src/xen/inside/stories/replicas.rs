@@ -10,6 +10,7 @@ use crate::host::{Fault, Service};
 use crate::scenarios::Scenario;
 use crate::xen::Kind;
 use crate::xen::inside::command::run;
+use crate::xen::inside::guests::restart_services;
 use crate::xen::inside::stage::{ANSWERS, Stage};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -36,6 +37,8 @@ fn thawed(_: &str) -> Result<()> {
     ensure!(service.promotable() == 0, "the deposed guest-1 counts as promotable");
     ensure!(stage.ovm(Service::Redis)? == "guest-2", "guest-2 does not serve");
     stage.expect_unharmed(&load.finish()?)?;
+    // It still speaks to clients of old, which the next dom0d would rightly hold against its replicas.
+    restart_services("guest-1")?;
     failover.expect_plausible()
 }
 

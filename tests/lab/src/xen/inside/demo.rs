@@ -125,6 +125,7 @@ fn measure(guests: Guests, tell: &Story) -> Result<Vec<Rtt>> {
     tell.line("plain bridge measured");
     let mut rows = Vec::new();
     for replicas in [0, guests.replicas] {
+        guests.prepare(&|_| ())?;
         let stage = fresh(guests, replicas)?;
         let (p50_us, p99_us) = sample(stage.psc(Service::Redis))?;
         tell.line(&format!("{replicas} replicas measured"));
@@ -136,9 +137,10 @@ fn measure(guests: Guests, tell: &Story) -> Result<Vec<Rtt>> {
             ratio_to_plain_p50: p50_us / plain,
             plain_p50_us: plain,
         });
+        drop(stage);
         stage::forget()?;
-        guests.prepare(&|_| ())?;
     }
+    guests.prepare(&|_| ())?;
     Ok(rows)
 }
 

@@ -2,8 +2,9 @@
 # Where are the finished images? Prints the directory that holds them, and builds them first if this
 # recipe was not built before. Progress goes to standard error.
 #
-# Needs root on Debian 12 and the packages mmdebstrap, e2fsprogs, cpio, kmod, zstd. Everything in the
-# images comes from the Debian sources that this machine's apt uses; run `apt-get update` before.
+# Needs root on Debian 12 and the packages mmdebstrap, e2fsprogs, cpio, kmod, xz-utils, binutils, gcc-12
+# and make. But for one module, kernel/spin.c, everything in the images comes from the Debian sources that
+# this machine's apt uses; run `apt-get update` before.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -48,8 +48,6 @@ pub(crate) struct Cost {
 pub(crate) fn measure(lab: &Lab, pinning: Pinning, quick: bool) -> Result<(Vec<Memory>, Vec<Cost>)> {
     let mut memory = Vec::new();
     let mut costs = Vec::new();
-    // One crowd after another, while the last one's ports are still in TIME-WAIT.
-    lab.client().run(&["sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535"])?;
     for crowd in CROWDS {
         let samples = match (quick, crowd) {
             (true, _) => 1,

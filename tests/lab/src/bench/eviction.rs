@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::failover::redis_only;
-use super::rtt::clear;
+use super::rtt::{clear, hang_up};
 use super::summary::quantile;
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, Lab, Service};
@@ -36,6 +36,7 @@ pub(crate) fn measure(lab: &Lab, samples: usize) -> Result<Vec<Row>> {
             times_ns.push(took_ns);
             client_errors += errors;
             repair(lab, Fault::Freeze, "guest-4")?;
+            hang_up(&[lab.domain("guest-4")?])?;
             clear(lab)?;
             stage.operator.seed_all(&config)?;
         }

@@ -81,6 +81,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ..LabConfig::new(instance_name()?)
     };
     let lab = Lab::up(plan, &|line| println!("  {line}"))?;
+    // Thousands of connections a minute, each one's port in TIME-WAIT for as long.
+    lab.client().run(&["sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535"])?;
 
     if wanted(Part::Rtt) {
         println!("\nRound trips, 64-byte PING and transaction, against the plain bridge");

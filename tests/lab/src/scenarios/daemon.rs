@@ -52,8 +52,7 @@ fn clean_shutdown(lab: &str) -> Result<()> {
     let config = lab.default_config();
     let mut stage = Stage::take(lab, &config)?;
     ensure!(traces(&stage.lab)? != before, "a running dom0d leaves no trace: this check sees nothing");
-    let load = Plan::new(stage.psc(Service::Redis)?, "clean").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("clean")?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
     load.finish()?;
@@ -106,12 +105,7 @@ fn killed(lab: &str) -> Result<()> {
     stage.operator.seed_all(&config)?;
     let load = Plan::new(target, "after").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()?;
+    stage.survives_freeze(load)?;
     stage.stop_dom0d()?;
     let after = traces(&stage.lab)?;
     ensure!(after == before, "before:\n{before}\nafter the successor's shutdown:\n{after}");
@@ -121,8 +115,7 @@ fn killed(lab: &str) -> Result<()> {
 /// A second dom0d beside the first refuses to start, says why, and disturbs nothing.
 fn second(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "twin").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("twin")?;
     let before = traces(&stage.lab)?;
     for socket in ["control.sock", "other.sock"] {
         let config = stage.lab.directory().join("second.toml");
@@ -135,28 +128,17 @@ fn second(lab: &str) -> Result<()> {
     let after = traces(&stage.lab)?;
     ensure!(after == before, "before:\n{before}\nafter the second dom0d:\n{after}");
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()
+    stage.survives_freeze(load)
 }
 
 /// xenstored goes away for a second under load; clients notice nothing, a fault meanwhile is found
 /// (domain info does not come from there), and domains that appear later are seen.
 fn xenstored(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 2, &[Service::Redis])?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "store").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("store")?;
     stage.lab.restart_xenstored(Duration::from_secs(1))?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()?;
+    stage.survives_freeze(load)?;
     stage.lab.fault(Fault::Destroy, "guest-1")?;
     stage.lab.create("guest-1")?;
     stage.until("guest-1 seen again", Duration::from_secs(15), |status| {
@@ -175,8 +157,7 @@ fn xenstored(lab: &str) -> Result<()> {
 /// An announced pause of the OVM is no fault: connections wait, and go on after the resume.
 fn announced_pause(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "pause").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("pause")?;
     let epoch = stage.operator.service("redis")?.epoch;
     stage.operator.order(&["pause", "redis", "guest-1"])?;
     std::thread::sleep(Duration::from_secs(1));
@@ -193,8 +174,7 @@ fn shutdown_request(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), |config| {
         config.replace("[[service]]\n", "[[service]]\non_shutdown_request = \"switchover\"\n")
     })?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "shutdown").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("shutdown")?;
     let node = format!("/local/domain/{}/control/shutdown", stage.lab.domain("guest-1")?.domid);
     let socket = stage.lab.directory().join("xenstored.sock");
     let line = format!(
@@ -215,8 +195,7 @@ fn comes_later(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     stage.lab.fault(Fault::Destroy, "guest-2")?;
     stage.until("guest-2 gone", Duration::from_secs(10), |status| status.services[0].servers.len() == 1)?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "later").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("later")?;
     let first = load.finish()?;
     stage.lab.create("guest-2")?;
     stage.until("guest-2 seen", Duration::from_secs(10), |status| {
@@ -229,14 +208,8 @@ fn comes_later(lab: &str) -> Result<()> {
     );
     stage.lab.copy_state("guest-1", "guest-2")?;
     stage.operator.order(&["attach", "redis", "guest-2", "--assume-identical"])?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "again").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()?;
+    let load = stage.load("again")?;
+    stage.survives_freeze(load)?;
     let verdict = stage.verify(&stage.ovm(Service::Redis)?, &first)?;
     ensure!(verdict.wrong.is_empty(), "{:#?}", verdict.wrong);
     Ok(())

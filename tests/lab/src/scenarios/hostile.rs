@@ -73,17 +73,11 @@ fn garbage(lab: &str, ipv6: bool) -> Result<()> {
 /// The same from the OVM's own vif, in the name of its conversations.
 fn garbage_of_ovm(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
-    let load = Plan::new(stage.psc(Service::Redis)?, "honest").start(&stage.client())?;
-    load.wait_answers(300, Duration::from_secs(20))?;
+    let load = stage.load("honest")?;
     // Well-formed new bytes are its answer, whatever they say: these contradict what was acknowledged.
     super::replica::garbage(&stage.lab.domain("guest-1")?, 100)?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()
+    stage.survives_freeze(load)
 }
 
 /// 100,000 SYNs of clients that never answer, within ten seconds, while honest ones work and new
@@ -121,12 +115,7 @@ fn flood(lab: &str) -> Result<()> {
         service.embryonic
     );
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()
+    stage.survives_freeze(load)
 }
 
 /// The table holds 16 conversations and 24 come: the 8 latecomers are served all the same, visibly

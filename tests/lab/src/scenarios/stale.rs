@@ -159,10 +159,5 @@ fn drain(lab: &str) -> Result<()> {
     })?;
     let load = Plan::new(target, "drained").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
-    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
-    load.wait_answers(300, Duration::from_secs(20))?;
-    let outcome = load.finish()?;
-    stage.expect_unharmed(&outcome)?;
-    failover.expect_plausible()
+    stage.survives_freeze(load)
 }

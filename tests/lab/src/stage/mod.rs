@@ -12,11 +12,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::client::place::Place;
-use crate::client::redis::load::Outcome;
+use crate::client::redis::load::{Outcome, Plan, Running};
 use crate::client::redis::verify::{Verdict, verify};
-use crate::host::{Daemon, Domain, Lab, LabConfig, Service};
+use crate::host::{Daemon, Domain, Fault, Lab, LabConfig, Service};
+use failover::Failover;
 use logs::Logs;
 use operator::{Events, Operator};
+
+/// Until a load has had its answers, on a busy machine.
+const ANSWERS: Duration = Duration::from_secs(20);
 
 /// A lab, its dom0d, and the operator's view of it.
 #[derive(Debug)]
@@ -129,6 +133,22 @@ impl Stage {
             .and_then(|server| server.domain.as_ref())
             .with_context(|| format!("{} has no OVM", service.name()))?;
         self.lab.domain(&domain.name)
+    }
+
+    /// Redis clients that write all the time, some of which were answered already.
+    pub(crate) fn load(&self, prefix: &str) -> Result<Running> {
+        let load = Plan::new(self.psc(Service::Redis)?, prefix).start(&self.client())?;
+        load.wait_answers(300, ANSWERS)?;
+        Ok(load)
+    }
+
+    /// `guest-1`, which serves, freezes under a load, whose clients notice nothing.
+    pub(crate) fn survives_freeze(&self, load: Running) -> Result<()> {
+        let at = self.lab.fault(Fault::Freeze, "guest-1")?;
+        let failover = Failover::observe(self, Service::Redis, Fault::Freeze, at)?;
+        load.wait_answers(300, ANSWERS)?;
+        self.expect_unharmed(&load.finish()?)?;
+        failover.expect_plausible()
     }
 
     /// Compares what a domain's Redis holds with what a load was told.

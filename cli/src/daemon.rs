@@ -138,10 +138,10 @@ impl Daemon {
         let socket = self.socket.display();
         let message = match error.kind() {
             io::ErrorKind::NotFound => format!(
-                "dom0d is not running: there is no {socket}. Start `dom0d` as root; if it runs with another `control_socket`, name that with --socket"
+                "dom0d is not running: there is no {socket}. Start it with `systemctl start dom0d`, and see `journalctl -u dom0d` if it ends; if it runs with another `control_socket`, name that with --socket"
             ),
             io::ErrorKind::ConnectionRefused => format!(
-                "dom0d is not running: nobody listens on {socket}, which an earlier one left behind. Start `dom0d` as root"
+                "dom0d is not running: nobody listens on {socket}, which an earlier one left behind. Start it with `systemctl start dom0d`, and see `journalctl -u dom0d` if it ends"
             ),
             io::ErrorKind::PermissionDenied => {
                 format!("no permission to use {socket}: only root may. Run this as root")

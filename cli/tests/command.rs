@@ -133,7 +133,7 @@ fn without_dom0d_it_says_how_to_start_it() {
     let directory = Directory::new();
     let output = directory.run(&["status"]);
     assert_eq!(output.status.code(), Some(3));
-    assert!(stderr(&output).contains("Start `dom0d` as root"));
+    assert!(stderr(&output).contains("systemctl start dom0d"));
     assert_eq!(stdout(&output), "");
 
     drop(UnixListener::bind(directory.0.join("control.sock")).unwrap());

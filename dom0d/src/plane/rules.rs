@@ -1,5 +1,6 @@
-//! What must dom0's kernel not forward by itself? The nft table `bridge understudy`: written as a whole in
-//! one transaction, so that there is never a moment without it, and removed at a clean end.
+//! What must dom0's kernel not forward by itself? The nft table `bridge understudy`, replaced as a whole
+//! without a moment in which a frame passes that neither the old nor the new one lets through, and removed at
+//! a clean end.
 //!
 //! The OVM's segments of the service are dropped here because dom0d forwards them, rewritten; were the
 //! originals to reach a client too, it would answer them with a RST. Everything an RVM sends is dropped
@@ -22,6 +23,11 @@ use super::frame::Mac;
 
 const FAMILY: &str = "bridge";
 const TABLE: &str = "understudy";
+
+/// Holds the new rules while [`TABLE`] is replaced. One transaction is not enough: a frame that is on its way
+/// through the hooks when the kernel changes generations has seen the new chain as not yet active, and sees
+/// the old one as not active any more (20 of 2.8 million frames passed in 419 replacements, Linux 6.18).
+const MEANWHILE: &str = "understudy_meanwhile";
 const CHAIN: &str = "servers";
 
 /// What may pass from the vifs that dom0d knows; vifs that are not in it are nobody's business.
@@ -57,7 +63,10 @@ pub(crate) struct Part {
 
 /// Puts the rules in force.
 pub(crate) fn apply(rules: &RuleSet) -> Result<(), String> {
-    run(&transaction(rules))
+    for transaction in transactions(rules) {
+        run(&transaction)?;
+    }
+    Ok(())
 }
 
 /// A set of rules with the number that its sender knows it by.
@@ -100,11 +109,14 @@ pub(crate) fn spawn_writer(
 
 /// Removes the table; done if there is none.
 pub(crate) fn remove() -> Result<(), String> {
+    run(&removal(TABLE))?;
+    run(&removal(MEANWHILE))
+}
+
+fn removal(name: &str) -> Value {
+    let table = json!({"family": FAMILY, "name": name});
     // Deleting what is not there is an error, adding what is there is none.
-    run(&json!({"nftables": [
-        {"add": {"table": {"family": FAMILY, "name": TABLE}}},
-        {"delete": {"table": {"family": FAMILY, "name": TABLE}}},
-    ]}))
+    json!({"nftables": [{"add": {"table": table}}, {"delete": {"table": table}}]})
 }
 
 fn run(commands: &Value) -> Result<(), String> {
@@ -119,16 +131,21 @@ fn run(commands: &Value) -> Result<(), String> {
     }
 }
 
-/// One transaction that replaces whatever the table held, also what a crashed dom0d left.
-fn transaction(rules: &RuleSet) -> Value {
-    let table = json!({"family": FAMILY, "name": TABLE});
+/// The steps of a replacement: in each, one table stays as it is.
+fn transactions(rules: &RuleSet) -> [Value; 3] {
+    [replacement(MEANWHILE, rules), replacement(TABLE, rules), removal(MEANWHILE)]
+}
+
+/// One transaction that replaces whatever a table held, also what a crashed dom0d left.
+fn replacement(name: &str, rules: &RuleSet) -> Value {
+    let table = json!({"family": FAMILY, "name": name});
     let mut commands = vec![
         json!({"add": {"table": table}}),
         json!({"delete": {"table": table}}),
         json!({"add": {"table": table}}),
         // Before the bridge decides where a frame goes: bound for dom0 itself it must be dropped too.
         json!({"add": {"chain": {
-            "family": FAMILY, "table": TABLE, "name": CHAIN,
+            "family": FAMILY, "table": name, "name": CHAIN,
             "type": "filter", "hook": "prerouting", "prio": -300, "policy": "accept",
         }}}),
     ];
@@ -137,10 +154,10 @@ fn transaction(rules: &RuleSet) -> Value {
     let mut verdicts = Vec::new();
     for (number, (vif, vif_rules)) in rules.vifs.iter().enumerate() {
         let chain = format!("server{number}");
-        commands.push(json!({"add": {"chain": {"family": FAMILY, "table": TABLE, "name": chain}}}));
+        commands.push(json!({"add": {"chain": {"family": FAMILY, "table": name, "name": chain}}}));
         for expressions in vif_rules.expressions() {
             commands.push(json!({"add": {"rule": {
-                "family": FAMILY, "table": TABLE, "chain": chain, "expr": expressions,
+                "family": FAMILY, "table": name, "chain": chain, "expr": expressions,
             }}}));
         }
         verdicts.push(json!([vif, {"jump": {"target": chain}}]));
@@ -149,11 +166,11 @@ fn transaction(rules: &RuleSet) -> Value {
         // What the kernel's part of the data plane has translated speaks for the PSC.
         let marked = matches(json!({"meta": {"key": "mark"}}), json!(understudy_bpf::layout::MARK));
         commands.push(json!({"add": {"rule": {
-            "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": [marked, {"accept": null}],
+            "family": FAMILY, "table": name, "chain": CHAIN, "expr": [marked, {"accept": null}],
         }}}));
         let expression = json!({"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": verdicts}}});
         commands.push(json!({"add": {"rule": {
-            "family": FAMILY, "table": TABLE, "chain": CHAIN, "expr": [expression],
+            "family": FAMILY, "table": name, "chain": CHAIN, "expr": [expression],
         }}}));
     }
     json!({"nftables": commands})
@@ -307,11 +324,16 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_replaced_in_one_transaction() {
+    fn a_whole_table_stays_at_each_step_of_a_replacement() {
         let mut set = RuleSet::default();
         set.vifs.insert("vif1.0".to_owned(), VifRules { parts: vec![part(true, vec![])] });
-        let transaction = transaction(&set);
-        let commands = transaction["nftables"].as_array().unwrap();
+        let touched = transactions(&set).map(|transaction| {
+            let text = transaction.to_string();
+            (text.contains("\"understudy\""), text.contains("\"understudy_meanwhile\""))
+        });
+        assert_eq!(touched, [(false, true), (true, false), (false, true)]);
+        let commands = replacement(TABLE, &set);
+        let commands = commands["nftables"].as_array().unwrap();
         assert!(commands[0]["add"]["table"].is_object());
         assert!(commands[1]["delete"]["table"].is_object());
         assert!(commands[2]["add"]["table"].is_object());

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo lab", about = "Understudy's labs")]
+#[command(name = "cargo lab", bin_name = "cargo lab", about = "Understudy's labs")]
 struct CommandLine {
     /// dom0d's data plane
     #[arg(long, global = true, value_enum)]

@@ -1,18 +1,21 @@
 //! dom0d's own life: it leaves nothing behind, its successor adopts or removes what a killed one
 //! left, it has no twin, and xenstored may come and go.
 
-use std::time::Duration;
+use std::iter;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use super::Scenario;
 use super::refusals::refused;
 use crate::bench::rtt::clear;
+use crate::client::place::join;
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, Lab, Service};
-use crate::stage::Stage;
 use crate::stage::failover::Failover;
 use crate::stage::operator::explains;
+use crate::stage::{Stage, own_address};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -23,6 +26,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("daemon/announced-pause", announced_pause),
         Scenario::new("daemon/shutdown-request", shutdown_request),
         Scenario::new("daemon/domain-comes-later", comes_later),
+        Scenario::new("daemon/rules-without-a-gap", rules_without_a_gap),
     ]
 }
 
@@ -212,5 +216,49 @@ fn comes_later(lab: &str) -> Result<()> {
     stage.survives_freeze(load)?;
     let verdict = stage.verify(&stage.ovm(Service::Redis)?, &first)?;
     ensure!(verdict.wrong.is_empty(), "{:#?}", verdict.wrong);
+    Ok(())
+}
+
+/// While dom0d replaces its rules again and again, nothing passes of what a replica sends: one frame of a
+/// server's that reached its client would have it reset the connection there.
+fn rules_without_a_gap(lab: &str) -> Result<()> {
+    const PORT: u16 = 9_999;
+    let stage = Stage::up(lab, 2, &[Service::Redis])?;
+    let guest = stage.lab.domain("guest-2")?;
+    let client = Ipv4Addr::new(10, 77, 0, 1);
+    // Its questions for the client's link address are not answered.
+    guest.run(&[
+        "ip",
+        "neigh",
+        "replace",
+        &client.to_string(),
+        "lladdr",
+        "ff:ff:ff:ff:ff:ff",
+        "dev",
+        "eth0",
+    ])?;
+    let socket = stage.client().run(move || Ok(UdpSocket::bind((client, PORT))?))?;
+    socket.set_nonblocking(true)?;
+    let (place, _) = own_address(&guest, Service::Redis)?;
+    let flood = place.spawn("flood", move || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        let until = Instant::now() + Duration::from_secs(3);
+        let mut sent = 0_u64;
+        while Instant::now() < until {
+            sent += u64::from(socket.send_to(b"x", (client, PORT)).is_ok());
+        }
+        Ok(sent)
+    })?;
+    let mut replaced = 0;
+    while !flood.is_finished() {
+        stage.operator.order(&["detach", "redis", "guest-3"])?;
+        stage.operator.order(&["attach", "redis", "guest-3", "--assume-identical"])?;
+        replaced += 2;
+    }
+    let sent = join(flood)?;
+    let passed = iter::from_fn(|| socket.recv(&mut [0; 16]).ok()).count();
+    println!("  {sent} frames sent, {replaced} orders that change the rules");
+    ensure!(sent > 10_000 && replaced > 10, "too few for a gap to show");
+    ensure!(passed == 0, "{passed} of the replica's {sent} frames passed while rules were replaced");
     Ok(())
 }

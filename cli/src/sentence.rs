@@ -75,6 +75,7 @@ fn known(event: &Event) -> Option<String> {
         "psc_ready" => format!("the PSC is in place on {} ({})", text("bridge")?, text("mac")?),
         "domain_appeared" => format!("{} appeared", of_domain(event)?),
         "domain_gone" => format!("{} is gone", of_domain(event)?),
+        "domain_moved" => format!("{} was domid {} until it was migrated", server()?, number("from_domid")?),
         "not_attached" => format!("{} is not put into the queue: {}", of_domain(event)?, text("reason")?),
         "fenced" => format!("{} is fenced for good ({})", server()?, text("by")?),
         "fence_failed" => format!(

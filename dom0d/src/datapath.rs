@@ -15,7 +15,7 @@ use nix::sys::time::TimeSpec;
 use understudy_protocol::Instant;
 
 use crate::clock;
-use crate::command::{Command, KnownDomain};
+use crate::command::{Command, DomainRef, KnownDomain};
 use crate::event::{DaemonEvent, Happening};
 use crate::fencing::{Job, Outcome};
 use crate::hypervisor::{DomainId, Hypervisor};
@@ -52,6 +52,17 @@ pub(crate) enum Message {
         arrival: Arrival,
         /// Its vif.
         vif: Interface,
+    },
+    /// A domain that a service has lives on under another number.
+    Moved {
+        /// Index of the service.
+        service: usize,
+        /// Its life before.
+        from: DomainId,
+        /// Its life now.
+        to: DomainRef,
+        /// Its interface in dom0 now, not connected yet.
+        vif: String,
     },
     /// A domain can't be used by a service any more.
     Departed {
@@ -312,6 +323,10 @@ impl DataPath {
                 let version = self.rules_version + 1;
                 let (service, mut around) = self.split(service);
                 service.arrived(now, &arrival, vif, version, &mut around);
+            }
+            Message::Moved { service, from, to, vif } => {
+                let (service, mut around) = self.split(service);
+                service.moved(now, from, &to, &vif, &mut around);
             }
             Message::Departed { service, domain } => {
                 let (service, mut around) = self.split(service);

@@ -5,23 +5,17 @@ use std::net::IpAddr;
 
 use understudy_api::config;
 
-use crate::discovery::{Domain, Vif, XENBUS_CONNECTED};
+use crate::discovery::{Domain, Vif, XENBUS_CONNECTED, is_incoming, sent_away};
 use crate::plane::anchor::{Link, LinkKind};
 use crate::server::Arrival;
-
-/// Suffix that xl gives to a domain that is being received; it is not that domain yet.
-const INCOMING: &str = "--incoming";
-
-/// Suffix that xl gives to a domain that has been sent away; it is that domain until it is gone.
-const MIGRATED_AWAY: &str = "--migratedaway";
 
 /// The domain's place in the service's configuration: 0 for the OVM, then the RVMs in their order;
 /// `None` if it does not belong to the service.
 pub(crate) fn rank(service: &config::Service, domain: &Domain) -> Option<usize> {
-    if domain.name.ends_with(INCOMING) {
+    if is_incoming(&domain.name) {
         return None;
     }
-    let name = domain.name.strip_suffix(MIGRATED_AWAY).unwrap_or(&domain.name);
+    let name = sent_away(&domain.name).unwrap_or(&domain.name);
     let matches = |selector: &config::Selector| selector.matches(name, domain.uuid);
     if matches(&service.ovm) {
         return Some(0);

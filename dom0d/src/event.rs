@@ -58,6 +58,13 @@ pub(crate) enum DaemonEvent {
         /// Which.
         domain: DomainRef,
     },
+    /// A domain of the service lives on under another domid: it was migrated within this host.
+    DomainMoved {
+        /// Which.
+        server: ServerId,
+        /// Its number before.
+        from_domid: u16,
+    },
     /// A domain that matches the service is not put into its queue.
     NotAttached {
         /// Which.

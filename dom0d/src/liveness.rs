@@ -23,7 +23,8 @@ pub(crate) struct PausePolicy {
 pub(crate) struct Excuse {
     /// An operator announced maintenance at that moment.
     pub(crate) announced: Option<Instant>,
-    /// The toolstack is migrating it: its name ends in `--incoming` or `--migratedaway`.
+    /// The toolstack is migrating it: its name ends in `--migratedaway`, or it has moved to another domid and is
+    /// not back on the network.
     pub(crate) migrating: bool,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
@@ -44,13 +45,19 @@ const REPEAT_FIRST: Duration = Duration::from_secs(1);
 /// Longest wait before a fault that persists is reported again.
 const REPEAT_MOST: Duration = Duration::from_secs(60);
 
-/// One domain, watched over one life of it.
+/// How long a domain that went while it was suspended may have moved to another domid of this host.
+const MOVES: Duration = Duration::from_secs(1);
+
+/// One domain, watched over one life of it, or over several if it moves.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Watch {
     /// A domain that was never seen running is being built, or was paused before we came.
     seen_running: bool,
     running: Option<bool>,
     stopped_since: Option<Instant>,
+    /// It was when it was last there.
+    suspended: bool,
+    gone_since: Option<Instant>,
     reported: Option<(Instant, Duration)>,
 }
 
@@ -66,7 +73,7 @@ impl Watch {
         starved: bool,
     ) -> Verdict {
         let fault = self.fault(now, state, excuse, policy, starved);
-        let running = state.is_some_and(is_running);
+        let running = !excuse.migrating && state.is_some_and(is_running);
         let mut verdict = Verdict::default();
         if self.running != Some(running) {
             self.running = Some(running);
@@ -97,17 +104,21 @@ impl Watch {
         policy: PausePolicy,
         starved: bool,
     ) -> Option<Evidence> {
-        let Some(state) = state.filter(|state| !state.dying) else {
-            return Some(Evidence::DomainGone);
-        };
-        if state.shutdown == Some(Shutdown::Final) {
-            return Some(Evidence::DomainGone);
-        }
-        if is_running(state) {
+        let alive = state.filter(|state| !state.dying && state.shutdown != Some(Shutdown::Final));
+        if alive.is_some_and(is_running) && !excuse.migrating {
             self.seen_running = true;
             self.stopped_since = None;
+            self.suspended = false;
+            self.gone_since = None;
             return None;
         }
+        let Some(state) = alive else {
+            let since = *self.gone_since.get_or_insert(now);
+            let may_move = self.suspended && now.since(since) < MOVES;
+            return (!may_move).then_some(Evidence::DomainGone);
+        };
+        self.suspended = state.shutdown == Some(Shutdown::Suspend);
+        self.gone_since = None;
         // A starved host stalls everybody: what it can't have seen counts for nobody's fault.
         let since = match self.stopped_since {
             Some(since) if !starved => since,
@@ -118,9 +129,7 @@ impl Watch {
         }
         let (since, limit) = match excuse.announced {
             Some(announced) => (announced, policy.maintenance_limit),
-            None if excuse.migrating || state.shutdown == Some(Shutdown::Suspend) => {
-                (since, policy.maintenance_limit)
-            }
+            None if excuse.migrating || self.suspended => (since, policy.maintenance_limit),
             None => (since, policy.grace),
         };
         (now.since(since) >= limit).then_some(Evidence::DomainPaused)
@@ -129,11 +138,6 @@ impl Watch {
 
 fn is_running(state: &DomainState) -> bool {
     !state.paused && !state.dying && state.shutdown.is_none()
-}
-
-/// Whether a toolstack's name for a domain says that it is being migrated.
-pub(crate) fn is_migrating(name: &str) -> bool {
-    name.ends_with("--incoming") || name.ends_with("--migratedaway")
 }
 
 #[cfg(test)]
@@ -250,7 +254,7 @@ mod tests {
             40_000,
         );
         assert_eq!(found, Some((30_000, Evidence::DomainPaused)));
-        let migrating = Excuse { migrating: is_migrating("redis-1--migratedaway"), ..Excuse::default() };
+        let migrating = Excuse { migrating: true, ..Excuse::default() };
         let found = first_evidence(&mut seen_running(), Some(&paused()), migrating, POLICY, 1, 40_000);
         assert_eq!(found, Some((30_000, Evidence::DomainPaused)));
     }
@@ -266,6 +270,33 @@ mod tests {
             assert_eq!(verdict.evidence, Some(Evidence::DomainGone));
             assert_eq!(verdict.running, Some(false));
         }
+    }
+
+    #[test]
+    fn a_domain_that_went_while_it_was_suspended_has_a_second_to_appear_elsewhere() {
+        let mut watch = seen_running();
+        let suspended = shut_down(Shutdown::Suspend);
+        let excuse = Excuse { migrating: true, ..Excuse::default() };
+        assert_eq!(first_evidence(&mut watch, Some(&suspended), excuse, POLICY, 1, 100), None);
+        let dying = DomainState { dying: true, ..suspended };
+        assert_eq!(first_evidence(&mut watch, Some(&dying), excuse, POLICY, 101, 500), None);
+        let mut moved = watch.clone();
+        let found = first_evidence(&mut watch, None, excuse, POLICY, 601, 2_000);
+        assert_eq!(found, Some((500, Evidence::DomainGone)));
+        // Created paused, unpaused, connected, destroyed.
+        assert_eq!(first_evidence(&mut moved, Some(&paused()), excuse, POLICY, 601, 100), None);
+        assert_eq!(first_evidence(&mut moved, Some(&RUNNING), excuse, POLICY, 701, 100), None);
+        let verdict = moved.look(at(801), Some(&RUNNING), Excuse::default(), POLICY, false);
+        assert_eq!(verdict, Verdict { running: Some(true), evidence: None });
+        let verdict = moved.look(at(802), None, Excuse::default(), POLICY, false);
+        assert_eq!(verdict.evidence, Some(Evidence::DomainGone));
+    }
+
+    #[test]
+    fn a_moved_domain_that_never_returns_to_the_network_is_found_at_the_limit() {
+        let excuse = Excuse { migrating: true, ..Excuse::default() };
+        let found = first_evidence(&mut seen_running(), Some(&RUNNING), excuse, POLICY, 1, 40_000);
+        assert_eq!(found, Some((30_000, Evidence::DomainPaused)));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use understudy_bpf::Programs;
 
 use crate::command::KnownDomain;
 use crate::datapath::{LostInterface, Message, Source};
-use crate::discovery::{Domain, Found, Snapshot};
+use crate::discovery::{Domain, Found, Snapshot, sent_away};
 use crate::eligibility::{bridge, rank, usable};
 use crate::hypervisor::DomainId;
 use crate::plane::anchor::{self, AnchorError, Link};
@@ -68,6 +68,8 @@ struct Anchor {
 struct Given {
     name: String,
     shutdown_request: Option<String>,
+    /// It was moved here from another domid, and is not connected to the network yet.
+    moving: bool,
     state: GivenState,
 }
 
@@ -133,6 +135,7 @@ impl Placement {
     /// One comparison of what is with what was given; whether nothing is missing.
     async fn pass(&mut self, snapshot: &Snapshot) -> bool {
         let mut complete = true;
+        self.follow_moves(snapshot);
         for index in 0..self.config.services.len() {
             let mut problems = Vec::new();
             match self.service(index, snapshot).await {
@@ -147,12 +150,52 @@ impl Placement {
         complete
     }
 
+    /// A domain that was migrated within this host has the same UUID and memory under another number. What was
+    /// given of it counts for that, before its old life ends, so that nobody takes that for its end.
+    ///
+    /// A rebooted domain has the same UUID and another number too, but was not sent away.
+    fn follow_moves(&mut self, snapshot: &Snapshot) {
+        let moves: Vec<_> = self
+            .given
+            .iter()
+            .filter_map(|(&(service, life), given)| {
+                let GivenState::Open { arrival, .. } = &given.state else {
+                    return None;
+                };
+                let old = snapshot.domains.iter().find(|domain| domain.id() == life);
+                let name = sent_away(old.map_or(&given.name, |old| &old.name))?;
+                let mut domains = snapshot.domains.iter();
+                let new = domains.find(|new| new.name == name && new.uuid == life.uuid)?;
+                let vif = new.vifs.iter().find(|vif| vif.mac == arrival.mac)?;
+                Some(((service, life), new.reference(), vif.name.clone()))
+            })
+            .collect();
+        for ((service, from), to, vif) in moves {
+            let Some(mut given) = self.given.remove(&(service, from)) else {
+                continue;
+            };
+            if let GivenState::Open { arrival, index } = &mut given.state {
+                arrival.domain = to.clone();
+                // No interface has this number, so it is opened once it is connected.
+                *index = 0;
+            }
+            given.name.clone_from(&to.name);
+            given.moving = true;
+            self.given.insert((service, DomainId { uuid: to.uuid, domid: to.domid }), given);
+            self.tell(Message::Moved { service, from, to, vif });
+        }
+    }
+
     /// Brings one service up to date; whether all its domains are usable, or what hinders the service.
     async fn service(&mut self, index: usize, snapshot: &Snapshot) -> Result<bool, String> {
         let config = Arc::clone(&self.config);
         let service = &config.services[index];
         let mut domains: Vec<(usize, &Domain)> =
             snapshot.domains.iter().filter_map(|domain| Some((rank(service, domain)?, domain))).collect();
+        // What was sent away and is not served by any more is on its way out.
+        domains.retain(|(_, domain)| {
+            sent_away(&domain.name).is_none() || self.given.contains_key(&(index, domain.id()))
+        });
         // The queue's order is the configuration's.
         domains.sort_by_key(|(rank, domain)| (*rank, domain.domid));
         let domains: Vec<&Domain> = domains.into_iter().map(|(_, domain)| domain).collect();
@@ -361,6 +404,7 @@ impl Placement {
             Given {
                 name: arrival.domain.name.clone(),
                 shutdown_request: None,
+                moving: false,
                 state: GivenState::Open { arrival: copy, index: link_index },
             },
         );
@@ -370,6 +414,10 @@ impl Placement {
     }
 
     fn refuse(&mut self, key: (usize, DomainId), domain: &Domain, reason: String) {
+        // Until it is connected; the data path knows how long to wait for that.
+        if self.given.get(&key).is_some_and(|given| given.moving) {
+            return;
+        }
         match self.given.get(&key).map(|given| &given.state) {
             Some(GivenState::Unusable(before)) if *before == reason => return,
             Some(GivenState::Open { .. }) => self.tell(Message::Departed { service: key.0, domain: key.1 }),
@@ -380,6 +428,7 @@ impl Placement {
             Given {
                 name: domain.name.clone(),
                 shutdown_request: None,
+                moving: false,
                 state: GivenState::Unusable(reason.clone()),
             },
         );

@@ -98,6 +98,7 @@ fn servers_of(happening: &Happening) -> Vec<ServerId> {
         Happening::Daemon(event) => match event {
             DaemonEvent::Fenced { server, .. }
             | DaemonEvent::FenceFailed { server, .. }
+            | DaemonEvent::DomainMoved { server, .. }
             | DaemonEvent::MaintenanceBegan { server, .. }
             | DaemonEvent::MaintenanceEnded { server }
             | DaemonEvent::ShutdownRequested { server, .. } => vec![*server],

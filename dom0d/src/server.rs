@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use understudy_protocol::{Instant, ServerId, ServerSpec};
 
 use crate::command::DomainRef;
+use crate::discovery::sent_away;
 use crate::hypervisor::DomainId;
-use crate::liveness::{Excuse, Watch, is_migrating};
+use crate::liveness::{Excuse, Watch};
 use crate::plane::Mac;
 
 /// One life of one domain, in one service.
@@ -30,6 +31,8 @@ pub(crate) struct Server {
     pub(crate) announced: Option<Instant>,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
+    /// Moved to another domid, whose vif is not connected yet.
+    pub(crate) moving: bool,
 }
 
 /// Where a server stands relative to its service's queue.
@@ -78,7 +81,21 @@ impl Server {
             running: true,
             announced: None,
             fenced: false,
+            moving: false,
         }
+    }
+
+    /// Its domain lives on under another number, behind another vif.
+    pub(crate) fn move_to(&mut self, domain: DomainRef, vif: String) {
+        self.domain = domain;
+        self.vif = vif;
+        self.moving = true;
+    }
+
+    /// Its vif was opened again.
+    pub(crate) fn vif_opened(&mut self, arrival: &Arrival) {
+        self.vif.clone_from(&arrival.vif);
+        self.moving = false;
     }
 
     /// This life of its domain.
@@ -93,7 +110,11 @@ impl Server {
 
     /// What excuses it for not running.
     pub(crate) fn excuse(&self) -> Excuse {
-        Excuse { announced: self.announced, migrating: is_migrating(&self.domain.name), fenced: self.fenced }
+        Excuse {
+            announced: self.announced,
+            migrating: self.moving || sent_away(&self.domain.name).is_some(),
+            fenced: self.fenced,
+        }
     }
 
     /// Whether the kernel must keep what it sends from the bridge.

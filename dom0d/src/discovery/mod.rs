@@ -51,6 +51,22 @@ impl Domain {
     }
 }
 
+/// Suffix that xl gives to a domain that is being received; it is not that domain yet.
+const INCOMING: &str = "--incoming";
+
+/// Suffix that xl gives to a domain that has been sent away; it is that domain until it is gone.
+const MIGRATED_AWAY: &str = "--migratedaway";
+
+/// Whether a domain is being received under this name.
+pub(crate) fn is_incoming(name: &str) -> bool {
+    name.ends_with(INCOMING)
+}
+
+/// The name of a domain before it was sent away; `None` if it was not.
+pub(crate) fn sent_away(name: &str) -> Option<&str> {
+    name.strip_suffix(MIGRATED_AWAY)
+}
+
 /// One network interface of a domain, as its backend in dom0 describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Vif {

@@ -166,7 +166,11 @@ impl Requests {
 
 async fn read_requests(xenstore: XsTokio, requests: Arc<Requests>, changed: Arc<Notify>) {
     loop {
-        requests.told.notified().await;
+        // Wakes also when what was read has been shown for long enough: asked again, it is news again.
+        let told = timeout(OBEYS, requests.told.notified()).await.is_ok();
+        if !told && requests.read.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            continue;
+        }
         let unread = mem::take(&mut *requests.unread.lock().unwrap_or_else(PoisonError::into_inner));
         for domid in unread {
             // A connection that fails is the lister's to tell.

@@ -2,12 +2,13 @@
 //! without a moment in which a frame passes that neither the old nor the new one lets through, and removed at
 //! a clean end.
 //!
-//! The OVM's segments of the service are dropped here because dom0d forwards them, rewritten; were the
-//! originals to reach a client too, it would answer them with a RST. Everything an RVM sends is dropped
-//! but what the operator allows. The table is not the fence (the engine is), so it is rewritten after
+//! The servers' segments of the service are dropped here, from whatever port of the bridge they come, because
+//! dom0d forwards them, rewritten; were the originals to reach a client too, it would answer them with a RST.
+//! A domain that is migrated within this host may send from a new vif before dom0d knows that one.
+//! Everything else an RVM sends is dropped too but what the operator allows. The table is not the fence (the engine is), so it is rewritten after
 //! a promotion and off the packet path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -109,14 +110,16 @@ pub(crate) fn spawn_writer(
 
 /// Removes the table; done if there is none.
 pub(crate) fn remove() -> Result<(), String> {
-    run(&removal(TABLE))?;
-    run(&removal(MEANWHILE))
+    run(&removal(&[TABLE, MEANWHILE]))
 }
 
-fn removal(name: &str) -> Value {
-    let table = json!({"family": FAMILY, "name": name});
-    // Deleting what is not there is an error, adding what is there is none.
-    json!({"nftables": [{"add": {"table": table}}, {"delete": {"table": table}}]})
+fn removal(names: &[&str]) -> Value {
+    let commands = names.iter().flat_map(|name| {
+        let table = json!({"family": FAMILY, "name": name});
+        // Deleting what is not there is an error, adding what is there is none.
+        [json!({"add": {"table": table}}), json!({"delete": {"table": table}})]
+    });
+    json!({"nftables": commands.collect::<Vec<_>>()})
 }
 
 fn run(commands: &Value) -> Result<(), String> {
@@ -133,7 +136,7 @@ fn run(commands: &Value) -> Result<(), String> {
 
 /// The steps of a replacement: in each, one table stays as it is.
 fn transactions(rules: &RuleSet) -> [Value; 3] {
-    [replacement(MEANWHILE, rules), replacement(TABLE, rules), removal(MEANWHILE)]
+    [replacement(MEANWHILE, rules), replacement(TABLE, rules), removal(&[MEANWHILE])]
 }
 
 /// One transaction that replaces whatever a table held, also what a crashed dom0d left.
@@ -168,12 +171,46 @@ fn replacement(name: &str, rules: &RuleSet) -> Value {
         commands.push(json!({"add": {"rule": {
             "family": FAMILY, "table": name, "chain": CHAIN, "expr": [marked, {"accept": null}],
         }}}));
+        for expressions in rules.originals() {
+            commands.push(json!({"add": {"rule": {
+                "family": FAMILY, "table": name, "chain": CHAIN, "expr": expressions,
+            }}}));
+        }
         let expression = json!({"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": verdicts}}});
         commands.push(json!({"add": {"rule": {
             "family": FAMILY, "table": name, "chain": CHAIN, "expr": [expression],
         }}}));
     }
     json!({"nftables": commands})
+}
+
+impl RuleSet {
+    /// Drops what servers send of their services, per family.
+    fn originals(&self) -> Vec<Vec<Value>> {
+        let parts = || self.vifs.values().flat_map(|vif| &vif.parts);
+        let mut rules = Vec::new();
+        for is_ipv4 in [true, false] {
+            let sources: BTreeSet<(IpAddr, u16)> = parts()
+                .flat_map(|part| part.addresses.iter().map(move |&address| (address, part)))
+                .filter(|(address, _)| address.is_ipv4() == is_ipv4)
+                .flat_map(|(address, part)| part.ports.iter().map(move |&port| (address, port)))
+                .collect();
+            let Some(&(first, _)) = sources.first() else {
+                continue;
+            };
+            let set: Vec<Value> = sources
+                .iter()
+                .map(|(address, port)| json!({"concat": [address.to_string(), port]}))
+                .collect();
+            let key = json!({"concat": [source(first), payload("tcp", "sport")]});
+            rules.push(vec![
+                matches(key, json!({"set": set})),
+                json!({"counter": null}),
+                json!({"drop": null}),
+            ]);
+        }
+        rules
+    }
 }
 
 impl VifRules {
@@ -202,12 +239,6 @@ impl Part {
             if address.is_ipv4() {
                 rules.push(vec![matches(payload("arp", "saddr ip"), json!(address.to_string()))]);
             }
-        }
-        for &address in &self.addresses {
-            rules.push(vec![
-                matches(source(address), json!(address.to_string())),
-                matches(payload("tcp", "sport"), json!({"set": self.ports})),
-            ]);
         }
         for rule in &mut rules {
             rule.push(json!({"counter": null}));
@@ -299,8 +330,6 @@ mod tests {
     fn an_ovm_may_send_all_but_the_service() {
         let rules = rules(vec![part(true, vec![])]);
         assert!(rules.iter().all(|rule| rule.contains("match")), "{rules:?}");
-        assert!(rules.iter().any(|rule| rule.contains("10.77.0.11") && rule.contains("6379")));
-        assert!(rules.iter().any(|rule| rule.contains("fd77::11") && rule.contains("6379")));
         assert!(rules.iter().any(|rule| rule.contains("10.77.0.100")));
     }
 
@@ -318,9 +347,17 @@ mod tests {
     fn the_ovm_of_one_service_and_rvm_of_another_may_talk_but_for_both_services() {
         let mut other = part(false, vec![]);
         other.ports = vec![5432];
-        let rules = rules(vec![part(true, vec![]), other]);
+        let parts = vec![part(true, vec![]), other];
+        let rules = rules(parts.clone());
         assert!(rules.iter().all(|rule| rule.contains("match")), "{rules:?}");
-        assert!(rules.iter().any(|rule| rule.contains("5432")));
+        let set = RuleSet { vifs: BTreeMap::from([("vif1.0".to_owned(), VifRules { parts })]) };
+        let [v4, v6] = &set.originals()[..] else { unreachable!("two families") };
+        for (rule, address) in [(v4, "10.77.0.11"), (v6, "fd77::11")] {
+            let rule = json!(rule).to_string();
+            for port in [6379, 80, 5432] {
+                assert!(rule.contains(&format!("{{\"concat\":[\"{address}\",{port}]}}")), "{rule}");
+            }
+        }
     }
 
     #[test]
@@ -339,6 +376,7 @@ mod tests {
         assert!(commands[2]["add"]["table"].is_object());
         assert_eq!(commands[3]["add"]["chain"]["hook"], "prerouting");
         assert_eq!(commands[4]["add"]["chain"]["name"], "server0");
+        assert!(commands.iter().any(|command| command.to_string().contains("fd77::11")));
         let last = commands.last().unwrap().to_string();
         assert!(last.contains("vif1.0") && last.contains("server0"), "{last}");
     }

@@ -141,6 +141,7 @@ impl Service {
         self.unusable.remove(&life);
         if let Some(id) = self.find_life(life) {
             self.plane.add_server(id, vif, arrival.mac, &arrival.addresses);
+            self.server_mut(id, |server| server.vif_opened(arrival));
             self.rules_changed = true;
             return;
         }
@@ -156,6 +157,24 @@ impl Service {
         self.servers.insert(id, Server::new(arrival, place));
         self.rules_changed = true;
         self.daemon_event(now, DaemonEvent::DomainAppeared { domain: arrival.domain.clone() }, around);
+    }
+
+    /// A domain lives on under another number, behind another vif, which is opened once it is connected.
+    pub(crate) fn moved(
+        &mut self,
+        now: Instant,
+        from: DomainId,
+        to: &DomainRef,
+        vif: &str,
+        around: &mut Surroundings<'_>,
+    ) {
+        let Some(id) = self.find_life(from) else {
+            return;
+        };
+        self.server_mut(id, |server| server.move_to(to.clone(), vif.to_owned()));
+        self.remember_name(id, to);
+        self.rules_changed = true;
+        self.daemon_event(now, DaemonEvent::DomainMoved { server: id, from_domid: from.domid }, around);
     }
 
     /// A domain, or the vif it served through, is gone.

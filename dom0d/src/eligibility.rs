@@ -119,8 +119,8 @@ fn vif_on<'a>(domain: &'a Domain, bridge: &Link, links: &[Link]) -> Result<&'a V
 }
 
 fn addresses(service: &config::Service, domain: &Domain, vif: &Vif) -> Result<Vec<IpAddr>, String> {
-    let configured =
-        service.addresses.iter().find(|(selector, _)| selector.matches(&domain.name, domain.uuid));
+    let name = sent_away(&domain.name).unwrap_or(&domain.name);
+    let configured = service.addresses.iter().find(|(selector, _)| selector.matches(name, domain.uuid));
     let given = configured.map_or(vif.ips.as_slice(), |(_, addresses)| addresses);
     let remedy = format!(
         "give `ip=` in the domain's vif= list, or `addresses = {{ \"{}\" = [...] }}` in the service",
@@ -178,6 +178,7 @@ mod tests {
                 state: XENBUS_CONNECTED,
                 ips: vec!["10.77.0.11".parse().unwrap()],
             }],
+            received: false,
             shutdown_request: None,
         }
     }
@@ -247,8 +248,10 @@ mod tests {
     fn configured_addresses_win_over_the_toolstacks() {
         let links = links();
         let service = service("addresses = { \"a\" = \"10.77.0.99\" }");
-        let arrival = usable(&service, &domain("a"), &links[0], &links).unwrap();
-        assert_eq!(arrival.addresses, ["10.77.0.99".parse::<IpAddr>().unwrap()]);
+        for name in ["a", "a--migratedaway"] {
+            let arrival = usable(&service, &domain(name), &links[0], &links).unwrap();
+            assert_eq!(arrival.addresses, ["10.77.0.99".parse::<IpAddr>().unwrap()]);
+        }
     }
 
     #[test]

@@ -23,9 +23,10 @@ pub(crate) struct PausePolicy {
 pub(crate) struct Excuse {
     /// An operator announced maintenance at that moment.
     pub(crate) announced: Option<Instant>,
-    /// The toolstack is migrating it: its name ends in `--migratedaway`, or it has moved to another domid and is
-    /// not back on the network.
+    /// The toolstack has sent it away: its name ends in `--migratedaway`.
     pub(crate) migrating: bool,
+    /// It has moved to another domid and is not back on the network: whatever it does there, it can't serve.
+    pub(crate) moving: bool,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
 }
@@ -45,7 +46,7 @@ const REPEAT_FIRST: Duration = Duration::from_secs(1);
 /// Longest wait before a fault that persists is reported again.
 const REPEAT_MOST: Duration = Duration::from_secs(60);
 
-/// How long a domain that went while it was suspended may have moved to another domid of this host.
+/// How long a domain that went while it was suspended may have moved to another domid of this host, or back.
 const MOVES: Duration = Duration::from_secs(1);
 
 /// One domain, watched over one life of it, or over several if it moves.
@@ -73,7 +74,7 @@ impl Watch {
         starved: bool,
     ) -> Verdict {
         let fault = self.fault(now, state, excuse, policy, starved);
-        let running = !excuse.migrating && state.is_some_and(is_running);
+        let running = !excuse.moving && state.is_some_and(is_running);
         let mut verdict = Verdict::default();
         if self.running != Some(running) {
             self.running = Some(running);
@@ -105,7 +106,7 @@ impl Watch {
         starved: bool,
     ) -> Option<Evidence> {
         let alive = state.filter(|state| !state.dying && state.shutdown != Some(Shutdown::Final));
-        if alive.is_some_and(is_running) && !excuse.migrating {
+        if alive.is_some_and(is_running) && !excuse.moving {
             self.seen_running = true;
             self.stopped_since = None;
             self.suspended = false;
@@ -113,8 +114,11 @@ impl Watch {
             return None;
         }
         let Some(state) = alive else {
-            let since = *self.gone_since.get_or_insert(now);
-            let may_move = self.suspended && now.since(since) < MOVES;
+            let since = match self.gone_since {
+                Some(since) if !starved => since,
+                _ => *self.gone_since.insert(now),
+            };
+            let may_move = (self.suspended || excuse.moving) && now.since(since) < MOVES;
             return (!may_move).then_some(Evidence::DomainGone);
         };
         self.suspended = state.shutdown == Some(Shutdown::Suspend);
@@ -129,7 +133,7 @@ impl Watch {
         }
         let (since, limit) = match excuse.announced {
             Some(announced) => (announced, policy.maintenance_limit),
-            None if excuse.migrating || self.suspended => (since, policy.maintenance_limit),
+            None if excuse.migrating || excuse.moving || self.suspended => (since, policy.maintenance_limit),
             None => (since, policy.grace),
         };
         (now.since(since) >= limit).then_some(Evidence::DomainPaused)
@@ -263,7 +267,7 @@ mod tests {
     fn a_domain_that_is_gone_dying_or_down_is_evidence_whatever_was_announced() {
         let dying = DomainState { dying: true, ..RUNNING };
         let down = shut_down(Shutdown::Final);
-        let excuse = Excuse { announced: Some(at(0)), migrating: true, fenced: false };
+        let excuse = Excuse { announced: Some(at(0)), migrating: true, ..Excuse::default() };
         for state in [None, Some(&dying), Some(&down)] {
             let mut watch = seen_running();
             let verdict = watch.look(at(1), state, excuse, POLICY, false);
@@ -284,6 +288,7 @@ mod tests {
         let found = first_evidence(&mut watch, None, excuse, POLICY, 601, 2_000);
         assert_eq!(found, Some((500, Evidence::DomainGone)));
         // Created paused, unpaused, connected, destroyed.
+        let excuse = Excuse { moving: true, ..Excuse::default() };
         assert_eq!(first_evidence(&mut moved, Some(&paused()), excuse, POLICY, 601, 100), None);
         assert_eq!(first_evidence(&mut moved, Some(&RUNNING), excuse, POLICY, 701, 100), None);
         let verdict = moved.look(at(801), Some(&RUNNING), Excuse::default(), POLICY, false);
@@ -294,7 +299,7 @@ mod tests {
 
     #[test]
     fn a_moved_domain_that_never_returns_to_the_network_is_found_at_the_limit() {
-        let excuse = Excuse { migrating: true, ..Excuse::default() };
+        let excuse = Excuse { moving: true, ..Excuse::default() };
         let found = first_evidence(&mut seen_running(), Some(&RUNNING), excuse, POLICY, 1, 40_000);
         assert_eq!(found, Some((30_000, Evidence::DomainPaused)));
     }

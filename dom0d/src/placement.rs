@@ -4,7 +4,7 @@
 //! Everything that may wait (netlink, opening captures, asking whether an address is free) happens here,
 //! off the data path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -15,10 +15,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use understudy_api::config::{self, Config};
 use understudy_bpf::Programs;
+use uuid::Uuid;
 
 use crate::command::KnownDomain;
 use crate::datapath::{LostInterface, Message, Source};
-use crate::discovery::{Domain, Found, Snapshot, sent_away};
+use crate::discovery::{Domain, Found, Snapshot, is_incoming, sent_away};
 use crate::eligibility::{bridge, rank, usable};
 use crate::hypervisor::DomainId;
 use crate::plane::anchor::{self, AnchorError, Link};
@@ -51,6 +52,8 @@ pub(crate) struct Placement {
     /// By service: what the plane has for interfaces.
     programs: Vec<Option<Programs>>,
     given: BTreeMap<(usize, DomainId), Given>,
+    /// Domains with two lives at present: what of them is not usable now may be in a moment.
+    in_transit: BTreeSet<Uuid>,
     told: BTreeMap<Source, Vec<String>>,
 }
 
@@ -68,8 +71,10 @@ struct Anchor {
 struct Given {
     name: String,
     shutdown_request: Option<String>,
-    /// It was moved here from another domid, and is not connected to the network yet.
-    moving: bool,
+    /// The domid that it was moved here from.
+    came_from: Option<u16>,
+    /// Since when it is here, but not connected to the network yet.
+    moving_since: Option<Instant>,
     state: GivenState,
 }
 
@@ -99,6 +104,7 @@ impl Placement {
             anchors,
             programs,
             given: BTreeMap::new(),
+            in_transit: BTreeSet::new(),
             told: BTreeMap::new(),
         }
     }
@@ -120,8 +126,7 @@ impl Placement {
             tokio::select! {
                 changed = found.changed() => if changed.is_err() { return },
                 interface = lost.recv() => match interface {
-                    Some(interface) => {
-                        self.forget(interface);
+                    Some(interface) => if self.forget(interface) {
                         // An interface that is down opens, and is lost again at once.
                         tokio::time::sleep(AFTER_LOSS).await;
                     }
@@ -151,10 +156,14 @@ impl Placement {
     }
 
     /// A domain that was migrated within this host has the same UUID and memory under another number. What was
-    /// given of it counts for that, before its old life ends, so that nobody takes that for its end.
+    /// given of it counts for that, before its old life ends, so that nobody takes that for its end. Back, too: a
+    /// migration that fails at its very end leaves the domain what and where it was.
     ///
-    /// A rebooted domain has the same UUID and another number too, but was not sent away.
+    /// A rebooted domain has the same UUID and another number too, but was not received.
     fn follow_moves(&mut self, snapshot: &Snapshot) {
+        let mut seen = BTreeSet::new();
+        let lives = snapshot.domains.iter().map(|domain| domain.uuid);
+        self.in_transit = lives.filter(|uuid| !seen.insert(*uuid)).collect();
         let moves: Vec<_> = self
             .given
             .iter()
@@ -162,10 +171,13 @@ impl Placement {
                 let GivenState::Open { arrival, .. } = &given.state else {
                     return None;
                 };
-                let old = snapshot.domains.iter().find(|domain| domain.id() == life);
-                let name = sent_away(old.map_or(&given.name, |old| &old.name))?;
-                let mut domains = snapshot.domains.iter();
-                let new = domains.find(|new| new.name == name && new.uuid == life.uuid)?;
+                let is_listed = snapshot.domains.iter().any(|domain| domain.id() == life);
+                let new = snapshot.domains.iter().find(|new| {
+                    let is_other = new.uuid == life.uuid && new.domid != life.domid;
+                    let is_back = given.came_from == Some(new.domid);
+                    let lives_on = if is_back { !is_listed } else { new.received };
+                    is_other && lives_on && !is_incoming(&new.name) && sent_away(&new.name).is_none()
+                })?;
                 let vif = new.vifs.iter().find(|vif| vif.mac == arrival.mac)?;
                 Some(((service, life), new.reference(), vif.name.clone()))
             })
@@ -180,7 +192,8 @@ impl Placement {
                 *index = 0;
             }
             given.name.clone_from(&to.name);
-            given.moving = true;
+            given.came_from = Some(from.domid);
+            given.moving_since = Some(Instant::now());
             self.given.insert((service, DomainId { uuid: to.uuid, domid: to.domid }), given);
             self.tell(Message::Moved { service, from, to, vif });
         }
@@ -192,14 +205,11 @@ impl Placement {
         let service = &config.services[index];
         let mut domains: Vec<(usize, &Domain)> =
             snapshot.domains.iter().filter_map(|domain| Some((rank(service, domain)?, domain))).collect();
-        // What was sent away and is not served by any more is on its way out.
-        domains.retain(|(_, domain)| {
-            sent_away(&domain.name).is_none() || self.given.contains_key(&(index, domain.id()))
-        });
         // The queue's order is the configuration's.
         domains.sort_by_key(|(rank, domain)| (*rank, domain.domid));
-        let domains: Vec<&Domain> = domains.into_iter().map(|(_, domain)| domain).collect();
+        let mut domains: Vec<&Domain> = domains.into_iter().map(|(_, domain)| domain).collect();
         self.take_back(index, &domains);
+        domains.retain(|domain| !self.is_left_behind(index, domain));
 
         let links = anchor::links(&self.netlink).await;
         let links = links.map_err(|error| error.to_string())?;
@@ -213,16 +223,35 @@ impl Placement {
         Ok(all_usable)
     }
 
+    /// Whether a domain's memory is elsewhere, or was, and what is here is on its way out.
+    fn is_left_behind(&self, index: usize, domain: &Domain) -> bool {
+        let is_given = self.given.contains_key(&(index, domain.id()));
+        let mut given = self.given.iter();
+        let lives_on = given.any(|((service, life), given)| {
+            *service == index && life.uuid == domain.uuid && given.came_from == Some(domain.domid)
+        });
+        !is_given && (lives_on || sent_away(&domain.name).is_some())
+    }
+
     /// Takes back what is not there any more, or does not belong to the service any more.
     fn take_back(&mut self, index: usize, domains: &[&Domain]) {
+        let has = |uuid, domid| domains.iter().any(|domain| domain.uuid == uuid && domain.domid == domid);
         let gone: Vec<DomainId> = self
             .given
-            .keys()
-            .filter(|(service, life)| *service == index && !domains.iter().any(|domain| domain.id() == *life))
-            .map(|(_, life)| *life)
+            .iter()
+            .filter(|((service, life), given)| {
+                // Where it came from, it may go on yet: then its end is for its hypervisor to say.
+                let may_be_back = given.moving_since.is_some()
+                    && given.came_from.is_some_and(|domid| has(life.uuid, domid));
+                *service == index && !has(life.uuid, life.domid) && !may_be_back
+            })
+            .map(|((_, life), _)| *life)
             .collect();
         for domain in gone {
-            self.given.remove(&(index, domain));
+            let given = self.given.remove(&(index, domain));
+            if let Some(Given { state: GivenState::Open { arrival, .. }, .. }) = given {
+                self.detach(index, &arrival.vif);
+            }
             self.tell(Message::Departed { service: index, domain });
         }
     }
@@ -376,9 +405,13 @@ impl Placement {
             if same_vif && open.addresses == arrival.addresses && open.mac == arrival.mac {
                 return Ok(());
             }
+            let left = (open.vif != arrival.vif).then(|| open.vif.clone());
             if open.addresses != arrival.addresses {
                 // Not the server it was: it leaves and comes as another.
                 self.tell(Message::Departed { service: key.0, domain: key.1 });
+            }
+            if let Some(vif) = left {
+                self.detach(key.0, &vif);
             }
         }
         let filter = match &mut self.programs[key.0] {
@@ -399,12 +432,14 @@ impl Placement {
             addresses: arrival.addresses.clone(),
             mtu: arrival.mtu,
         };
+        let came_from = self.given.get(&key).and_then(|given| given.came_from);
         self.given.insert(
             key,
             Given {
                 name: arrival.domain.name.clone(),
                 shutdown_request: None,
-                moving: false,
+                came_from,
+                moving_since: None,
                 state: GivenState::Open { arrival: copy, index: link_index },
             },
         );
@@ -413,9 +448,21 @@ impl Placement {
         Ok(())
     }
 
+    /// Takes the kernel's part of the plane from a vif that is not used any more.
+    fn detach(&mut self, service: usize, vif: &str) {
+        if let Some(programs) = &mut self.programs[service] {
+            tokio::task::block_in_place(|| programs.leave(vif));
+        }
+    }
+
     fn refuse(&mut self, key: (usize, DomainId), domain: &Domain, reason: String) {
-        // Until it is connected; the data path knows how long to wait for that.
-        if self.given.get(&key).is_some_and(|given| given.moving) {
+        let limit = self.config.services[key.0].maintenance_limit;
+        if let Some(given) = self.given.get(&key)
+            && matches!(given.state, GivenState::Open { .. })
+            && (self.in_transit.contains(&domain.uuid)
+                || given.moving_since.is_some_and(|since| since.elapsed() < limit))
+        {
+            // Where its life ends is for its hypervisor to say, and for the list.
             return;
         }
         match self.given.get(&key).map(|given| &given.state) {
@@ -428,7 +475,8 @@ impl Placement {
             Given {
                 name: domain.name.clone(),
                 shutdown_request: None,
-                moving: false,
+                came_from: None,
+                moving_since: None,
                 state: GivenState::Unusable(reason.clone()),
             },
         );
@@ -459,18 +507,19 @@ impl Placement {
         }
     }
 
-    /// The data path lost an interface: what it was given counts no more.
-    fn forget(&mut self, lost: LostInterface) {
-        match lost.domain {
-            None => self.anchors[lost.service] = Anchor::default(),
-            Some(domain) => {
-                if let Some(Given { state: GivenState::Open { index, .. }, .. }) =
-                    self.given.get_mut(&(lost.service, domain))
-                {
-                    // No interface has this number, so it is opened again.
-                    *index = 0;
-                }
+    /// The data path lost an interface: what it was given counts no more. Whether that is news.
+    fn forget(&mut self, lost: LostInterface) -> bool {
+        let Some(domain) = lost.domain else {
+            self.anchors[lost.service] = Anchor::default();
+            return true;
+        };
+        match self.given.get_mut(&(lost.service, domain)) {
+            Some(Given { state: GivenState::Open { index, .. }, moving_since: None, .. }) => {
+                // No interface has this number, so it is opened again.
+                *index = 0;
+                true
             }
+            _ => false,
         }
     }
 

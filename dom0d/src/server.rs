@@ -10,13 +10,15 @@ use crate::hypervisor::DomainId;
 use crate::liveness::{Excuse, Watch};
 use crate::plane::Mac;
 
-/// One life of one domain, in one service.
+/// One life of one domain, in one service; a migration within the host does not end it.
 #[derive(Debug)]
 pub(crate) struct Server {
     /// As operators know it.
     pub(crate) domain: DomainRef,
     /// Its interface in dom0.
     pub(crate) vif: String,
+    /// The guest's MAC.
+    pub(crate) mac: Mac,
     /// The guest's addresses: at most one per family.
     pub(crate) addresses: Vec<IpAddr>,
     /// MTU of the vif in bytes.
@@ -33,6 +35,8 @@ pub(crate) struct Server {
     pub(crate) fenced: bool,
     /// Moved to another domid, whose vif is not connected yet.
     pub(crate) moving: bool,
+    /// It left, and is known only since nobody could take its place.
+    pub(crate) gone: bool,
 }
 
 /// Where a server stands relative to its service's queue.
@@ -73,6 +77,7 @@ impl Server {
         Self {
             domain: arrival.domain.clone(),
             vif: arrival.vif.clone(),
+            mac: arrival.mac,
             addresses: arrival.addresses.clone(),
             mtu: arrival.mtu,
             place,
@@ -82,6 +87,7 @@ impl Server {
             announced: None,
             fenced: false,
             moving: false,
+            gone: false,
         }
     }
 
@@ -95,7 +101,9 @@ impl Server {
     /// Its vif was opened again.
     pub(crate) fn vif_opened(&mut self, arrival: &Arrival) {
         self.vif.clone_from(&arrival.vif);
+        self.mac = arrival.mac;
         self.moving = false;
+        self.gone = false;
     }
 
     /// This life of its domain.
@@ -112,7 +120,8 @@ impl Server {
     pub(crate) fn excuse(&self) -> Excuse {
         Excuse {
             announced: self.announced,
-            migrating: self.moving || sent_away(&self.domain.name).is_some(),
+            migrating: sent_away(&self.domain.name).is_some(),
+            moving: self.moving,
             fenced: self.fenced,
         }
     }

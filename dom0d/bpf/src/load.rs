@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -162,6 +163,14 @@ impl Programs {
     /// Puts the server side on a vif.
     pub fn attach_vif(&mut self, interface: &str) -> Result<(), LoadError> {
         self.attach("server", interface, TcAttachType::Ingress)
+    }
+
+    /// Leaves an interface, if it is still there, for good.
+    pub fn leave(&mut self, interface: &str) {
+        self.detach(interface);
+        if !Path::new("/sys/class/net").join(interface).exists() {
+            PREPARED.lock().unwrap_or_else(PoisonError::into_inner).remove(interface);
+        }
     }
 
     /// Takes the programs from an interface, if it is still there.

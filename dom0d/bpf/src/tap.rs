@@ -59,7 +59,8 @@ impl Tap {
         (self.control.active() >> 8) as u32
     }
 
-    /// What is known of the server in a slot. Not for the active one.
+    /// What is known of the server in a slot. For the active one only with another interface: its frames and those
+    /// to it are the daemon's then, or lost.
     pub fn set_server(&mut self, slot: usize, server: Server) {
         self.control.set_server(slot, server);
     }

@@ -283,7 +283,9 @@ impl Conversation {
     fn note_debt(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
         let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
         let shut = leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt;
-        if !owes && !shut {
+        // One that is excused for not running owes nothing meanwhile.
+        let runs = ctx.queue.get(slot).is_some_and(|server| server.running);
+        if !(owes || shut) || !runs {
             leg.owes_since = None;
             return;
         }

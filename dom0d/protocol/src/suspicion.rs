@@ -25,8 +25,9 @@ pub(crate) struct Suspicion {
 }
 
 /// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
-/// been lost on its vif while the client's own timer is long.
-pub(crate) const REMINDERS: u32 = 5;
+/// been lost on its vif while the client's own timer is long. With the default limit the first comes after 50 ms,
+/// later than Linux delays an acknowledgment (40 ms): one that met that would begin the wait for an answer anew.
+pub(crate) const REMINDERS: u32 = 4;
 
 impl Suspicion {
     pub(crate) fn note_answer(&mut self) {

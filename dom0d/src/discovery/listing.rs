@@ -78,7 +78,7 @@ impl<X: AsyncXs> Walk<'_, X> {
             }
         }
         vifs.sort_by_key(|vif| vif.devid);
-        Ok(Some(Domain { domid, uuid, name, vifs, shutdown_request }))
+        Ok(Some(Domain { domid, uuid, name, vifs, received: false, shutdown_request }))
     }
 
     async fn request(&mut self, domid: u16) -> io::Result<Option<String>> {

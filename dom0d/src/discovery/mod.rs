@@ -35,6 +35,8 @@ pub(crate) struct Domain {
     pub(crate) name: String,
     /// Its network interfaces, by ascending devid.
     pub(crate) vifs: Vec<Vif>,
+    /// It was received by a migration: this life was listed under a name for that before.
+    pub(crate) received: bool,
     /// What the toolstack asks of it in `control/shutdown`: `poweroff`, `reboot`, ...
     pub(crate) shutdown_request: Option<String>,
 }
@@ -87,6 +89,16 @@ pub(crate) struct Vif {
 /// Xenbus state of a backend whose frontend is connected (`XenbusStateConnected`).
 pub(crate) const XENBUS_CONNECTED: u32 = 4;
 
+impl Snapshot {
+    /// Notes which domains were received by a migration, given what was listed before.
+    fn note_received(&mut self, before: Option<&Snapshot>) {
+        for domain in &mut self.domains {
+            let old = before.and_then(|before| before.domains.iter().find(|old| old.id() == domain.id()));
+            domain.received = is_incoming(&domain.name) || old.is_some_and(|old| old.received);
+        }
+    }
+}
+
 /// What came and went between two snapshots.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Changes<'a> {
@@ -126,6 +138,7 @@ mod tests {
             uuid: Uuid::from_u128(identity),
             name: name.to_owned(),
             vifs: Vec::new(),
+            received: false,
             shutdown_request: None,
         }
     }
@@ -148,6 +161,15 @@ mod tests {
         assert_eq!(changes.gone, [&before.domains[0]]);
         assert_eq!(changes.appeared, [&after.domains[0]]);
         assert!(changes.changed.is_empty());
+    }
+
+    #[test]
+    fn a_domain_that_was_incoming_stays_a_received_one() {
+        let mut before = snapshot(vec![domain(1, 7, "a"), domain(2, 7, "a--incoming")]);
+        before.note_received(None);
+        let mut after = snapshot(vec![domain(2, 7, "a"), domain(3, 7, "a")]);
+        after.note_received(Some(&before));
+        assert_eq!(after.domains.iter().map(|d| d.received).collect::<Vec<_>>(), [true, false]);
     }
 
     #[test]

@@ -222,6 +222,7 @@ impl Connection {
                 Err(error) => return error,
             };
             self.requests.add_to(&mut snapshot);
+            snapshot.note_received(found.borrow().snapshot.as_deref());
             if let Err(error) = self.watch_each(&snapshot).await {
                 return error;
             }

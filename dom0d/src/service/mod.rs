@@ -171,9 +171,15 @@ impl Service {
         let Some(id) = self.find_life(from) else {
             return;
         };
+        let now_at = DomainId { uuid: to.uuid, domid: to.domid };
+        self.unusable.remove(&now_at);
         self.server_mut(id, |server| server.move_to(to.clone(), vif.to_owned()));
         self.remember_name(id, to);
         self.rules_changed = true;
+        if self.servers[&id].fenced {
+            // The toolstack lets it run there.
+            self.fence_domain(id, now_at, around);
+        }
         self.daemon_event(now, DaemonEvent::DomainMoved { server: id, from_domid: from.domid }, around);
     }
 
@@ -191,7 +197,7 @@ impl Service {
         let event = DaemonEvent::DomainGone { domain: self.servers[&id].domain.clone() };
         // An OVM that nobody could replace stays in the engine's books, and so here.
         if self.is_queued(id) {
-            self.server_mut(id, |server| server.running = false);
+            self.server_mut(id, |server| (server.running, server.gone) = (false, true));
         } else {
             self.servers.remove(&id);
         }
@@ -479,7 +485,11 @@ impl Service {
             self.isolating.push((id, None));
             return;
         }
-        let job = Job::Fence { service: self.index, server: id, domain: life, by };
+        self.fence_domain(id, life, around);
+    }
+
+    fn fence_domain(&self, id: ServerId, domain: DomainId, around: &Surroundings<'_>) {
+        let job = Job::Fence { service: self.index, server: id, domain, by: self.config.fence };
         if around.jobs.send(job).is_err() {
             tracing::error!(
                 service = self.name(),
@@ -511,8 +521,9 @@ impl Service {
     pub(crate) fn add_rules(&self, rules: &mut RuleSet) {
         let ovm = self.engine.ovm();
         for (&id, server) in &self.servers {
-            if server.is_contained() {
+            if server.is_contained() && !server.gone {
                 let vif = rules.vifs.entry(server.vif.clone()).or_default();
+                vif.mac = server.mac;
                 vif.parts.push(Part {
                     is_ovm: ovm == Some(id),
                     addresses: server.addresses.clone(),
@@ -550,7 +561,7 @@ impl Service {
     }
 
     fn remember_name(&mut self, id: ServerId, domain: &DomainRef) {
-        if self.names.len() >= NAMES {
+        if self.names.len() >= NAMES && !self.names.contains_key(&id) {
             self.names.pop_first();
         }
         self.names.insert(id, domain.clone());

@@ -55,7 +55,9 @@ impl Service {
             Some((id, server)) => {
                 let who = server.map_or("the OVM", |server| &server.domain.name);
                 let runs = server.is_some_and(|server| server.running);
-                if !self.plane.has_server(id) {
+                if let Some(server) = server.filter(|server| server.moving) {
+                    found.push(format!("the OVM {who} is being migrated: its vif {} is not connected yet", server.vif));
+                } else if !self.plane.has_server(id) {
                     found.push(format!(
                         "the OVM {who} is gone and nothing was promotable; serve from another domain: understudy failover {name} --to DOMAIN --force"
                     ));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::bench::path::Path;
 use crate::bench::rtt::{self, Effort, Series};
 use crate::client::redis::load::{Outcome, Plan};
 use crate::client::redis::verify::Verdict;
@@ -50,13 +51,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     tell.heading("Round trips of a transaction: plain bridge, then through the PSC");
     let pinning = Pinning::choose();
     tell.line(&pinning.describe());
-    let effort = Effort { replicas: 3, rounds: 2, samples: 500 };
-    let series = rtt::measure(&lab, pinning, effort, |round, series| {
-        let path = match series.replicas {
-            None => "plain bridge".to_owned(),
-            Some(n) => format!("{n} replicas"),
-        };
-        tell.line(&format!("round {}: {path} measured", round + 1));
+    let effort = Effort { rounds: 2, samples: 500 };
+    let paths: Vec<Path> = std::iter::once(Path::Plain).chain(Path::with_up_to(None, 3)).collect();
+    let series = rtt::measure(&lab, pinning, &paths, effort, |round, series| {
+        tell.line(&format!("round {}: {} measured", round + 1, series.path.name()));
     })?;
     for domain in lab.domains()? {
         release_host(&domain.host)?;
@@ -211,20 +209,21 @@ fn evict(stage: &Stage, config: &str, fault: Fault, ovm: &str, tell: &Story) -> 
 
 fn table(series: &[Series]) -> Result<Vec<Rtt>> {
     let us = |ns: u64| ns as f64 / 1_000.0;
-    let plain = series.iter().find(|s| s.replicas.is_none()).context("the plain path was not measured")?;
+    let plain = series.iter().find(|s| s.path == Path::Plain).context("the plain path was not measured")?;
     let plain_p50 = us(plain.transactions.value_at_quantile(0.5));
     Ok(series
         .iter()
-        .filter_map(|s| {
+        .filter(|s| s.path != Path::Plain)
+        .map(|s| {
             let p50 = us(s.transactions.value_at_quantile(0.5));
-            Some(Rtt {
-                replicas: s.replicas?,
+            Rtt {
+                replicas: s.path.replicas(),
                 samples: s.transactions.len(),
                 p50_us: p50,
                 p99_us: us(s.transactions.value_at_quantile(0.99)),
                 ratio_to_plain_p50: p50 / plain_p50,
                 plain_p50_us: plain_p50,
-            })
+            }
         })
         .collect())
 }

@@ -1,6 +1,7 @@
 //! How scenarios ended, wherever they were played: what is printed, counted, and kept.
 
 use std::fs;
+use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -81,6 +82,11 @@ pub(crate) struct Played {
 }
 
 impl Played {
+    /// It came to an end, and that was not a good one.
+    pub(crate) fn has_failed(&self) -> bool {
+        matches!(self.ending, Ending::Failed | Ending::TimedOut)
+    }
+
     /// Plays one that leaves its logs in the directory and its output in the file that it is given,
     /// which are kept unless it passes.
     pub(crate) fn of(
@@ -105,6 +111,15 @@ impl Played {
             fs::remove_dir_all(&logs)?;
         }
         Ok(Self { ending, took, logs, tail })
+    }
+}
+
+/// Prints names, as long as somebody reads them.
+pub(crate) fn list<'a>(names: impl Iterator<Item = &'a str>) -> Result<ExitCode> {
+    let text: String = names.map(|name| format!("{name}\n")).collect();
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(ExitCode::SUCCESS),
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use understudy_protocol::{CandidatePolicy, LagPolicy, Limits, Timing};
+
 use super::*;
 
 const SMALLEST: &str = r#"
@@ -205,6 +207,7 @@ fn what_can_not_work_is_refused() {
         ("addresses = { \"a\" = [\"10.0.0.1\", \"10.0.0.2\"] }", "two IPv4 addresses"),
         ("addresses = { \"a\" = \"10.0.0.1\", \"b\" = \"10.0.0.1\" }", "is given to a and to b"),
         ("addresses = { \"a*\" = \"10.0.0.1\" }", "is a pattern"),
+        ("addresses = { \"redis-2\" = \"10.0.0.1\" }", "redis-2 is neither `ovm` nor among the `rvms`"),
     ] {
         let error = refused(&with(keys));
         assert!(error.contains(expected), "{keys}: {error}");

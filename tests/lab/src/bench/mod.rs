@@ -1,10 +1,12 @@
-//! `cargo lab bench`: what Understudy costs and how quickly it acts, against a plain bridge in the
+//! `cargo lab bench`: what Understudy costs and how quickly it acts, against a plain bridge and HAProxy in the
 //! same run.
 
 mod crowd;
 mod eviction;
 mod failover;
 mod machine;
+pub(crate) mod path;
+mod proxy;
 pub(crate) mod rtt;
 mod summary;
 mod throughput;
@@ -16,8 +18,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::host::{Lab, LabConfig, Service, instance_name};
+use crate::host::{Lab, LabConfig, Plane, Service, instance_name};
 use crate::stage::pinning::{Pinning, release_host};
+use path::Path;
 
 /// How `cargo lab bench` is called.
 #[derive(Clone, Debug, clap::Args)]
@@ -39,6 +42,7 @@ pub(crate) enum Part {
     Rtt,
     Throughput,
     Failover,
+    Proxy,
     Eviction,
     Crowd,
 }
@@ -55,6 +59,7 @@ struct Report {
     rtt: Vec<summary::Rtt>,
     throughput: Vec<throughput::Row>,
     failover: Vec<failover::Row>,
+    proxy: Vec<proxy::Row>,
     eviction: Vec<eviction::Row>,
     memory: Vec<crowd::Memory>,
     conversations: Vec<crowd::Cost>,
@@ -84,21 +89,24 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     // Thousands of connections a minute, each one's port in TIME-WAIT for as long.
     lab.client().run(&["sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535"])?;
 
+    proxy::install()?;
+    let planes = Plane::chosen().map_or(vec![Plane::Pcap, Plane::Bpf], |plane| vec![plane]);
+    let mut paths = vec![Path::Plain, Path::Proxy];
+    paths.extend(planes.into_iter().flat_map(|plane| Path::with_up_to(Some(plane), 3)));
     if wanted(Part::Rtt) {
         println!("\nRound trips, 64-byte PING and transaction, against the plain bridge");
         let effort = rtt::Effort {
-            replicas: 3,
             rounds: if options.quick { 1 } else { 6 },
             samples: if options.quick { 200 } else { 500 },
         };
-        let series = rtt::measure(&lab, pinning, effort, |_, _| {})?;
+        let series = rtt::measure(&lab, pinning, &paths, effort, |_, _| {})?;
         report.rtt = summary::rtt(&series)?;
         summary::print_rtt(&report.rtt);
     }
     if wanted(Part::Throughput) {
         println!("\nThroughput of one 300 MB transfer, against the plain bridge");
         let rounds = if options.quick { 1 } else { 3 };
-        report.throughput = throughput::measure(&lab, pinning, rounds)?;
+        report.throughput = throughput::measure(&lab, pinning, &paths, rounds)?;
         throughput::print(&report.throughput);
     }
     for domain in lab.domains()? {
@@ -114,6 +122,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("\nFailover from the fault itself (the paper's Table IV: about 5 ms, detection excluded)");
         report.failover = failover::measure(&lab, if options.quick { 3 } else { 30 })?;
         failover::print(&report.failover);
+    }
+    if wanted(Part::Proxy) {
+        println!("\nWhat happens to open connections behind HAProxy instead");
+        report.proxy = proxy::measure(&lab, if options.quick { 1 } else { 10 })?;
+        proxy::print(&report.proxy);
     }
     if wanted(Part::Crowd) {
         println!("\nCost against the number of conversations, 3 replicas");

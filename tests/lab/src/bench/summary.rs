@@ -4,13 +4,13 @@ use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::path::Path;
 use super::rtt::Series;
 
 /// Round trips over one path, in microseconds.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Rtt {
-    /// `null`: the plain bridge.
-    pub(crate) replicas: Option<usize>,
+    pub(crate) path: String,
     pub(crate) ping: Times,
     pub(crate) transaction: Times,
 }
@@ -44,11 +44,11 @@ impl Times {
 }
 
 pub(crate) fn rtt(series: &[Series]) -> Result<Vec<Rtt>> {
-    let plain = series.iter().find(|s| s.replicas.is_none()).context("the plain path was not measured")?;
+    let plain = series.iter().find(|s| s.path == Path::Plain).context("the plain path was not measured")?;
     Ok(series
         .iter()
         .map(|s| Rtt {
-            replicas: s.replicas,
+            path: s.path.name(),
             ping: Times::of(&s.pings, &plain.pings),
             transaction: Times::of(&s.transactions, &plain.transactions),
         })
@@ -56,16 +56,19 @@ pub(crate) fn rtt(series: &[Series]) -> Result<Vec<Rtt>> {
 }
 
 pub(crate) fn print_rtt(rows: &[Rtt]) {
-    println!("  path                     samples      p50       p90       p99       max   p50 x  p99 x");
+    println!("  path                          samples      p50       p90       p99       max   p50 x  p99 x");
     for row in rows {
-        let path = match row.replicas {
-            None => "plain".to_owned(),
-            Some(n) => format!("{n} replicas"),
-        };
         for (what, t) in [("ping", &row.ping), ("transaction", &row.transaction)] {
             println!(
-                "  {path:<11} {what:<12} {:>8} {:>8.1} {:>9.1} {:>9.1} {:>9.1}  {:>6.2} {:>6.2}",
-                t.samples, t.p50_us, t.p90_us, t.p99_us, t.max_us, t.ratio_to_plain_p50, t.ratio_to_plain_p99
+                "  {:<16} {what:<12} {:>8} {:>8.1} {:>9.1} {:>9.1} {:>9.1}  {:>6.2} {:>6.2}",
+                row.path,
+                t.samples,
+                t.p50_us,
+                t.p90_us,
+                t.p99_us,
+                t.max_us,
+                t.ratio_to_plain_p50,
+                t.ratio_to_plain_p99
             );
         }
     }

@@ -37,7 +37,8 @@ pub(crate) use link::Link;
 pub(crate) use machine::{Host, in_group};
 pub(crate) use network::BRIDGE;
 pub(crate) use plan::{
-    LabConfig, Plane, default_config, domain_name, guest_addresses, guest_mac, instance_name, psc_addresses,
+    LabConfig, Plane, default_config, domain_name, guest_addresses, guest_mac, instance_name, lab_addresses,
+    psc_addresses,
 };
 pub(crate) use service::Service;
 

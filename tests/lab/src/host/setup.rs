@@ -66,49 +66,10 @@ pub(crate) fn install(services: &[Service], progress: &dyn Fn(&str)) -> Result<(
         "the lab needs root: it makes network namespaces, control groups and mounts; \
          run it as root, for instance `sudo -E env \"PATH=$PATH\" cargo lab ...`"
     );
-    let mut missing = Vec::new();
-    let mut fresh_services = Vec::new();
-    for package in PACKAGES {
-        if !is_installed(package)? {
-            missing.push(package);
-        }
-    }
-    for &service in services {
-        for (at, package) in service.packages().iter().copied().enumerate() {
-            if !is_installed(package)? {
-                missing.push(package);
-                if at == 0 {
-                    fresh_services.push(service);
-                }
-            }
-        }
-    }
-    if missing.is_empty() {
-        return Ok(());
-    }
-    ensure!(
-        Path::new("/usr/bin/apt-get").exists(),
-        "missing: {}; the lab installs them itself on Debian only, install them by hand here",
-        missing.join(" ")
-    );
-    progress(&format!("installing {}", missing.join(" ")));
-    let begun = Instant::now();
-    forbid_service_starts()?;
-    let outcome = apt_get(&["update", "-qq"]).and_then(|()| {
-        let mut arguments = vec!["install", "-qq", "-y", "--no-install-recommends"];
-        arguments.extend(&missing);
-        apt_get(&arguments)
-    });
-    restore_policy()?;
-    outcome?;
-    for service in fresh_services {
-        // They were not started; nor are they to be at the next boot.
-        let mut disable = Command::new("update-rc.d");
-        disable.args([service.system_service(), "disable"]);
-        let _ = disable.stdin(Stdio::null()).output();
-    }
-    progress(&format!("installed in {:.0} s", begun.elapsed().as_secs_f64()));
-    Ok(())
+    let own = services.iter().flat_map(|service| service.packages());
+    let packages: Vec<&str> = PACKAGES.iter().chain(own).copied().collect();
+    let system: Vec<&str> = services.iter().map(|service| service.system_service()).collect();
+    install_packages(&packages, &system, progress)
 }
 
 /// Builds dom0d and the command line tool.
@@ -140,8 +101,9 @@ pub(crate) fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("/")).to_owned()
 }
 
-/// Installs those of these packages that are missing; they bring no services along.
-pub(crate) fn install_packages(packages: &[&str], progress: &dyn Fn(&str)) -> Result<()> {
+/// Installs those of these packages that are missing, without leaving the system services that they bring running
+/// or enabled. A service's name begins its package's.
+pub(crate) fn install_packages(packages: &[&str], services: &[&str], progress: &dyn Fn(&str)) -> Result<()> {
     let mut missing = Vec::new();
     for package in packages.iter().copied() {
         if !is_installed(package)? {
@@ -151,9 +113,27 @@ pub(crate) fn install_packages(packages: &[&str], progress: &dyn Fn(&str)) -> Re
     if missing.is_empty() {
         return Ok(());
     }
+    ensure!(
+        Path::new("/usr/bin/apt-get").exists(),
+        "missing: {}; the lab installs them itself on Debian only, install them by hand here",
+        missing.join(" ")
+    );
     progress(&format!("installing {}", missing.join(" ")));
-    apt_get(&["update", "-qq"])?;
-    apt_get(&[&["install", "-qq", "-y", "--no-install-recommends"], missing.as_slice()].concat())
+    let begun = Instant::now();
+    forbid_service_starts()?;
+    let outcome = apt_get(&["update", "-qq"]).and_then(|()| {
+        apt_get(&[&["install", "-qq", "-y", "--no-install-recommends"], missing.as_slice()].concat())
+    });
+    restore_policy()?;
+    outcome?;
+    for service in services.iter().filter(|service| missing.iter().any(|name| name.starts_with(**service))) {
+        // They were not started; nor are they to be at the next boot.
+        let mut disable = Command::new("update-rc.d");
+        disable.args([service, "disable"]);
+        let _ = disable.stdin(Stdio::null()).output();
+    }
+    progress(&format!("installed in {:.0} s", begun.elapsed().as_secs_f64()));
+    Ok(())
 }
 
 fn is_installed(package: &str) -> Result<bool> {

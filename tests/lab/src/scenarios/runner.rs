@@ -12,7 +12,7 @@ use anyhow::{Result, bail, ensure};
 use super::{Scenario, all};
 use crate::host::{Service, instance_name, setup};
 use crate::supervise::{Interrupts, Task};
-use crate::tally::{Played, Tally, log_directory};
+use crate::tally::{Played, Tally, list, log_directory};
 
 /// How `cargo lab test` is called.
 #[derive(Clone, Debug, clap::Args)]
@@ -40,10 +40,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         .filter(|s| options.filter.as_ref().is_none_or(|f| s.name.contains(f.as_str())))
         .collect();
     if options.list {
-        for scenario in &wanted {
-            println!("{}", scenario.name);
-        }
-        return Ok(ExitCode::SUCCESS);
+        return list(wanted.iter().map(|scenario| scenario.name.as_str()));
     }
     ensure!(
         !wanted.is_empty(),

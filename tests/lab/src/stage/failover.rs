@@ -116,6 +116,11 @@ impl Failover {
             self.fault,
             self.detected_by
         );
+        self.expect_whole()
+    }
+
+    /// Every conversation must have gone on.
+    pub(crate) fn expect_whole(&self) -> Result<()> {
         ensure!(self.reset == 0, "{} of {} conversations were reset", self.reset, self.conversations);
         ensure!(
             self.recuperated == self.conversations,

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use crate::client::place::Place;
 use crate::client::redis::load::{Outcome, Plan, Running};
 use crate::client::redis::verify::{Verdict, verify};
-use crate::host::{Daemon, Domain, Fault, Lab, LabConfig, Service};
+use crate::host::{Daemon, Domain, Fault, Lab, LabConfig, Plane, Service};
 use failover::Failover;
 use logs::Logs;
 use operator::{Events, Operator};
@@ -204,6 +204,18 @@ pub(crate) fn with_replicas(config: &str, replicas: usize) -> String {
         .lines()
         .map(|line| match line.starts_with("rvms = ") {
             true => format!("rvms = {rvms:?}\n"),
+            false => format!("{line}\n"),
+        })
+        .collect()
+}
+
+/// A configuration in which every service has this data plane.
+pub(crate) fn with_plane(config: &str, plane: Plane) -> String {
+    config
+        .lines()
+        .filter(|line| !line.starts_with("plane = "))
+        .map(|line| match line.starts_with("rvms = ") {
+            true => format!("{line}\nplane = \"{}\"\n", plane.name()),
             false => format!("{line}\n"),
         })
         .collect()

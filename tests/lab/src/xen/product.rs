@@ -34,7 +34,7 @@ const ORDER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Installs what is missing on this machine, and builds the product.
 pub(super) fn prepare(progress: &dyn Fn(&str)) -> Result<()> {
-    setup::install_packages(&PACKAGES, progress)?;
+    setup::install_packages(&PACKAGES, &[], progress)?;
     setup::build(progress)
 }
 

@@ -37,11 +37,16 @@ pub(crate) struct Session {
 
 impl Session {
     pub(crate) fn connect(target: SocketAddr) -> Result<Self> {
+        Self::connect_for(target, Duration::from_secs(10))
+    }
+
+    /// The same, to a server that may take only so long for an answer.
+    pub(crate) fn connect_for(target: SocketAddr, patience: Duration) -> Result<Self> {
         let stream = TcpStream::connect_timeout(&target, Duration::from_secs(5))
             .with_context(|| format!("cannot connect to Redis at {target}"))?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         Ok(Self { stream: BufReader::new(stream) })
     }
 

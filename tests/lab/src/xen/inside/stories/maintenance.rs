@@ -13,7 +13,7 @@ use crate::xen::inside::command::run;
 use crate::xen::inside::guests::{Guests, domid};
 use crate::xen::inside::stage::{ANSWERS, Stage};
 
-pub(super) fn scenarios() -> Vec<Scenario> {
+pub(super) fn of_pv_guests() -> Vec<Scenario> {
     vec![
         Scenario::new("maintenance/announced-pause", |_| {
             excused(Kind::Pv, |stage| {
@@ -23,20 +23,28 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             })
         })
         .within(Duration::from_secs(240)),
-        Scenario::new("maintenance/save", |_| {
+        Scenario::new("maintenance/save-and-dump-core", |_| {
             excused(Kind::Pv, |_| {
-                let (begun, file) = (Instant::now(), "/var/tmp/guest-1.image");
-                run(&["xl", "save", "-c", "guest-1", file])?;
-                println!("  xl save took {:.1} s", begun.elapsed().as_secs_f64());
-                Ok(fs::remove_file(file)?)
+                for order in [&["save", "-c"][..], &["dump-core"]] {
+                    let (begun, file) = (Instant::now(), "/var/tmp/guest-1.image");
+                    run(&[&["xl"], order, &["guest-1", file]].concat())?;
+                    println!("  xl {} took {:.1} s", order[0], begun.elapsed().as_secs_f64());
+                    fs::remove_file(file)?;
+                }
+                Ok(())
             })
         })
-        .within(Duration::from_secs(240)),
+        .within(Duration::from_secs(300)),
+        Scenario::new("maintenance/shutdown-request", shutdown_request).within(Duration::from_secs(240)),
+    ]
+}
+
+pub(super) fn of_pvh_guests() -> Vec<Scenario> {
+    vec![
         Scenario::new("maintenance/migration-of-the-ovm", |_| excused(Kind::Pvh, |_| migrate("guest-1")))
             .within(Duration::from_secs(300)),
         Scenario::new("maintenance/migration-of-the-replica", migration_of_the_replica)
             .within(Duration::from_secs(300)),
-        Scenario::new("maintenance/shutdown-request", shutdown_request).within(Duration::from_secs(240)),
     ]
 }
 

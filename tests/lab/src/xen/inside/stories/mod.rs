@@ -15,10 +15,11 @@ pub(in crate::xen) fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(failover::of_pv_guests());
     all.extend(replicas::scenarios());
-    all.extend(maintenance::scenarios());
+    all.extend(maintenance::of_pv_guests());
     all.extend(daemon::scenarios());
     all.extend(discovery::scenarios());
     all.extend(hooks::scenarios());
+    all.extend(maintenance::of_pvh_guests());
     all.extend(failover::of_pvh_guests());
     all
 }

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use understudy_bpf::layout::{Conversation, Key, Server};
+use understudy_bpf::layout::{Bounds, Conversation, Key, Server};
 use understudy_bpf::{Settings, load};
 use understudy_protocol::Flow;
 
@@ -34,8 +34,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     tap.activate(Some(0));
     let flow =
-        Flow { timestamps: true, up_nxt: 1000, told_acked: 1000, told_edge: 60_000, ..Flow::default() };
-    tap.install(&Key::new(client, PORT), Conversation::new(&flow, MAC))?;
+        Flow { timestamps: true, up_nxt: 1000, told_acked: 1000, server_edge: 60_000, ..Flow::default() };
+    tap.install(
+        &Key::new(client, PORT),
+        Conversation::new(&flow, MAC, 0),
+        Bounds { up: 60_000, down: 60_000 },
+    )?;
     let mut packet = vec![0x45, 0, 0, 52, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 77, 0, 1, 10, 77, 0, 100];
     packet.extend([0x9c, 0x40, 0x18, 0xeb, 0, 0, 3, 0xe8, 0, 0, 0, 0, 0x80, 0x10, 1, 0, 0, 0, 0, 0]);
     packet.extend([1, 1, 8, 10, 0, 0, 0, 0, 0, 0, 0, 0]);

@@ -7,7 +7,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	struct segment segment;
 	struct control *service;
 	struct scratch *scratch;
-	struct conversation *known, next;
+	struct conversation *known, next = {};
 	struct server *server;
 	struct key key;
 	__u64 active;
@@ -52,7 +52,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 		int outcome;
 
 		next = *known;
-		outcome = client_to_server(skb, &segment, scratch, &next);
+		outcome = client_to_server(skb, &segment, scratch, &next, bounds_of(service, known));
 		if (outcome == PASSES)
 			flags |= FORWARDED;
 		if (outcome == ASIDE_FROM_NOW) {
@@ -61,8 +61,20 @@ static __always_inline int from_client(struct __sk_buff *skb)
 			count(COUNT_HANDED_OVER);
 		}
 	}
+	if (!(flags & FORWARDED) && slot < SLOTS && is_unattended(service, known)) {
+		/* Whether a SYN begins anew is the server's to say. */
+		struct conversation *same = known && !(scratch->old[13] & SYN) ? known : 0;
+
+		if (translate_alone(skb, &segment, scratch, same, 1) == PASSES) {
+			flags = FROM_CLIENT | FORWARDED | UNATTENDED;
+			if (same)
+				same->passing = ALONE;
+			count(COUNT_UNATTENDED);
+		}
+	}
 	/* Strangers, floods of SYNs among them, use half of the ring at most. */
-	if (!known && bpf_ringbuf_query(&ring, BPF_RB_AVAIL_DATA) > bpf_ringbuf_query(&ring, BPF_RB_RING_SIZE) / 2) {
+	if (!known && !(flags & UNATTENDED) &&
+	    bpf_ringbuf_query(&ring, BPF_RB_AVAIL_DATA) > bpf_ringbuf_query(&ring, BPF_RB_RING_SIZE) / 2) {
 		count(COUNT_RING_SHARE_FULL);
 		return TC_ACT_SHOT;
 	}
@@ -70,24 +82,23 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	if (recorded < 0) {
 		is_full = 1;
 		count(COUNT_RING_FULL);
-		if (!(flags & FORWARDED) || service->policy != SERVE ||
-		    bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns < service->grace_ns)
+		if (!(flags & FORWARDED) || !is_deserted(service))
 			return TC_ACT_SHOT;
 	} else if (!(recorded & FORWARDED)) {
 		count(COUNT_CLIENT_TO_DAEMON);
 		return TC_ACT_SHOT;
 	}
-	if (!known)
-		return TC_ACT_SHOT;
 	if (is_full) {
 		__sync_fetch_and_add(&service->unrecorded, 1);
 		count(COUNT_UNRECORDED);
 	}
-	known->ts_recent = next.ts_recent;
-	known->up_nxt = next.up_nxt;
-	known->client_acked = next.client_acked;
-	known->client_edge = next.client_edge;
-	__builtin_memcpy(known->client_mac, segment.source_mac, 6);
+	if (known && !(flags & UNATTENDED)) {
+		known->ts_recent = next.ts_recent;
+		known->up_nxt = next.up_nxt;
+		known->client_acked = next.client_acked;
+		known->client_edge = next.client_edge;
+		__builtin_memcpy(known->client_mac, segment.source_mac, 6);
+	}
 	server = &service->servers[slot & (SLOTS - 1)];
 	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 16 : 24, segment.destination,
 		    segment.version == 4 ? server->v4 : server->v6, server->mac, service->psc_mac)) {

@@ -19,6 +19,15 @@ struct {
 	__type(value, struct conversation);
 } conversations SEC(".maps");
 
+/* By the place of each conversation. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct bounds);
+} bounds SEC(".maps");
+
 /* Both directions of clients and OVM: the order of reservations is the service-wide order. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -82,4 +91,17 @@ static __always_inline void count(__u32 reason)
 	__u64 *counter = bpf_map_lookup_elem(&counters, &reason);
 	if (counter)
 		*counter += 1;
+}
+
+/* Whether the daemon has been away for so long that conversations go on without it. */
+static __always_inline int is_deserted(struct control *service)
+{
+	return service->policy == SERVE &&
+	       bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns >= service->grace_ns;
+}
+
+/* Whether the kernel must deal with a segment that is not what comes next. */
+static __always_inline int is_unattended(struct control *service, struct conversation *known)
+{
+	return (known && known->passing == ALONE) || is_deserted(service);
 }

@@ -18,6 +18,7 @@ struct segment {
 	__u16 source_port, destination_port;
 	__u8 source[16], destination[16]; /* an IPv4 address in the first four bytes */
 	__u8 source_mac[6];
+	__u32 edge; /* right edge of the window that the receiver is told */
 };
 
 static __always_inline __u16 be16_at(const __u8 *at)
@@ -36,6 +37,12 @@ static __always_inline void put_be32(__u8 *at, __u32 value)
 	at[1] = value >> 16;
 	at[2] = value >> 8;
 	at[3] = value;
+}
+
+static __always_inline void put_be16(__u8 *at, __u16 value)
+{
+	at[0] = value >> 8;
+	at[1] = value;
 }
 
 /* RFC 1982: a is later than b on a 32-bit circle. */

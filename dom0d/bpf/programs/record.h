@@ -33,7 +33,7 @@
 		entry->head.epoch = active >> 8;                                              \
 		__builtin_memcpy(entry->head.source_mac, segment->source_mac, 6);             \
 		entry->head.padding = 0;                                                      \
-		entry->head.padding_too = 0;                                                  \
+		entry->head.edge = segment->edge;                                                  \
 		if (bpf_skb_load_bytes(skb, ETHERNET, entry->packet,                          \
 				       ((length - 1) & (size - 1)) + 1)) {                    \
 			bpf_ringbuf_discard(entry, BPF_RB_NO_WAKEUP);                         \

@@ -9,7 +9,8 @@ static __always_inline int from_server(struct __sk_buff *skb)
 	struct segment segment;
 	struct control *service;
 	struct scratch *scratch;
-	struct conversation *known, next;
+	struct conversation *known, next = {};
+	__u8 to_mac[6];
 	struct key key;
 	__u64 active;
 	__u32 zero = 0, slot = SLOTS, flags = 0;
@@ -62,7 +63,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 		int outcome;
 
 		next = *known;
-		outcome = server_to_client(skb, &segment, scratch, &next);
+		outcome = server_to_client(skb, &segment, scratch, &next, bounds_of(service, known));
 		if (outcome == PASSES)
 			flags |= FORWARDED;
 		if (outcome == ASIDE_FROM_NOW) {
@@ -71,31 +72,44 @@ static __always_inline int from_server(struct __sk_buff *skb)
 			count(COUNT_HANDED_OVER);
 		}
 	}
+	if (!(flags & FORWARDED) && is_unattended(service, known)) {
+		if (known && scratch->old[13] & SYN) {
+			/* It has begun anew. */
+			known->epoch = ~0u;
+			known = 0;
+		}
+		if (translate_alone(skb, &segment, scratch, known, 0) == PASSES) {
+			flags = FORWARDED | UNATTENDED;
+			if (known)
+				known->passing = ALONE;
+			count(COUNT_UNATTENDED);
+		}
+	}
 	recorded = record(skb, &segment, service, active, slot << 16 | flags);
 	if (recorded < 0) {
 		is_full = 1;
 		count(COUNT_RING_FULL);
-		if (!(flags & FORWARDED) || service->policy != SERVE ||
-		    bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns < service->grace_ns)
+		if (!(flags & FORWARDED) || !is_deserted(service))
 			return TC_ACT_SHOT;
 	} else if (!(recorded & FORWARDED)) {
 		count(COUNT_SERVER_TO_DAEMON);
 		return TC_ACT_SHOT;
 	}
-	if (!known)
-		return TC_ACT_SHOT;
 	if (is_full) {
 		__sync_fetch_and_add(&service->unrecorded, 1);
 		count(COUNT_UNRECORDED);
 	}
-	known->server_tsval = next.server_tsval;
-	known->told_tsval = next.told_tsval;
-	known->told_edge = next.told_edge;
-	known->told_acked = next.told_acked;
-	known->down_nxt = next.down_nxt;
+	/* Who is not known: as the server has it. */
+	__builtin_memcpy(to_mac, known ? known->client_mac : scratch->frame, 6);
+	if (known && !(flags & UNATTENDED)) {
+		known->server_tsval = next.server_tsval;
+		known->told_tsval = next.told_tsval;
+		known->server_edge = next.server_edge;
+		known->told_acked = next.told_acked;
+		known->down_nxt = next.down_nxt;
+	}
 	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 12 : 8, segment.source,
-		    segment.version == 4 ? service->psc_v4 : service->psc_v6, next.client_mac,
-		    service->psc_mac)) {
+		    segment.version == 4 ? service->psc_v4 : service->psc_v6, to_mac, service->psc_mac)) {
 		count(COUNT_REWRITE_FAILED);
 		return TC_ACT_SHOT;
 	}

@@ -61,7 +61,21 @@ static long next_option(__u32 index, void *context)
 	return 0;
 }
 
-/* Completes the old header, copies it to the new one, and reads the options there. */
+/* Completes the old header, and copies it to the new one. */
+static __always_inline int copy_header(struct __sk_buff *skb, const struct segment *segment,
+				       struct scratch *scratch)
+{
+	__u32 more = segment->header - TCP_LEAST;
+
+	__builtin_memset(scratch->old + TCP_LEAST, 0, sizeof(scratch->old) - TCP_LEAST);
+	/* Masked, then added: the 6.1 verifier forgets a lower bound. There are 40 at most. */
+	if (more && bpf_skb_load_bytes(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, ((more - 1) & 63) + 1))
+		return 0;
+	__builtin_memcpy(scratch->new, scratch->old, sizeof(scratch->new));
+	return 1;
+}
+
+/* The same, and reads the options in the new one. */
 static __always_inline int read_header(struct __sk_buff *skb, const struct segment *segment,
 				       struct scratch *scratch)
 {
@@ -69,11 +83,8 @@ static __always_inline int read_header(struct __sk_buff *skb, const struct segme
 	__u32 more = segment->header - TCP_LEAST;
 
 	__builtin_memset(options, 0, sizeof(*options));
-	__builtin_memset(scratch->old + TCP_LEAST, 0, sizeof(scratch->old) - TCP_LEAST);
-	/* Masked, then added: the 6.1 verifier forgets a lower bound. There are 40 at most. */
-	if (more && bpf_skb_load_bytes(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, ((more - 1) & 63) + 1))
+	if (!copy_header(skb, segment, scratch))
 		return 0;
-	__builtin_memcpy(scratch->new, scratch->old, sizeof(scratch->new));
 	if (!more)
 		return 1;
 	/* What nearly every segment has: two NOPs and timestamps. */
@@ -90,14 +101,92 @@ static __always_inline int read_header(struct __sk_buff *skb, const struct segme
 	return !options->malformed;
 }
 
+/* How far both sides may go on. A daemon that stays away moves nothing on: then, where the policy is to serve, as far
+ * as they like.
+ */
+static __always_inline struct bounds bounds_of(struct control *service, struct conversation *known)
+{
+	struct bounds far = { known->up_nxt + (1u << 30), known->down_nxt + (1u << 30) };
+	struct bounds *at = bpf_map_lookup_elem(&bounds, &known->place);
+	struct bounds present;
+
+	if (!at)
+		return far;
+	present.up = *(volatile __u32 *)&at->up;
+	present.down = *(volatile __u32 *)&at->down;
+	if ((later(known->server_edge, present.up) || later(known->client_edge, present.down)) &&
+	    is_deserted(service))
+		return far;
+	return present;
+}
+
 static __always_inline int aside(int moves)
 {
 	return moves ? ASIDE_FROM_NOW : ASIDE;
 }
 
+/* The right edge of a window that must not go beyond `bound`. */
+static __always_inline __u32 bounded(__u32 edge, __u32 bound)
+{
+	return later(edge, bound) ? bound : edge;
+}
+
+/* Writes the window from `ack` to `edge`. */
+static __always_inline void put_window(__u8 *header, __u32 edge, __u32 ack, __u32 shift)
+{
+	__u32 room = later(ack, edge) ? 0 : (edge - ack) >> (shift & 15);
+
+	put_be16(header + 14, room > 0xffff ? 0xffff : room);
+}
+
+static __always_inline void move_sack(struct scratch *scratch, __u32 seq_delta)
+{
+	struct options *options = &scratch->options;
+
+	for (__u32 edge = 0; edge < 8; edge++) {
+		__u32 at = (options->sack + 2 + 4 * edge) & 63;
+
+		if (options->sack && 2 + 4 * edge < options->sack_length)
+			put_be32(scratch->new + at, be32_at(scratch->old + at) - seq_delta);
+	}
+}
+
+/* Any segment, while the daemon stays away and nobody else will deal with it. A conversation that is not known has
+ * begun meanwhile, or was the daemon's: its numbers are the server's own.
+ */
+static __noinline int translate_alone(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch,
+				      struct conversation *known, __u32 from_client)
+{
+	__u8 *old, *new;
+	__u32 at;
+
+	if (!segment || !scratch)
+		return ASIDE;
+	old = scratch->old;
+	new = scratch->new;
+	if (!known)
+		return copy_header(skb, segment, scratch) ? PASSES : ASIDE;
+	if (!read_header(skb, segment, scratch))
+		return ASIDE;
+	at = scratch->options.timestamps & 63;
+	if (from_client) {
+		if (old[13] & ACK)
+			put_be32(new + 8, be32_at(old + 8) - known->seq_delta);
+		if (at)
+			put_be32(new + at + 6, be32_at(old + at + 6) - known->ts_delta);
+		move_sack(scratch, known->seq_delta);
+	} else {
+		put_be32(new + 4, be32_at(old + 4) + known->seq_delta);
+		if (at)
+			put_be32(new + at + 2, be32_at(old + at + 2) + known->ts_delta);
+	}
+	return PASSES;
+}
+
 /* A segment of the client for the server; `next` is the conversation as it will be. */
-static __always_inline int client_to_server(struct __sk_buff *skb, const struct segment *segment,
-					    struct scratch *scratch, struct conversation *next)
+static __always_inline int client_to_server(struct __sk_buff *skb, struct segment *segment,
+					    struct scratch *scratch, struct conversation *next,
+					    struct bounds bounds)
 {
 	__u8 *old = scratch->old, *new = scratch->new;
 	__u32 seq = be32_at(old + 4), ack = be32_at(old + 8);
@@ -109,7 +198,8 @@ static __always_inline int client_to_server(struct __sk_buff *skb, const struct 
 		return ASIDE_FROM_NOW;
 	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
-	if (seq != next->up_nxt || (segment->payload > 0 && later(end, next->told_edge)) ||
+	if (seq != next->up_nxt ||
+	    (segment->payload > 0 && later(end, bounded(next->server_edge, bounds.up))) ||
 	    later(ack, next->down_nxt) || later(next->client_acked, ack) ||
 	    (options->timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
@@ -129,28 +219,27 @@ static __always_inline int client_to_server(struct __sk_buff *skb, const struct 
 			next->ts_recent = tsval;
 	}
 	put_be32(new + 8, ack - next->seq_delta);
-	for (__u32 edge = 0; edge < 8; edge++) {
-		__u32 at = (options->sack + 2 + 4 * edge) & 63;
-
-		if (options->sack && 2 + 4 * edge < options->sack_length)
-			put_be32(new + at, be32_at(old + at) - next->seq_delta);
-	}
+	move_sack(scratch, next->seq_delta);
 	next->up_nxt = end;
 	next->client_acked = ack;
 	next->client_edge = ack + ((__u32)be16_at(old + 14) << (next->client_shift & 15));
+	segment->edge = bounded(next->client_edge, bounds.down);
+	if (segment->edge != next->client_edge)
+		put_window(new, segment->edge, ack, next->client_shift);
 	return PASSES;
 }
 
 /* A segment of the server for the client. */
-static __always_inline int server_to_client(struct __sk_buff *skb, const struct segment *segment,
-					    struct scratch *scratch, struct conversation *next)
+static __always_inline int server_to_client(struct __sk_buff *skb, struct segment *segment,
+					    struct scratch *scratch, struct conversation *next,
+					    struct bounds bounds)
 {
 	__u8 *old = scratch->old, *new = scratch->new;
 	__u32 seq = be32_at(old + 4) + next->seq_delta, ack = be32_at(old + 8);
 	__u32 end = seq + segment->payload;
 	int moves = segment->payload > 0 && later(end, next->down_nxt);
 	struct options *options = &scratch->options;
-	__u32 edge, room;
+	__u32 edge;
 
 	if (old[13] & FIN_RST_URG)
 		return ASIDE_FROM_NOW;
@@ -172,14 +261,11 @@ static __always_inline int server_to_client(struct __sk_buff *skb, const struct 
 	}
 	put_be32(new + 4, seq);
 	edge = ack + ((__u32)be16_at(old + 14) << (next->server_shift & 15));
-	if (later(edge, next->told_edge))
-		next->told_edge = edge;
+	if (later(edge, next->server_edge))
+		next->server_edge = edge;
 	next->told_acked = ack;
-	room = (next->told_edge - ack) >> (next->told_shift & 15);
-	if (room > 0xffff)
-		room = 0xffff;
-	new[14] = room >> 8;
-	new[15] = room;
+	segment->edge = bounded(next->server_edge, bounds.up);
+	put_window(new, segment->edge, ack, next->told_shift);
 	next->down_nxt = end;
 	return PASSES;
 }

@@ -10,13 +10,16 @@ pub const SLOTS: usize = 8;
 pub const PORTS: usize = 16;
 
 /// Why frames went which way; see [`COUNTERS`].
-pub const REASONS: usize = 19;
+pub const REASONS: usize = 20;
 
 /// In [`Control::active`] instead of a slot: nobody is the OVM.
 pub const NO_SLOT: u64 = 0xff;
 
 /// In [`Conversation::passing`]: the kernel forwards.
 pub const PASSING: u32 = 1;
+
+/// In [`Conversation::passing`]: the kernel forwards everything, for good, because the daemon was away.
+pub const ALONE: u32 = 2;
 
 /// In [`Record::flags`]: the kernel has forwarded the segment.
 pub const FORWARDED: u16 = 1;
@@ -26,6 +29,9 @@ pub const HANDED_OVER: u16 = 2;
 
 /// In [`Record::flags`]: the segment came from a client.
 pub const FROM_CLIENT: u16 = 4;
+
+/// In [`Record::flags`]: it was forwarded because the daemon was away, or had been.
+pub const UNATTENDED: u16 = 8;
 
 /// In [`Control::policy`]: a daemon that stays away does not stop conversations.
 pub const SERVE: u32 = 1;
@@ -54,6 +60,7 @@ pub const COUNTERS: [&str; REASONS] = [
     "no_conversation",
     "malformed_options",
     "late_fence",
+    "unattended",
 ];
 
 /// One declaration for both languages.
@@ -162,8 +169,8 @@ shared! {
         up_nxt: u32,
         /// Highest acknowledgment that the client was told.
         told_acked: u32,
-        /// Furthest right edge of the window that the client was told.
-        told_edge: u32,
+        /// Furthest right edge of the server's window.
+        server_edge: u32,
         /// SND.NXT towards the client.
         down_nxt: u32,
         /// SND.UNA towards the client.
@@ -172,6 +179,16 @@ shared! {
         client_edge: u32,
         /// Shift of the windows that the client advertises.
         client_shift: u32,
+        /// Where its [`Bounds`] are.
+        place: u32,
+    }
+
+    /// Beyond which right edges nobody is told to send. In memory that the daemon maps.
+    struct Bounds as "bounds" {
+        /// For the client, in its own sequence numbers.
+        up: u32,
+        /// For the server, in the sequence numbers that the client knows.
+        down: u32,
     }
 
     /// Begins each record of a ring; the packet follows, from its IP header on, as it came.
@@ -188,8 +205,8 @@ shared! {
         source_mac: [u8; 6],
         /// Keeps the size a multiple of eight.
         padding: u16,
-        /// Likewise.
-        padding_too: u32,
+        /// If it was forwarded: right edge of the window that its receiver was told.
+        edge: u32,
     }
 }
 
@@ -202,9 +219,11 @@ pub fn c_header() -> String {
         ("REASONS", REASONS as u64),
         ("NO_SLOT", NO_SLOT),
         ("PASSING", u64::from(PASSING)),
+        ("ALONE", u64::from(ALONE)),
         ("FORWARDED", u64::from(FORWARDED)),
         ("HANDED_OVER", u64::from(HANDED_OVER)),
         ("FROM_CLIENT", u64::from(FROM_CLIENT)),
+        ("UNATTENDED", u64::from(UNATTENDED)),
         ("SERVE", u64::from(SERVE)),
         ("MARK", u64::from(MARK)),
     ] {

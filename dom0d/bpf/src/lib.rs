@@ -20,23 +20,29 @@
 //! * **Order.** Both directions of clients and OVM share one ring; the order of reservations is the order in which
 //!   things happened. After [`Tap::activate`], whoever finds the ring empty ([`Tap::is_drained`]) has seen everything
 //!   that was forwarded under the older epoch.
+//! * **Room.** Nobody is told to send beyond bounds that the daemon moves on as replicas follow ([`Tap::extend`]): a
+//!   daemon that does not run for a while stops bulk transfers by their windows, before the ring is full.
+//! * **Alone.** If the daemon is away for longer than its grace and the policy is to serve, segments that only it could
+//!   deal with pass too, translated as far as the entry says, and conversations begin and end without it. What
+//!   has passed so once is never the daemon's again.
 //! * **Waking.** What the kernel forwarded wakes nobody, so the daemon looks every so often; what waits for the
 //!   daemon wakes it at once.
 //!
 //! [`layout`] is the one definition of what both sides share. The programs are C, in `programs/`, compiled by
 //! `build.rs`.
 
-mod control;
 pub mod layout;
 mod load;
+mod shared;
 mod tap;
 
 pub use load::{LoadError, Programs, Settings, load, prepared_interfaces};
 pub use tap::{Copied, Tap};
 
 impl layout::Conversation {
-    /// A conversation as the kernel must know it from now on; [`Tap::install`] gives it its epoch.
-    pub fn new(flow: &understudy_protocol::Flow, client_mac: [u8; 6]) -> Self {
+    /// A conversation as the kernel must know it from now on, in a place of its own below
+    /// [`Settings::conversations`]; [`Tap::install`] gives it its epoch and bounds.
+    pub fn new(flow: &understudy_protocol::Flow, client_mac: [u8; 6], place: u32) -> Self {
         Self {
             epoch: 0,
             passing: layout::PASSING,
@@ -52,16 +58,17 @@ impl layout::Conversation {
             ts_recent: flow.ts_recent,
             up_nxt: flow.up_nxt,
             told_acked: flow.told_acked,
-            told_edge: flow.told_edge,
+            server_edge: flow.server_edge,
             down_nxt: flow.down_nxt,
             client_acked: flow.client_acked,
             client_edge: flow.client_edge,
             client_shift: u32::from(flow.client_shift),
+            place,
         }
     }
 
-    /// What the protocol calls it.
-    pub fn flow(&self) -> understudy_protocol::Flow {
+    /// What the protocol calls it, within these bounds.
+    pub fn flow(&self, bounds: layout::Bounds) -> understudy_protocol::Flow {
         understudy_protocol::Flow {
             seq_delta: self.seq_delta,
             ts_delta: self.ts_delta,
@@ -71,7 +78,7 @@ impl layout::Conversation {
             ts_recent: self.ts_recent,
             up_nxt: self.up_nxt,
             told_acked: self.told_acked,
-            told_edge: self.told_edge,
+            server_edge: self.server_edge,
             down_nxt: self.down_nxt,
             client_acked: self.client_acked,
             client_edge: self.client_edge,
@@ -79,6 +86,7 @@ impl layout::Conversation {
             server_shift: self.server_shift,
             told_shift: self.told_shift,
             timestamps: self.timestamps != 0,
+            bounds: understudy_protocol::Bounds { up: bounds.up, down: bounds.down },
         }
     }
 }

@@ -14,12 +14,14 @@ use aya::programs::tc::{
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod, TestRun as _, TestRunOptions};
 
-use crate::control::SharedControl;
-use crate::layout::{Control, Conversation, Key, NO_SLOT, PORTS, SERVE, SLOTS};
+use crate::layout::{Bounds, Control, Conversation, Key, NO_SLOT, PORTS, SERVE, SLOTS};
+use crate::shared::{SharedBounds, SharedControl};
 use crate::tap::Tap;
 
 // SAFETY: `repr(C)` of integers without implicit padding (the build asserts sizes against C).
 unsafe impl Pod for Control {}
+// SAFETY: as above.
+unsafe impl Pod for Bounds {}
 // SAFETY: as above.
 unsafe impl Pod for Key {}
 // SAFETY: as above.
@@ -66,9 +68,9 @@ pub enum LoadError {
     /// A map is not usable.
     #[error("a map of the tc programs can't be used: {0}")]
     Map(#[from] MapError),
-    /// The control block can't be shared.
-    #[error("the control block can't be mapped: {0}")]
-    Control(#[from] nix::Error),
+    /// Memory can't be shared with the programs.
+    #[error("the memory of the tc programs can't be mapped: {0}")]
+    Shared(#[from] nix::Error),
     /// An interface takes no programs.
     #[error("a tc program can't be attached to {interface}: {error}")]
     Attach {
@@ -96,8 +98,11 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     if settings.ports.len() > PORTS {
         return Err(LoadError::TooManyPorts(settings.ports.len()));
     }
-    let mut ebpf =
-        EbpfLoader::new().map_max_entries("conversations", settings.conversations.max(1)).load(OBJECT)?;
+    let conversations = settings.conversations.max(1);
+    let mut ebpf = EbpfLoader::new()
+        .map_max_entries("conversations", conversations)
+        .map_max_entries("bounds", conversations)
+        .load(OBJECT)?;
     for name in ["client", "server"] {
         classifier(&mut ebpf, name)?.load()?;
     }
@@ -107,6 +112,11 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     let control = match &map {
         Map::Array(map) => SharedControl::map(map.fd())?,
         _ => return Err(LoadError::Missing("control")),
+    };
+    let map = take("bounds")?;
+    let bounds = match &map {
+        Map::Array(map) => SharedBounds::map(map.fd(), conversations)?,
+        _ => return Err(LoadError::Missing("bounds")),
     };
     let names: [&'static str; SLOTS] = [
         "rvm_ring_0",
@@ -124,6 +134,7 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     }
     let tap = Tap::new(
         control,
+        bounds,
         RingBuf::try_from(take("ring")?)?,
         rvm_rings,
         HashMap::try_from(take("conversations")?)?,

@@ -6,14 +6,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::control::SharedControl;
 use crate::layout::{
-    COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, Server,
+    Bounds, COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, Server,
+    UNATTENDED,
 };
+use crate::shared::{SharedBounds, SharedControl};
 
 /// See the module.
 pub struct Tap {
     control: SharedControl,
+    bounds: SharedBounds,
     ring: RingBuf<MapData>,
     rvm_rings: Vec<RingBuf<MapData>>,
     conversations: HashMap<MapData, Key, Conversation>,
@@ -27,6 +29,10 @@ pub struct Copied {
     pub slot: Option<usize>,
     /// The kernel has forwarded it, translated.
     pub forwarded: bool,
+    /// If so: right edge of the window that its receiver was told.
+    pub edge: u32,
+    /// It did so because the daemon was away, or had been.
+    pub unattended: bool,
     /// The kernel forwards nothing of this conversation any more, this packet included.
     pub handed_over: bool,
     /// Epoch of the plane when it came.
@@ -38,12 +44,13 @@ pub struct Copied {
 impl Tap {
     pub(crate) fn new(
         control: SharedControl,
+        bounds: SharedBounds,
         ring: RingBuf<MapData>,
         rvm_rings: Vec<RingBuf<MapData>>,
         conversations: HashMap<MapData, Key, Conversation>,
         counters: PerCpuArray<MapData, u64>,
     ) -> Self {
-        Self { control, ring, rvm_rings, conversations, counters }
+        Self { control, bounds, ring, rvm_rings, conversations, counters }
     }
 
     /// Begins a new epoch of the plane, in which the server in `slot` may speak, or nobody. In force at once;
@@ -75,9 +82,15 @@ impl Tap {
         self.control.unrecorded()
     }
 
-    /// Lets a conversation pass from now on, in the present epoch.
-    pub fn install(&mut self, key: &Key, conversation: Conversation) -> Result<(), MapError> {
+    /// Lets a conversation pass from now on within these bounds, in the present epoch.
+    pub fn install(&mut self, key: &Key, conversation: Conversation, bounds: Bounds) -> Result<(), MapError> {
+        self.extend(conversation.place, bounds);
         self.conversations.insert(key, Conversation { epoch: self.epoch(), ..conversation }, 0)
+    }
+
+    /// Lets the conversation in a place go on up to there; in force before anything that the caller does next.
+    pub fn extend(&mut self, place: u32, bounds: Bounds) {
+        self.bounds.set(place, bounds);
     }
 
     /// The entry of a conversation.
@@ -134,8 +147,10 @@ fn take(ring: &mut RingBuf<MapData>, packet: &mut Vec<u8>) -> Option<Copied> {
         return Some(Copied {
             slot: (flags & FROM_CLIENT == 0).then_some(usize::from(u16_at(6))),
             forwarded: flags & FORWARDED != 0,
+            unattended: flags & UNATTENDED != 0,
             handed_over: flags & HANDED_OVER != 0,
             epoch: u32_at(8),
+            edge: u32_at(20),
             source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
         });
     }

@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use understudy_bpf::layout::{Conversation, Key, Server};
+use understudy_bpf::layout::{ALONE, Bounds, Conversation, Key, Server};
 use understudy_bpf::{Copied, Programs, Settings, Tap, load};
 use understudy_protocol::{Aside, Flow};
 
@@ -23,6 +23,7 @@ const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 4];
 const PORT: u16 = 6379;
+const CONVERSATIONS: u32 = 16;
 const LOOPBACK: u32 = 1;
 
 /// SplitMix64.
@@ -72,14 +73,14 @@ fn addresses(v6: bool) -> (IpAddr, IpAddr, SocketAddr) {
     }
 }
 
-fn bench() -> Bench {
+fn bench(serve: bool) -> Bench {
     let settings = Settings {
         psc: vec![addresses(false).0, addresses(true).0],
         psc_mac: PSC_MAC,
         ports: vec![80, PORT],
-        conversations: 16,
+        conversations: CONVERSATIONS,
         daemon_grace: Duration::from_secs(1),
-        serve: false,
+        serve,
     };
     let (programs, mut tap) = load(&settings).expect("the programs load (root, CONFIG_BPF_SYSCALL)");
     let (IpAddr::V4(v4), IpAddr::V6(v6)) = (addresses(false).1, addresses(true).1) else { unreachable!() };
@@ -103,7 +104,7 @@ fn flow(chance: &mut Chance) -> Flow {
         ts_recent: chance.next() as u32,
         up_nxt,
         told_acked,
-        told_edge: up_nxt.wrapping_add(chance.below(100_000)),
+        server_edge: up_nxt.wrapping_add(chance.below(100_000)),
         down_nxt,
         client_acked: down_nxt.wrapping_sub(chance.below(5000)),
         client_edge: down_nxt.wrapping_add(chance.below(100_000)),
@@ -111,6 +112,10 @@ fn flow(chance: &mut Chance) -> Flow {
         server_shift: chance.below(15) as u8,
         told_shift: chance.below(15) as u8,
         timestamps: !chance.one_in(4),
+        bounds: understudy_protocol::Bounds {
+            up: up_nxt.wrapping_add(chance.below(150_000)),
+            down: down_nxt.wrapping_add(chance.below(150_000)),
+        },
     }
 }
 
@@ -255,6 +260,15 @@ fn packet(chance: &mut Chance, flow: &Flow, from_client: bool, v6: bool) -> Vec<
     ip
 }
 
+/// Of the packet, without what pads its frame.
+fn length(packet: &[u8], v6: bool) -> usize {
+    if v6 {
+        40 + usize::from(u16::from_be_bytes([packet[4], packet[5]]))
+    } else {
+        usize::from(u16::from_be_bytes([packet[2], packet[3]]))
+    }
+}
+
 fn frame(packet: &[u8], source: [u8; 6], destination: [u8; 6], v6: bool) -> Vec<u8> {
     let mut frame = [destination, source].concat();
     frame.extend(if v6 { [0x86, 0xdd] } else { [8, 0] });
@@ -287,20 +301,59 @@ fn belongs(
 
 #[test]
 fn the_kernel_translates_as_the_protocol_says() {
-    let Bench { mut programs, mut tap } = bench();
-    let number = |name: &str| std::env::var(name).ok().and_then(|number| number.parse::<u64>().ok());
-    let seed = number("BPF_SEED").unwrap_or(1);
     let cases = number("BPF_CASES").map_or(CASES, |cases| cases as u32);
+    compare(cases, false);
+}
+
+/// No heartbeat ever came, and the policy is to serve.
+#[test]
+fn so_it_does_while_the_daemon_is_away() {
+    let cases = number("BPF_CASES").map_or(CASES / 4, |cases| cases as u32);
+    compare(cases, true);
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|number| number.parse().ok())
+}
+
+/// What nobody but the kernel can deal with: the packet as it must leave, if it must.
+fn alone(flow: &Flow, packet: &[u8], from_client: bool, v6: bool) -> Option<Vec<u8>> {
+    let (psc, guest, _) = addresses(v6);
+    let mut packet = packet.to_vec();
+    let outcome = match (is_syn(&packet, v6), from_client) {
+        (true, true) => Flow::client_to_server_as_is(&mut packet, guest),
+        (true, false) => Flow::server_to_client_as_is(&mut packet, psc),
+        (false, true) => flow.client_to_server_alone(&mut packet, guest),
+        (false, false) => flow.server_to_client_alone(&mut packet, psc),
+    };
+    outcome.ok().map(|()| packet)
+}
+
+fn is_syn(packet: &[u8], v6: bool) -> bool {
+    let tcp = if v6 { 40 } else { usize::from(packet[0] & 15) * 4 };
+    packet[tcp + 13] & 2 != 0
+}
+
+fn compare(cases: u32, away: bool) {
+    let Bench { mut programs, mut tap } = bench(away);
+    let seed = number("BPF_SEED").unwrap_or(1);
     let mut chance = Chance(seed);
     let (mut passed, mut aside, mut foreign) = (0, 0, 0);
     let (mut out, mut recorded) = (Vec::new(), Vec::new());
     for case in 0..cases {
         let (v6, from_client) = (chance.one_in(3), chance.one_in(2));
         let (psc, guest, client) = addresses(v6);
-        let flow = flow(&mut chance);
+        let mut flow = flow(&mut chance);
+        if away {
+            // They are not in force then, but only if they would be felt.
+            flow.bounds.up = flow.server_edge.wrapping_add(1 << 29);
+            flow.bounds.down = flow.down_nxt.wrapping_add(1 << 30);
+        }
         let packet = packet(&mut chance, &flow, from_client, v6);
         let key = Key::new(client, PORT);
-        tap.install(&key, Conversation::new(&flow, CLIENT_MAC)).unwrap();
+        let bounds = Bounds { up: flow.bounds.up, down: flow.bounds.down };
+        let place = chance.below(CONVERSATIONS);
+        tap.install(&key, Conversation::new(&flow, CLIENT_MAC, place), bounds).unwrap();
         let (source_mac, destination_mac) =
             if from_client { (CLIENT_MAC, PSC_MAC) } else { (GUEST_MAC, OTHER_MAC) };
         let before = frame(&packet, source_mac, destination_mac, v6);
@@ -319,13 +372,13 @@ fn the_kernel_translates_as_the_protocol_says() {
         );
         let offsets = if v6 { (8, 24, 16) } else { (12, 16, 4) };
         if outcome != Err(Aside::Foreign) && !belongs(&packet, offsets, psc, guest, client, from_client) {
-            // Somebody else's: only that it is not touched.
-            assert_eq!(out, before, "{about}");
+            // Somebody else's: only that it is not touched. While the daemon is away it is another client's.
+            assert!(away || out == before, "{about}");
             while tap.next_of(3, &mut recorded).is_some() {}
             continue;
         }
         match outcome {
-            Ok(()) => {
+            Ok(edge) => {
                 passed += 1;
                 let passes = if from_client { TC_ACT_REDIRECT } else { TC_ACT_OK };
                 assert_eq!(verdict, passes, "{about}");
@@ -334,11 +387,31 @@ fn the_kernel_translates_as_the_protocol_says() {
                 assert_eq!(out, after, "{about}");
                 let record = record.unwrap_or_else(|| panic!("not recorded: {about}"));
                 assert!(record.forwarded && !record.handed_over, "{about}");
+                assert_eq!(record.edge, edge, "{about}");
             }
             Err(Aside::Foreign) => {
                 foreign += 1;
                 assert_eq!(verdict, TC_ACT_UNSPEC, "{about}");
                 assert_eq!(record, None, "{about}");
+            }
+            Err(_) if away && let Some(expected) = alone(&flow, &packet, from_client, v6) => {
+                aside += 1;
+                let passes = if from_client { TC_ACT_REDIRECT } else { TC_ACT_OK };
+                assert_eq!(verdict, passes, "{about}");
+                let anew = is_syn(&packet, v6);
+                let to = if from_client {
+                    GUEST_MAC
+                } else if anew {
+                    OTHER_MAC
+                } else {
+                    CLIENT_MAC
+                };
+                assert_eq!(out, frame(&expected, PSC_MAC, to, v6), "{about}");
+                assert!(record.is_some_and(|record| record.forwarded && record.unattended), "{about}");
+                assert_eq!(entry.epoch == u32::MAX, anew && !from_client, "{about}");
+                assert_eq!(entry.passing == ALONE, !anew, "{about}");
+                assert_eq!(recorded, packet[..length(&packet, v6)], "{about}");
+                continue;
             }
             Err(why) => {
                 aside += 1;
@@ -346,19 +419,23 @@ fn the_kernel_translates_as_the_protocol_says() {
                 assert_eq!(out, before, "{about}");
                 let slot = (!from_client).then_some(3);
                 let handed_over = why == Aside::DaemonFromNow;
-                let expected = Copied { slot, forwarded: false, handed_over, epoch: tap.epoch(), source_mac };
+                let epoch = tap.epoch();
+                let expected = Copied {
+                    slot,
+                    forwarded: false,
+                    edge: 0,
+                    unattended: false,
+                    handed_over,
+                    epoch,
+                    source_mac,
+                };
                 assert_eq!(record, Some(expected), "{about}");
             }
         }
         if outcome != Err(Aside::Foreign) {
-            let length = if v6 {
-                40 + usize::from(u16::from_be_bytes([packet[4], packet[5]]))
-            } else {
-                usize::from(u16::from_be_bytes([packet[2], packet[3]]))
-            };
-            assert_eq!(recorded, packet[..length], "{about}");
+            assert_eq!(recorded, packet[..length(&packet, v6)], "{about}");
         }
-        assert_eq!(entry.flow(), if outcome.is_ok() { expected_flow } else { flow }, "{about}");
+        assert_eq!(entry.flow(bounds), if outcome.is_ok() { expected_flow } else { flow }, "{about}");
         assert_eq!(entry.passing == 0, outcome == Err(Aside::DaemonFromNow), "{about}");
     }
     println!("{passed} passed, {aside} for the daemon, {foreign} foreign");

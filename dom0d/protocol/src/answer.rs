@@ -200,7 +200,7 @@ impl Conversation {
         if inserted.conflict.is_none() {
             return Some(None);
         }
-        if ctx.passage == Passage::Passed {
+        if ctx.passed() {
             // The client has both copies.
             self.uncover(ctx);
         }
@@ -251,18 +251,16 @@ impl Conversation {
     ) {
         let window_shift = if segment.flags.has(Flags::SYN) { 0 } else { leg.shift };
         self.told.acked = self.told.acked.max(leg.rcv_nxt);
-        let edge = leg.rcv_nxt + (u64::from(segment.window) << window_shift);
-        if ctx.passage == Passage::Passed {
-            // The client was told all of it.
-            self.told.edge = self.told.edge.max(edge);
-        } else {
-            self.offer_window(edge, ctx);
-        }
+        self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), ctx);
+        self.shown.0 = match ctx.passage {
+            Passage::Passed { edge } => position_of(self.client.iss, edge, self.told.edge).unwrap_or(0),
+            _ => self.told.edge,
+        };
         let timestamps = segment
             .options
             .timestamps
             .map(|(tsval, tsecr)| (self.advance_tsval(tsval.wrapping_add(leg.ts_delta)), tsecr));
-        if ctx.passage == Passage::Passed {
+        if ctx.passed() {
             return ctx.note_sent_to_client(payload);
         }
         let translated = Segment {
@@ -280,17 +278,22 @@ impl Conversation {
     /// Moves the right edge of the client's window, never back. Where clients wait for RVMs, no
     /// further than there is room to keep what an RVM still lacks.
     pub(crate) fn offer_window(&mut self, edge: u64, ctx: &mut Context) {
-        let limit = u64::from(ctx.config.limits.conversation_bytes);
-        let room = match ctx.config.on_lag {
-            // No more than can be kept: what finds no room would be sent in vain.
-            crate::LagPolicy::Evict => limit,
-            crate::LagPolicy::Wait => limit / 2,
-        };
-        if self.up.base() + room < edge {
+        let limit = if ctx.passed() { self.bounds.0 } else { self.room_up(ctx) };
+        if limit < edge {
             ctx.counters.lag_bytes += 1;
         }
-        let edge = edge.min(self.up.base() + room);
-        self.told.edge = self.told.edge.max(edge);
+        self.told.edge = self.told.edge.max(edge.min(limit));
+    }
+
+    /// Up to where there is room to keep what the client sends.
+    pub(crate) fn room_up(&self, ctx: &Context) -> u64 {
+        let limit = u64::from(ctx.config.limits.conversation_bytes);
+        self.up.base()
+            + match ctx.config.on_lag {
+                // No more than can be kept: what finds no room would be sent in vain.
+                crate::LagPolicy::Evict => limit,
+                crate::LagPolicy::Wait => limit / 2,
+            }
     }
 
     // ---- close ----------------------------------------------------------------------------------

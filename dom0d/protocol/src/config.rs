@@ -56,6 +56,9 @@ pub struct Limits {
     pub embryonic: u32,
     /// Bytes, per conversation, of one direction that are kept because a server still lacks them.
     pub conversation_bytes: u32,
+    /// Bytes, per direction of a conversation that the data plane passes by itself, that client or OVM may be
+    /// ahead of an RVM: their windows end there.
+    pub ahead_bytes: u32,
     /// Bytes that the daemon keeps for the whole service, of all conversations. Beyond it an RVM is
     /// evicted; where that doesn't help, segments find no room and are sent again by their sender.
     pub retained_bytes: u64,
@@ -80,6 +83,7 @@ impl Default for Limits {
             conversations: 65_536,
             embryonic: 65_536,
             conversation_bytes: 16 << 20,
+            ahead_bytes: 8 << 20,
             retained_bytes: 512 << 20,
             lag_bytes: 256 << 20,
             inflight_bytes: 256 << 10,

@@ -161,9 +161,14 @@ impl Context {
         effect
     }
 
+    /// The packet at hand is with the other side already.
+    pub(crate) fn passed(&self) -> bool {
+        matches!(self.passage, Passage::Passed { .. })
+    }
+
     /// Bytes that one direction of a conversation may hold now.
     pub(crate) fn room(&self) -> usize {
-        if self.passage == Passage::Passed {
+        if self.passed() {
             // It is with the other side already; the plane's own buffer bounds how much that can be.
             return usize::MAX;
         }

@@ -119,6 +119,10 @@ pub(crate) struct Conversation {
     pub(crate) queued: bool,
     /// The data plane passes it by itself, since it was stopped that often.
     pub(crate) passing: Option<u32>,
+    /// How far the data plane lets both sides go on, up and down, while it passes the conversation.
+    pub(crate) bounds: (u64, u64),
+    /// Right edges of the windows that client and OVM were last told.
+    pub(crate) shown: (u64, u64),
     /// It is in the service's list of conversations that the data plane may pass.
     pub(crate) is_passable_queued: bool,
     /// Its share of the service's retained bytes.

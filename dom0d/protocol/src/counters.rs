@@ -78,6 +78,8 @@ counters! {
     evictions,
     /// RVMs evicted, or clients slowed, for [`crate::Limits::lag_bytes`].
     lag_bytes,
+    /// Times that client or OVM had come to the end of [`crate::Limits::ahead_bytes`] and was told to go on.
+    ahead_bytes,
     /// RVMs evicted for [`crate::Limits::order_entries`].
     order_entries,
     /// Conversations in which an RVM diverged.

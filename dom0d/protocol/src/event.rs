@@ -4,7 +4,7 @@ use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Flow, Instant};
+use crate::{Bounds, Flow, Instant};
 
 /// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
 /// what arrives late for a former life is recognised.
@@ -115,6 +115,14 @@ pub enum Effect {
         client: SocketAddr,
         /// The PSC's socket.
         psc: SocketAddr,
+    },
+    /// The data plane passes a conversation by itself, and may let it go on further than before. In force before
+    /// the next [`Transmit`] is sent, which may tell so.
+    Extend {
+        /// As in [`Handover::place`].
+        place: u32,
+        /// Up to where.
+        bounds: Bounds,
     },
     /// Tell whoever listens.
     Event(Event),
@@ -322,9 +330,14 @@ pub enum Passage {
     #[default]
     Kept,
     /// Passed it on, translated by the conversation's [`Flow`].
-    Passed,
+    Passed {
+        /// Right edge of the window that the receiver was told.
+        edge: u32,
+    },
     /// Nothing, and it passes nothing more of this conversation by itself.
     HandedOver,
+    /// Passed it on because the daemon was away for too long, as it does with all of this conversation from now on.
+    Unattended,
 }
 
 /// A conversation that the data plane may pass by itself from now on.
@@ -336,6 +349,9 @@ pub struct Handover {
     pub psc: SocketAddr,
     /// The client's next hop.
     pub link: LinkAddress,
+    /// Its place among the conversations, below [`crate::Limits::conversations`]: no other has it as long as
+    /// this one is passed.
+    pub place: u32,
     /// How to translate, as of now.
     pub flow: Flow,
 }

@@ -251,7 +251,7 @@ impl Conversation {
     /// it whoever serves, so the server need not.
     fn told_to(&self, leg: &Leg) -> (u64, u64) {
         if leg.through {
-            return (self.client.acked, self.client.edge);
+            return (self.client.acked, self.client.edge.min(self.bounds.1));
         }
         let mut acknowledged = leg.produced().min(self.client.acked);
         if self.is_client_silent || self.was_reset {

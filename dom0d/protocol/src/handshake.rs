@@ -9,6 +9,7 @@ use crate::context::Context;
 use crate::conversation::{Client, Conversation, Told};
 use crate::key::{ConversationId, Key};
 use crate::leg::{Leg, Legs};
+use crate::passing::UNBOUNDED;
 use crate::queue::Slot;
 use crate::seq::{later, position_of};
 use crate::stream::Stream;
@@ -361,6 +362,8 @@ impl Embryonic {
             deadline: None,
             queued: false,
             passing: None,
+            bounds: UNBOUNDED,
+            shown: (told.edge, 1 + u64::from(self.window)),
             is_passable_queued: false,
             retained: 0,
         });

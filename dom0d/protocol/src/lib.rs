@@ -48,7 +48,7 @@ pub use queue::MAX_SERVERS;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
 pub use time::Instant;
-pub use translate::{Aside, Flow};
+pub use translate::{Aside, Bounds, Flow};
 
 #[cfg(test)]
 mod stories;

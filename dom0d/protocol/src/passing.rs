@@ -5,20 +5,35 @@
 //! and gives it back by itself with the first segment that is not what comes next. All of them end at once when
 //! the plane is stopped, as it must be before a cutover: what it passed under the old epoch is heard first.
 
+use core::net::SocketAddr;
+
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::key::ConversationId;
+use crate::key::{ConversationId, Key};
 use crate::seq::{position_of, seq_of};
 use crate::service::Service;
 use crate::stream::Stream;
-use crate::wire::Segment;
+use crate::wire::{self, Parsed, Segment};
 use crate::{
-    Effect, Evidence, Flow, Handover, Instant, LinkAddress, Passage, ServerId, StaleReason, Uncovered,
+    Bounds, Effect, EventKind, Evidence, Flow, Handover, Instant, LinkAddress, Passage, ServerId,
+    StaleReason, Uncovered,
 };
 
-/// A conversation is handed over while the daemon holds less than this part of its limit for it, and taken back
-/// at twice that: window and order of a slow replica are the engine's to keep.
+/// Conversations are handed over while the daemon holds less than this part of its limit for all of them, and taken
+/// back at twice that.
 const HANDOVER_SHARE: u64 = 4;
+
+/// Bounds are moved on by this part of [`crate::Limits::ahead_bytes`] at least.
+const STEP_SHARE: u64 = 32;
+
+/// Bounds where no RVM lacks anything: less than half of the sequence space.
+const FAR: u64 = 1 << 30;
+
+/// Who may send less than this counts as stopped by its window.
+const NEARLY_SHUT: u64 = 64 << 10;
+
+/// Bounds of a conversation that the plane does not pass.
+pub(crate) const UNBOUNDED: (u64, u64) = (u64::MAX, u64::MAX);
 
 impl Service {
     /// The data plane can pass conversations by itself.
@@ -28,6 +43,9 @@ impl Service {
 
     /// As [`Service::handle_client`], of a packet that the plane may have passed on.
     pub fn handle_tapped_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8], passage: Passage) {
+        if passage == Passage::Unattended {
+            return self.lose_sight(now, packet, |_, segment| Some((segment.src, segment.dst)));
+        }
         self.ctx.passage = passage;
         self.handle_client(now, link, packet);
         self.ctx.passage = Passage::Kept;
@@ -35,9 +53,35 @@ impl Service {
 
     /// As [`Service::handle_server`], of a packet that the plane may have passed on.
     pub fn handle_tapped_server(&mut self, now: Instant, server: ServerId, packet: &[u8], passage: Passage) {
+        if passage == Passage::Unattended {
+            return self.lose_sight(now, packet, |service, segment| {
+                service.psc_of(segment.src).map(|psc| (segment.dst, psc))
+            });
+        }
         self.ctx.passage = passage;
         self.handle_server(now, server, packet);
         self.ctx.passage = Passage::Kept;
+    }
+
+    /// The plane goes on with a conversation without the engine: no RVM can follow.
+    fn lose_sight(
+        &mut self,
+        now: Instant,
+        packet: &[u8],
+        parties: impl FnOnce(&Self, &Segment<'_>) -> Option<(SocketAddr, SocketAddr)>,
+    ) {
+        self.begin(now);
+        let Ok(Parsed::Tcp(segment)) = wire::parse(packet) else { return };
+        let Some((client, psc)) = parties(self, &segment) else { return };
+        let key = Key { client, psc };
+        self.handshakes.forget(&key);
+        if let Some(mut conversation) = self.table.find(&key).and_then(|id| self.table.take(id)) {
+            self.ctx.event(EventKind::Unprotected { client, reason: Uncovered::Unrecorded });
+            conversation.leave_to_plane(&mut self.ctx);
+            self.forget(&mut conversation);
+        }
+        self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
+        self.settle();
     }
 
     /// The plane passes nothing any more, and the engine has heard all that it had passed.
@@ -76,13 +120,19 @@ impl Service {
     pub(crate) fn review_passing(&mut self, conversation: &mut Conversation) {
         let Some(times) = self.ctx.plane else { return };
         if conversation.passing == Some(times) {
-            if !conversation.may_pass(&self.ctx, 2) {
+            if conversation.may_pass(&self.ctx, 2) {
+                conversation.extend(&mut self.ctx);
+            } else {
                 conversation.stop_passing(&mut self.ctx);
             }
-        } else if !conversation.is_passable_queued && conversation.may_pass(&self.ctx, 1) {
-            conversation.is_passable_queued = true;
-            self.passable.push_back(conversation.id);
+        } else {
+            conversation.bounds = UNBOUNDED;
+            if !conversation.is_passable_queued && conversation.may_pass(&self.ctx, 1) {
+                conversation.is_passable_queued = true;
+                self.passable.push_back(conversation.id);
+            }
         }
+        conversation.reopen_windows(&mut self.ctx);
     }
 
     /// Where the plane passes by itself, it is stopped before anything follows from evidence.
@@ -111,7 +161,6 @@ impl Service {
 impl Conversation {
     /// Nothing but what comes next is to be expected, and the engine has room for it.
     fn may_pass(&self, ctx: &Context, shares: u64) -> bool {
-        let room = u64::from(ctx.config.limits.conversation_bytes) / HANDOVER_SHARE * shares;
         let room_for_all = ctx.config.limits.retained_bytes / HANDOVER_SHARE * shares;
         let through = ctx
             .ovm()
@@ -124,15 +173,17 @@ impl Conversation {
             && (self.up_fin, self.up_rst, self.down_fin) == (None, None, None)
             && self.up.highest() == self.up.end()
             && self.down.highest() == self.down.end()
-            && self.retained < room
             && ctx.retained < room_for_all
     }
 
     fn hand_over(&mut self, ctx: &Context) -> Option<Handover> {
-        let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server))?;
         if ctx.plane.is_none() || self.passing == ctx.plane || !self.may_pass(ctx, 1) {
             return None;
         }
+        // Whatever was told already holds.
+        let (up, down) = self.reach(ctx);
+        self.bounds = (up.max(self.told.edge), down.max(self.client.edge).max(self.shown.1));
+        let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server))?;
         let flow = Flow {
             seq_delta: self.told.iss.wrapping_sub(leg.iss),
             ts_delta: leg.ts_delta,
@@ -142,7 +193,7 @@ impl Conversation {
             ts_recent: self.client.ts_recent,
             up_nxt: seq_of(self.client.iss, self.up.end()),
             told_acked: seq_of(self.client.iss, self.told.acked),
-            told_edge: seq_of(self.client.iss, self.told.edge),
+            server_edge: seq_of(self.client.iss, self.told.edge.max(leg.edge)),
             down_nxt: seq_of(self.told.iss, self.down.end()),
             client_acked: seq_of(self.told.iss, self.client.acked),
             client_edge: seq_of(self.told.iss, self.client.edge),
@@ -150,15 +201,85 @@ impl Conversation {
             server_shift: leg.shift,
             told_shift: self.told.shift,
             timestamps: self.client.timestamps,
+            bounds: self.bounds_as_told(),
         };
         self.passing = ctx.plane;
-        Some(Handover { client: self.key.client, psc: self.key.psc, link: self.link, flow })
+        let Key { client, psc } = self.key;
+        Some(Handover { client, psc, link: self.link, place: self.id.index, flow })
+    }
+
+    fn bounds_as_told(&self) -> Bounds {
+        let (up, down) = self.bounds;
+        Bounds { up: seq_of(self.client.iss, up), down: seq_of(self.told.iss, down) }
+    }
+
+    /// How far client and OVM may go on, so that what RVMs then lack can be kept.
+    fn reach(&self, ctx: &Context) -> (u64, u64) {
+        let room = u64::from(ctx.config.limits.ahead_bytes);
+        let (mut up, mut down) = (self.up.end() + FAR, self.down.end() + FAR);
+        for (slot, server) in ctx.roster() {
+            let leg = self.legs.get(slot, server).filter(|leg| !leg.through && leg.gone.is_none());
+            if let Some(leg) = leg {
+                up = up.min(leg.rcv_nxt + room);
+                down = if leg.covers() { down.min(leg.compared + room) } else { down };
+            }
+        }
+        (up, down)
+    }
+
+    /// Moves the plane's bounds on, as RVMs do, if that is worth it.
+    fn extend(&mut self, ctx: &mut Context) {
+        let step = u64::from(ctx.config.limits.ahead_bytes) / STEP_SHARE;
+        let (up, down) = self.reach(ctx);
+        if up >= self.bounds.0 + step || down >= self.bounds.1 + step {
+            self.bounds = (up.max(self.bounds.0), down.max(self.bounds.1));
+            ctx.effect(Effect::Extend { place: self.id.index, bounds: self.bounds_as_told() });
+        }
+    }
+
+    /// Client or OVM may wait for a window that has opened since it was last told, and nothing else would tell
+    /// them: the other side has nothing to say.
+    fn reopen_windows(&mut self, ctx: &mut Context) {
+        let Some((slot, server)) = ctx.ovm().filter(|_| self.closed.is_none()) else { return };
+        let Some(ovm) = self.legs.get(slot, server).filter(|leg| leg.through && leg.gone.is_none()) else {
+            return;
+        };
+        let is_stopped = |end: u64, shown: u64, edge: u64| edge > shown && end + NEARLY_SHUT > shown;
+        let up = ovm.edge.min(self.bounds.0).min(self.room_up(ctx));
+        let down = self.client.edge.min(self.bounds.1);
+        if is_stopped(self.down.end(), self.shown.1, down)
+            && let Some(guest) = ctx.guest(slot, self.key.psc)
+        {
+            ctx.send_to_server(server, self.segment_to_leg(ovm, guest).emit());
+            ctx.counters.ahead_bytes += 1;
+            self.shown.1 = down;
+        }
+        if is_stopped(self.up.end(), self.shown.0, up) {
+            self.told.edge = self.told.edge.max(up);
+            let update = self.segment_to_client();
+            self.send_to_client(&update, ctx);
+            ctx.counters.ahead_bytes += 1;
+            self.shown.0 = up;
+        }
     }
 
     /// Takes the conversation back from the plane, if that has it.
     pub(crate) fn stop_passing(&mut self, ctx: &mut Context) {
         if self.passing.take().is_some() {
             ctx.effect(Effect::TakeBack { client: self.key.client, psc: self.key.psc });
+        }
+    }
+
+    /// What ends here goes on between client and OVM, and in the plane.
+    fn leave_to_plane(&mut self, ctx: &mut Context) {
+        self.passing = None;
+        let ovm = ctx.queue.ovm();
+        for (slot, server) in ctx.roster() {
+            match self.legs.take(slot, server) {
+                Some(leg) if ovm == Some(slot) => self.settle_accounts(slot, &leg, ctx),
+                Some(leg) => self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx),
+                None => {}
+            }
         }
     }
 
@@ -175,7 +296,7 @@ impl Conversation {
 
     /// What the plane has passed to the OVM must be recorded, or no RVM can follow.
     pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
-        if ctx.passage == Passage::Passed {
+        if ctx.passed() {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.up.highest()) {
@@ -193,7 +314,7 @@ impl Conversation {
         segment: &Segment<'_>,
         ctx: &mut Context,
     ) {
-        if ctx.passage == Passage::Passed {
+        if ctx.passed() {
             let end = position_of(server_iss, segment.seq, self.down.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.down.highest()) {

@@ -7,7 +7,7 @@ use crate::key::Key;
 use crate::queue::Slot;
 use crate::service::Service;
 use crate::wire::{Flags, Icmp, Segment};
-use crate::{EventKind, Evidence, LinkAddress, Passage, ServerId, StaleReason, Uncovered};
+use crate::{EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
 
 /// Link addresses remembered for clients of unprotected conversations.
 const LINKS: usize = 4096;
@@ -153,7 +153,7 @@ impl Service {
                 self.unknown.insert(key);
             }
         }
-        if self.ctx.passage == Passage::Passed {
+        if self.ctx.passed() {
             return;
         }
         let Some((slot, server)) = self.ctx.ovm() else { return };
@@ -185,7 +185,7 @@ impl Service {
 
     /// Sends an OVM's segment on with nothing but its address changed.
     fn send_as_is(&mut self, key: Key, segment: &Segment<'_>) {
-        if self.ctx.passage == Passage::Passed {
+        if self.ctx.passed() {
             return;
         }
         let Some(link) = self.links.get(&key.client.ip()).copied() else { return };

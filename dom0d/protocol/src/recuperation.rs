@@ -99,6 +99,7 @@ impl Conversation {
         self.serve(&mut recuperating, ctx);
         if self.has_recuperated(&leg, ctx) {
             leg.through = true;
+            self.shown = (self.told.edge, leg.told.1);
             leg.sender.disarm();
             ctx.recuperation.pending.remove(&self.id);
             ctx.recuperation.recuperated += 1;

@@ -46,7 +46,7 @@ impl Conversation {
             self.note_acknowledgment(start, ack, segment, ctx);
             let Some(contradicts) = self.record(start, segment, ctx) else { return };
             if contradicts {
-                if ctx.passage == Passage::Passed {
+                if ctx.passed() {
                     // The OVM has the other copy.
                     self.uncover(ctx);
                 }
@@ -183,7 +183,9 @@ impl Conversation {
 
     /// Passes the client's segment to the OVM, if the OVM has the conversation.
     fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
-        if ctx.passage == Passage::Passed {
+        self.shown.1 = self.client.edge;
+        if let Passage::Passed { edge } = ctx.passage {
+            self.shown.1 = position_of(self.told.iss, edge, self.client.edge).unwrap_or(0);
             return;
         }
         let Some((slot, server)) = ctx.ovm() else { return };

@@ -137,9 +137,9 @@ impl Service {
             Ok(_) => return self.ctx.counters.not_replicated += 1,
             Err(malformed) => return self.count_malformed(malformed),
         };
-        let psc = self.ctx.config.psc.iter().copied().find(|psc| psc.is_ipv4() == segment.src.is_ipv4());
-        let psc = psc.map(|psc| SocketAddr::new(psc, segment.src.port()));
-        let Some(psc) = psc.filter(|psc| self.ctx.guest(slot, *psc) == Some(segment.src)) else {
+        let Some(psc) =
+            self.psc_of(segment.src).filter(|psc| self.ctx.guest(slot, *psc) == Some(segment.src))
+        else {
             self.ctx.counters.wrong_address += 1;
             return;
         };
@@ -164,6 +164,12 @@ impl Service {
             // One that was asked, or was the OVM, may wait for the handshake's end: its leg begins there.
             self.refuse(server, &segment);
         }
+    }
+
+    /// The PSC's socket that stands for a server's.
+    pub(crate) fn psc_of(&self, guest: SocketAddr) -> Option<SocketAddr> {
+        let psc = self.ctx.config.psc.iter().find(|psc| psc.is_ipv4() == guest.is_ipv4())?;
+        Some(SocketAddr::new(*psc, guest.port()))
     }
 
     /// Liveness found evidence of kind (a) or (b) against a server. For the OVM: promotion (or
@@ -256,7 +262,7 @@ impl Service {
         [timer, resets, drain, tick, question].into_iter().flatten().min()
     }
 
-    fn begin(&mut self, now: Instant) {
+    pub(crate) fn begin(&mut self, now: Instant) {
         let now = now.max(self.ctx.now);
         let late = self.poll_timeout().map_or(Duration::ZERO, |due| now.since(due));
         if late >= self.ctx.config.timing.starvation {
@@ -324,7 +330,7 @@ impl Service {
         }
     }
 
-    fn forget(&mut self, conversation: &mut Conversation) {
+    pub(crate) fn forget(&mut self, conversation: &mut Conversation) {
         conversation.end(&mut self.ctx);
         conversation.stop_passing(&mut self.ctx);
         if conversation.is_passable_queued {

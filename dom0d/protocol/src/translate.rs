@@ -32,8 +32,8 @@ pub struct Flow {
     pub up_nxt: u32,
     /// Highest acknowledgment that the client was told.
     pub told_acked: u32,
-    /// Furthest right edge of the window that the client was told.
-    pub told_edge: u32,
+    /// Furthest right edge of the server's window.
+    pub server_edge: u32,
     /// SND.NXT towards the client.
     pub down_nxt: u32,
     /// SND.UNA towards the client.
@@ -48,6 +48,18 @@ pub struct Flow {
     pub told_shift: u8,
     /// Both sides send timestamps.
     pub timestamps: bool,
+    /// How far both may go on.
+    pub bounds: Bounds,
+}
+
+/// Right edges beyond which nobody is told to send, whatever the other side has room for: what replicas
+/// still lack is kept, and room for that is finite. They are never moved back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bounds {
+    /// For the client, in its own sequence numbers.
+    pub up: u32,
+    /// For the server, in the sequence numbers that the client knows.
+    pub down: u32,
 }
 
 /// Why a segment was not translated; it is unchanged.
@@ -77,14 +89,20 @@ pub(crate) const fn tsecr_for_server(tsecr: u32, ts_delta: u32, floor: u32, late
     }
 }
 
+/// The right edge of a window that must not go beyond `bound`.
+const fn bounded(edge: u32, bound: u32) -> u32 {
+    if later(edge, bound) { bound } else { edge }
+}
+
 /// The later of a server's TSvals (RFC 7323 §4.3; its segments come by one wire, so the latest counts).
 pub(crate) const fn latest_tsval(known: u32, tsval: u32) -> u32 {
     if later(tsval, known) || known == 0 { tsval } else { known }
 }
 
 impl Flow {
-    /// Translates a segment of the client for the server at `server`.
-    pub fn client_to_server(&mut self, packet: &mut [u8], server: IpAddr) -> Result<(), Aside> {
+    /// Translates a segment of the client for the server at `server`. Gives the right edge of the window that
+    /// the server is told.
+    pub fn client_to_server(&mut self, packet: &mut [u8], server: IpAddr) -> Result<u32, Aside> {
         let layout = Layout::of(packet, server).ok_or(Aside::Foreign)?;
         let old = layout.header(packet);
         let seq = be32(&old, 4);
@@ -97,7 +115,8 @@ impl Flow {
         let mut new = old;
         let Some(found) = read_options(&mut new, layout.header) else { return aside };
         let ack = be32(&old, 8);
-        let in_order = seq == self.up_nxt && !(layout.payload > 0 && later(end, self.told_edge));
+        let edge = bounded(self.server_edge, self.bounds.up);
+        let in_order = seq == self.up_nxt && !(layout.payload > 0 && later(end, edge));
         let acceptable = !later(ack, self.down_nxt) && !later(self.client_acked, ack);
         if !in_order || !acceptable || found.timestamps.is_some() != self.timestamps {
             return aside;
@@ -115,21 +134,30 @@ impl Flow {
             }
         }
         put32(&mut new, 8, ack.wrapping_sub(self.seq_delta));
-        if let Some((at, length)) = found.sack {
-            for edge in (at + 2..at + length).step_by(4) {
-                let moved = be32(&old, edge).wrapping_sub(self.seq_delta);
-                put32(&mut new, edge, moved);
-            }
-        }
+        self.move_sack(&old, &mut new, found.sack);
         self.up_nxt = end;
         self.client_acked = ack;
         self.client_edge = ack.wrapping_add(window_of(&old) << (self.client_shift & 15));
+        let edge = bounded(self.client_edge, self.bounds.down);
+        if edge != self.client_edge {
+            put_window(&mut new, edge, ack, self.client_shift);
+        }
         layout.write(packet, &old, &new, layout.destination, server);
-        Ok(())
+        Ok(edge)
     }
 
-    /// Translates a segment of the server for the client, who knows the service as `psc`.
-    pub fn server_to_client(&mut self, packet: &mut [u8], psc: IpAddr) -> Result<(), Aside> {
+    /// Moves the edges of the SACK blocks to the server's numbers.
+    fn move_sack(&self, old: &[u8], new: &mut [u8], sack: Option<(usize, usize)>) {
+        if let Some((at, length)) = sack {
+            for edge in (at + 2..at + length).step_by(4) {
+                put32(new, edge, be32(old, edge).wrapping_sub(self.seq_delta));
+            }
+        }
+    }
+
+    /// Translates a segment of the server for the client, who knows the service as `psc`. Gives the right edge
+    /// of the window that the client is told.
+    pub fn server_to_client(&mut self, packet: &mut [u8], psc: IpAddr) -> Result<u32, Aside> {
         let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
         let old = layout.header(packet);
         let seq = be32(&old, 4).wrapping_add(self.seq_delta);
@@ -162,14 +190,65 @@ impl Flow {
         }
         put32(&mut new, 4, seq);
         let edge = ack.wrapping_add(window_of(&old) << (self.server_shift & 15));
-        if later(edge, self.told_edge) {
-            self.told_edge = edge;
+        if later(edge, self.server_edge) {
+            self.server_edge = edge;
         }
         self.told_acked = ack;
-        let room = self.told_edge.wrapping_sub(ack) >> (self.told_shift & 15);
-        let room = u16::try_from(room).unwrap_or(u16::MAX);
-        new[14..16].copy_from_slice(&room.to_be_bytes());
+        let edge = bounded(self.server_edge, self.bounds.up);
+        put_window(&mut new, edge, ack, self.told_shift);
         self.down_nxt = end;
+        layout.write(packet, &old, &new, layout.source, psc);
+        Ok(edge)
+    }
+}
+
+/// While the daemon stays away and conversations are to go on all the same, nobody else will deal with a segment:
+/// whatever can be translated passes, whether it is what comes next or not, and no window is bounded. Nothing is
+/// learned from it.
+impl Flow {
+    /// A segment of the client in a conversation that is not known: nothing but the address changes.
+    pub fn client_to_server_as_is(packet: &mut [u8], server: IpAddr) -> Result<(), Aside> {
+        let layout = Layout::of(packet, server).ok_or(Aside::Foreign)?;
+        let header = layout.header(packet);
+        layout.write(packet, &header, &header, layout.destination, server);
+        Ok(())
+    }
+
+    /// A segment of the server in a conversation that is not known.
+    pub fn server_to_client_as_is(packet: &mut [u8], psc: IpAddr) -> Result<(), Aside> {
+        let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
+        let header = layout.header(packet);
+        layout.write(packet, &header, &header, layout.source, psc);
+        Ok(())
+    }
+
+    /// Translates a segment of the client for the server at `server`.
+    pub fn client_to_server_alone(&self, packet: &mut [u8], server: IpAddr) -> Result<(), Aside> {
+        let layout = Layout::of(packet, server).ok_or(Aside::Foreign)?;
+        let old = layout.header(packet);
+        let mut new = old;
+        let Some(found) = read_options(&mut new, layout.header) else { return Err(Aside::Daemon) };
+        if old[13] & ACK != 0 {
+            put32(&mut new, 8, be32(&old, 8).wrapping_sub(self.seq_delta));
+        }
+        if let Some(at) = found.timestamps {
+            put32(&mut new, at + 6, be32(&old, at + 6).wrapping_sub(self.ts_delta));
+        }
+        self.move_sack(&old, &mut new, found.sack);
+        layout.write(packet, &old, &new, layout.destination, server);
+        Ok(())
+    }
+
+    /// Translates a segment of the server for the client, who knows the service as `psc`.
+    pub fn server_to_client_alone(&self, packet: &mut [u8], psc: IpAddr) -> Result<(), Aside> {
+        let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
+        let old = layout.header(packet);
+        let mut new = old;
+        let Some(found) = read_options(&mut new, layout.header) else { return Err(Aside::Daemon) };
+        put32(&mut new, 4, be32(&old, 4).wrapping_add(self.seq_delta));
+        if let Some(at) = found.timestamps {
+            put32(&mut new, at + 2, be32(&old, at + 2).wrapping_add(self.ts_delta));
+        }
         layout.write(packet, &old, &new, layout.source, psc);
         Ok(())
     }
@@ -320,6 +399,13 @@ fn read_options(header: &mut [u8; LONGEST_HEADER], end: usize) -> Option<Found> 
         at += length;
     }
     Some(found)
+}
+
+/// Writes the window from `ack` to `edge`.
+fn put_window(header: &mut [u8], edge: u32, ack: u32, shift: u8) {
+    let room = if later(ack, edge) { 0 } else { edge.wrapping_sub(ack) >> (shift & 15) };
+    let room = u16::try_from(room).unwrap_or(u16::MAX);
+    header[14..16].copy_from_slice(&room.to_be_bytes());
 }
 
 fn window_of(header: &[u8]) -> u32 {

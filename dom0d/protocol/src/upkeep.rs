@@ -15,6 +15,11 @@ const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
 
+/// What an RVM may lack without having to show progress.
+fn much(ctx: &Context) -> u64 {
+    u64::from(ctx.config.limits.conversation_bytes.min(ctx.config.limits.ahead_bytes)) / 2
+}
+
 impl Conversation {
     /// Arranges itself for the present epoch if it is of an older one.
     pub(crate) fn follow_epoch(&mut self, ctx: &mut Context) {
@@ -45,7 +50,7 @@ impl Conversation {
                 }
             }
         }
-        if self.retained >= u64::from(ctx.config.limits.conversation_bytes) / 2 {
+        if self.retained >= much(ctx) {
             self.blame_laggards(ctx);
         }
         self.recuperate(ctx);
@@ -95,7 +100,7 @@ impl Conversation {
             return;
         }
         let ovm = ctx.queue.ovm();
-        let much = u64::from(ctx.config.limits.conversation_bytes) / 2;
+        let much = much(ctx);
         let least = much / 32;
         let (taken, acked) = (self.told.acked, self.client.acked);
         self.for_each_leg(ctx, |slot, leg, ctx| {

@@ -8,9 +8,9 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use understudy_api::config::{self, OnDaemonLoss};
-use understudy_bpf::layout::{Conversation, Key, SLOTS, Server};
+use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
 use understudy_bpf::{Copied, Settings, Tap};
-use understudy_protocol::{Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use super::device::Device;
 use super::frame::{Mac, is_unicast};
@@ -71,6 +71,10 @@ pub(super) fn settings(service: &config::Service) -> Settings {
     }
 }
 
+fn shared(bounds: Bounds) -> layout::Bounds {
+    layout::Bounds { up: bounds.up, down: bounds.down }
+}
+
 impl BpfPlane {
     pub(super) fn new(tap: Tap, portable: PcapPlane) -> Self {
         Self {
@@ -105,10 +109,11 @@ impl BpfPlane {
 
     /// Where a packet came from; `None` if from nobody who is known, or from a MAC that can't be.
     fn origin(&mut self, copied: &Copied) -> Option<(Origin, Passage)> {
-        let passage = match (copied.forwarded, copied.handed_over) {
-            (true, _) => Passage::Passed,
-            (false, true) => Passage::HandedOver,
-            (false, false) => Passage::Kept,
+        let passage = match copied {
+            Copied { unattended: true, .. } => Passage::Unattended,
+            Copied { forwarded: true, edge, .. } => Passage::Passed { edge: *edge },
+            Copied { handed_over: true, .. } => Passage::HandedOver,
+            _ => Passage::Kept,
         };
         let origin = match copied.slot {
             Some(slot) => Origin::Server((*self.slots.get(slot)?)?),
@@ -272,11 +277,16 @@ impl Plane for BpfPlane {
 
     fn hand_over(&mut self, handover: &Handover) {
         let key = Key::new(handover.client, handover.psc.port());
-        match self.tap.install(&key, Conversation::new(&handover.flow, handover.link.0)) {
+        let conversation = Conversation::new(&handover.flow, handover.link.0, handover.place);
+        match self.tap.install(&key, conversation, shared(handover.flow.bounds)) {
             Ok(()) => self.counters.handed_over += 1,
             // Its segments go on through the daemon.
             Err(_) => self.counters.hand_over_failed += 1,
         }
+    }
+
+    fn extend(&mut self, place: u32, bounds: Bounds) {
+        self.tap.extend(place, shared(bounds));
     }
 
     fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {

@@ -17,7 +17,7 @@ use std::os::fd::BorrowedFd;
 
 use understudy_api::config;
 use understudy_bpf::Programs;
-use understudy_protocol::{Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use bpf::BpfPlane;
 use device::Device;
@@ -131,6 +131,9 @@ pub(crate) trait Plane: Send {
 
     /// Passes a conversation by itself from now on.
     fn hand_over(&mut self, _handover: &Handover) {}
+
+    /// Lets a conversation that it passes go on further than before.
+    fn extend(&mut self, _place: u32, _bounds: Bounds) {}
 
     /// Passes a conversation by itself no more.
     fn take_back(&mut self, _client: SocketAddr, _psc: SocketAddr) {}

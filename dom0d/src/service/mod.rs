@@ -444,6 +444,7 @@ impl Service {
                 }
                 Effect::Fence(id) => self.fence(id, around),
                 Effect::StopPlane(evidence) => self.suspicion = Some(evidence),
+                Effect::Extend { place, bounds } => self.plane.extend(place, bounds),
                 Effect::TakeBack { client, psc } => self.plane.take_back(client, psc),
                 Effect::Event(event) => {
                     self.note(&event.kind);

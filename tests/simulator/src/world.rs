@@ -172,6 +172,13 @@ impl World {
         }
         let mut config = ServiceConfig::new("sim", psc(), vec![PORT]);
         config.limits = knobs.limits;
+        if path == Path::Kernel {
+            // Of their own, so that a seed's other choices are the same on all paths.
+            let mut rng = Prng::fork(seed, "ahead", 0);
+            if rng.percent(50) {
+                config.limits.ahead_bytes = rng.log_between(16 << 10, 1 << 20) as u32;
+            }
+        }
         config.timing = knobs.timing;
         config.candidate = knobs.candidate;
         config.on_lag = knobs.on_lag;
@@ -383,6 +390,9 @@ impl World {
     /// Where everybody stands, at the end of a trace.
     fn describe(&mut self) {
         let status = self.service.status();
+        if status.counters.get("ahead_bytes").is_some_and(|times| *times > 0) {
+            self.coverage.hit("plane.bounded");
+        }
         for server in &status.servers {
             self.trace.line(self.now, || format!("{server:?}"));
         }

@@ -13,6 +13,9 @@ use super::{Problem, Selector, Service, psc_mac};
 /// Longest wait that a configuration may name: a day.
 const LONGEST_WAIT_MS: u64 = 86_400_000;
 
+/// RFC 7323 §2.3.
+const WIDEST_WINDOW: u32 = 1 << 30;
+
 /// Default of `maintenance_limit_ms`: a live save of a small guest with some reserve.
 const DEFAULT_MAINTENANCE_LIMIT: Duration = Duration::from_secs(30);
 const DEFAULT_DAEMON_GRACE: Duration = Duration::from_secs(5);
@@ -266,6 +269,7 @@ impl Problems {
             ("conversations", u64::from(limits.conversations)),
             ("embryonic", u64::from(limits.embryonic)),
             ("conversation_bytes", u64::from(limits.conversation_bytes)),
+            ("ahead_bytes", u64::from(limits.ahead_bytes)),
             ("retained_bytes", limits.retained_bytes),
             ("lag_bytes", limits.lag_bytes),
             ("inflight_bytes", u64::from(limits.inflight_bytes)),
@@ -278,6 +282,10 @@ impl Problems {
             if value == 0 {
                 self.at("limits", format!("{name} is 0, which lets nothing through"));
             }
+        }
+        if limits.ahead_bytes > WIDEST_WINDOW {
+            let problem = format!("ahead_bytes is more than {WIDEST_WINDOW}, the widest window that TCP has");
+            self.at("limits", problem);
         }
     }
 

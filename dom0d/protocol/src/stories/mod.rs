@@ -6,6 +6,7 @@ mod close;
 mod handshake;
 mod hostile;
 mod numbering;
+mod passing;
 mod promotion;
 mod replication;
 
@@ -170,6 +171,12 @@ impl Story {
     }
 
     fn client_says(&mut self, say: Say<'_>) {
+        let packet = self.client_packet(&say);
+        self.service.handle_client(self.now, LINK, &packet);
+        self.drain();
+    }
+
+    fn client_packet(&self, say: &Say<'_>) -> Vec<u8> {
         let segment = Segment {
             src: self.peer,
             dst: PSC.parse().unwrap(),
@@ -178,15 +185,20 @@ impl Story {
             flags: say.flags,
             window: say.window,
             urgent: 0,
-            options: self.options(&say),
+            options: self.options(say),
             ecn: 0,
             payload: say.payload,
         };
-        self.service.handle_client(self.now, LINK, &segment.emit());
-        self.drain();
+        segment.emit()
     }
 
     fn server_says(&mut self, server: u32, say: Say<'_>) {
+        let packet = self.server_packet(server, &say);
+        self.service.handle_server(self.now, ServerId(server), &packet);
+        self.drain();
+    }
+
+    fn server_packet(&self, server: u32, say: &Say<'_>) -> Vec<u8> {
         let segment = Segment {
             src: format!("10.0.0.{}:80", 10 + server).parse().unwrap(),
             dst: self.peer,
@@ -195,12 +207,11 @@ impl Story {
             flags: say.flags,
             window: say.window,
             urgent: 0,
-            options: self.options(&say),
+            options: self.options(say),
             ecn: 0,
             payload: say.payload,
         };
-        self.service.handle_server(self.now, ServerId(server), &segment.emit());
-        self.drain();
+        segment.emit()
     }
 
     /// The client's handshake with the OVM, up to its third segment.

@@ -133,6 +133,14 @@ impl Daemon {
         }
     }
 
+    /// SIGSTOP and, after this time, SIGCONT.
+    pub(crate) fn suspend_for(&self, time: Duration) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.pid())?);
+        kill(pid, Signal::SIGSTOP).context("stopping dom0d")?;
+        std::thread::sleep(time);
+        kill(pid, Signal::SIGCONT).context("continuing dom0d")
+    }
+
     /// SIGKILL, so that it can clean nothing up.
     pub(crate) fn kill9(mut self) -> Result<()> {
         self.keep = true;

@@ -9,18 +9,22 @@ use anyhow::{Context, Result, ensure};
 
 use super::Scenario;
 use super::refusals::refused;
+use super::transfer::{Direction, Large};
 use crate::bench::rtt::clear;
 use crate::client::place::join;
 use crate::client::redis::load::Plan;
-use crate::host::{Fault, Lab, Service};
+use crate::host::{Fault, Lab, Link, Plane, Service};
 use crate::stage::failover::Failover;
 use crate::stage::operator::explains;
-use crate::stage::{Stage, own_address};
+use crate::stage::{Stage, expect_unharmed, own_address, with_plane};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario::new("daemon/clean-shutdown", clean_shutdown),
         Scenario::new("daemon/killed-and-restarted", killed),
+        Scenario::new("daemon/suspended/download", |lab| suspended(lab, Direction::Download)),
+        Scenario::new("daemon/suspended/upload", |lab| suspended(lab, Direction::Upload)),
+        Scenario::new("daemon/away", away),
         Scenario::new("daemon/second", second),
         Scenario::new("daemon/xenstored-restarts", xenstored),
         Scenario::new("daemon/announced-pause", announced_pause),
@@ -113,6 +117,64 @@ fn killed(lab: &str) -> Result<()> {
     stage.stop_dom0d()?;
     let after = traces(&stage.lab)?;
     ensure!(after == before, "before:\n{before}\nafter the successor's shutdown:\n{after}");
+    Ok(())
+}
+
+/// dom0d does not run for two seconds in the middle of a large transfer: that stalls sooner or later, goes on, and the
+/// replica lacks nothing, for it finishes the transfer.
+fn suspended(lab: &str, direction: Direction) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Http])?;
+    let large = Large::begin(&stage, direction, false)?;
+    large.wait_part(0.2)?;
+    stage.dom0d.as_ref().context("no dom0d")?.suspend_for(Duration::from_secs(2))?;
+    large.wait_part(0.6)?;
+    let service = stage.operator.service("http")?;
+    ensure!(service.promotable() == 1, "the replica missed something: {:#?}", service.servers);
+    for name in ["ring_full", "unrecorded"] {
+        let times = service.plane_counters.get(name).copied().unwrap_or_default();
+        ensure!(times == 0, "windows were to stop the transfer, and {name} is {times}");
+    }
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    Failover::observe(&stage, Service::Http, Fault::Freeze, at)?.expect_plausible()?;
+    let whole = large.expect_whole(&stage)?;
+    ensure!(whole.longest_gap.0 > Duration::from_secs(1), "dom0d's absence did not show: was it suspended?");
+    Ok(())
+}
+
+/// dom0d is killed and nobody starts it again, on the plane that outlives it: after its grace open connections go on
+/// over a lossy link, though their OVM is not the one that they began with; others begin and end. A dom0d
+/// that comes back serves, and says that the replica missed something.
+fn away(lab: &str) -> Result<()> {
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
+    let grace = "daemon_grace_ms = 300\nrvms = ";
+    let config = with_plane(&lab.default_config(), Plane::Bpf).replace("rvms = ", grace);
+    let mut stage = Stage::take(lab, &config)?;
+    let target = stage.psc(Service::Redis)?;
+    let load = Plan::new(target, "away").start(&stage.client())?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.operator.order(&["switchover", "redis", "--to", "guest-2"])?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.dom0d.take().context("no dom0d")?.kill9()?;
+    stage.lab.link("client", Link { loss: 0.02, ..Link::default() })?;
+    load.wait_answers(1_000, Duration::from_secs(40))?;
+    let later = Plan::new(target, "later").start(&stage.client())?;
+    later.wait_answers(300, Duration::from_secs(20))?;
+    let ovm = stage.lab.domain("guest-2")?;
+    for outcome in [later.finish()?, load.finish()?] {
+        expect_unharmed(&outcome, &ovm.name, || stage.verify(&ovm, &outcome))?;
+    }
+    stage.lab.link("client", Link::default())?;
+    let Stage { lab, .. } = stage;
+    let stage = Stage::take_unready(lab, &config)?;
+    stage.until("the restarted dom0d serves", Duration::from_secs(10), |status| {
+        status.services[0].serving && status.services[0].servers.len() == 2
+    })?;
+    ensure!(stage.ovm(Service::Redis)?.name == "guest-2", "the restarted dom0d forgot whom it had promoted");
+    ensure!(
+        stage.operator.service("redis")?.promotable() == 0,
+        "the replica counts as identical, though it missed what came meanwhile"
+    );
+    stage.load("again")?.finish()?;
     Ok(())
 }
 

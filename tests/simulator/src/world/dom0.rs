@@ -247,6 +247,11 @@ impl World {
                     plane.suspect(evidence);
                 }
             }
+            Effect::Extend { place, bounds } => {
+                if let Some(plane) = &mut self.plane {
+                    plane.extend(place, bounds);
+                }
+            }
             Effect::TakeBack { client, psc } => {
                 if let Some(plane) = &mut self.plane {
                     plane.take_back(client, psc);

@@ -4,7 +4,7 @@
 use core::net::SocketAddr;
 use std::collections::{BTreeMap, VecDeque};
 
-use understudy_protocol::{Aside, Evidence, Flow, LinkAddress, Passage, ServerId};
+use understudy_protocol::{Aside, Bounds, Evidence, Flow, LinkAddress, Passage, ServerId};
 
 use super::{Event, World, link_address};
 use crate::segment::Segment;
@@ -24,8 +24,8 @@ enum From {
 pub(super) struct Plane {
     ovm: Option<ServerId>,
     epoch: u64,
-    /// By client and PSC: the epoch that it is for.
-    flows: BTreeMap<(SocketAddr, SocketAddr), (u64, Flow)>,
+    /// By client and PSC: the epoch that it is for, and its place.
+    flows: BTreeMap<(SocketAddr, SocketAddr), (u64, u32, Flow)>,
     ring: VecDeque<(From, Vec<u8>, Passage)>,
     /// When the daemon looks next.
     look: Option<u64>,
@@ -42,6 +42,14 @@ impl Plane {
         self.flows.remove(&(client, psc));
     }
 
+    pub(super) fn extend(&mut self, place: u32, bounds: Bounds) {
+        for (_, at, flow) in self.flows.values_mut() {
+            if *at == place {
+                flow.bounds = bounds;
+            }
+        }
+    }
+
     pub(super) fn suspect(&mut self, evidence: Evidence) {
         self.suspicion = Some(evidence);
     }
@@ -50,14 +58,14 @@ impl Plane {
     fn pass(
         &mut self,
         key: (SocketAddr, SocketAddr),
-        translate: impl FnOnce(&mut Flow) -> Result<(), Aside>,
+        translate: impl FnOnce(&mut Flow) -> Result<u32, Aside>,
     ) -> Passage {
-        let Some((epoch, flow)) = self.flows.get_mut(&key) else { return Passage::Kept };
+        let Some((epoch, _, flow)) = self.flows.get_mut(&key) else { return Passage::Kept };
         if *epoch != self.epoch || self.ovm.is_none() {
             return Passage::Kept;
         }
         match translate(flow) {
-            Ok(()) => Passage::Passed,
+            Ok(edge) => Passage::Passed { edge },
             Err(Aside::DaemonFromNow) => {
                 // Of no epoch.
                 *epoch = u64::MAX;
@@ -87,7 +95,7 @@ impl World {
             }
         }
         plane.ring.push_back((From::Client(link_address(client)), packet.to_vec(), passage));
-        if let (Some(ovm), Passage::Passed) = (ovm, passage) {
+        if let (Some(ovm), Passage::Passed { .. }) = (ovm, passage) {
             self.coverage.hit("plane.passed up");
             self.transmit_to_server(self.guests[ovm].id, passed);
         }
@@ -107,7 +115,7 @@ impl World {
         let mut passed = whole.to_vec();
         let passage = plane.pass((segment.dst, psc), |flow| flow.server_to_client(&mut passed, psc.ip()));
         plane.ring.push_back((From::Server(id), packet.to_vec(), passage));
-        if passage == Passage::Passed {
+        if matches!(passage, Passage::Passed { .. }) {
             self.coverage.hit("plane.passed down");
             self.transmit_to_client(link_address(client), passed);
         }
@@ -117,8 +125,8 @@ impl World {
 
     fn look_soon(&mut self, passage: Passage) {
         // What was not passed wakes the daemon.
-        let wait =
-            if passage == Passage::Passed { self.rng.between(0, LOOK_US) } else { self.rng.between(0, 20) };
+        let passed = matches!(passage, Passage::Passed { .. });
+        let wait = if passed { self.rng.between(0, LOOK_US) } else { self.rng.between(0, 20) };
         let at = self.now + wait;
         if let Some(plane) = &mut self.plane
             && plane.look.is_none_or(|look| at < look)
@@ -137,7 +145,9 @@ impl World {
         self.follow_suspicion();
         while let Some(handover) = self.service.poll_handover() {
             if let Some(plane) = &mut self.plane {
-                plane.flows.insert((handover.client, handover.psc), (plane.epoch, handover.flow));
+                plane
+                    .flows
+                    .insert((handover.client, handover.psc), (plane.epoch, handover.place, handover.flow));
                 self.coverage.hit("plane.handed over");
             }
         }

@@ -1,0 +1,123 @@
+//! Memory that kernel and daemon share: a store is in force at once, without a system call.
+#![allow(unsafe_code)]
+
+use std::num::NonZero;
+use std::os::fd::AsFd;
+use std::ptr::{NonNull, addr_of, addr_of_mut};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::layout::{Bounds, Control, Server};
+
+/// A mapping of a memory-mappable array map.
+struct Mapping {
+    address: NonNull<c_void>,
+    length: NonZero<usize>,
+}
+
+// SAFETY: the mapping belongs to this value alone, and no reference into it ever leaves this module.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    /// Of so many values of this type, whose size is a multiple of 8 as the map's stride is.
+    fn new<T>(map: impl AsFd, count: usize) -> nix::Result<Self> {
+        const { assert!(size_of::<T>().is_multiple_of(8)) }
+        let length = NonZero::new(size_of::<T>() * count).unwrap_or(NonZero::<usize>::MIN);
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, at an address of the kernel's choice, of a map whose values are at least that long.
+        let address = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map, 0) }?;
+        Ok(Self { address, length })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length, and not used after.
+        let _ = unsafe { munmap(self.address, self.length.get()) };
+    }
+}
+
+/// How far conversations may go on, by their places.
+pub(crate) struct SharedBounds(Mapping);
+
+impl SharedBounds {
+    /// Maps the array map of this many [`Bounds`].
+    pub(crate) fn map(map: impl AsFd, count: u32) -> nix::Result<Self> {
+        Ok(Self(Mapping::new::<Bounds>(map, count as usize)?))
+    }
+
+    /// In force before anything that the caller does next. A place that there is not has no effect.
+    pub(crate) fn set(&self, place: u32, bounds: Bounds) {
+        let place = place as usize;
+        if place < self.0.length.get() / size_of::<Bounds>() {
+            // SAFETY: within the mapping, aligned, and only ever accessed atomically, here, or by a program.
+            let (up, down) = unsafe {
+                let bounds = self.0.address.cast::<Bounds>().as_ptr().add(place);
+                (
+                    AtomicU32::from_ptr(addr_of_mut!((*bounds).up)),
+                    AtomicU32::from_ptr(addr_of_mut!((*bounds).down)),
+                )
+            };
+            up.store(bounds.up, Ordering::SeqCst);
+            down.store(bounds.down, Ordering::SeqCst);
+        }
+    }
+}
+
+/// The control block.
+pub(crate) struct SharedControl(Mapping);
+
+impl SharedControl {
+    /// Maps the only entry of an array map of [`Control`].
+    pub(crate) fn map(map: impl AsFd) -> nix::Result<Self> {
+        Ok(Self(Mapping::new::<Control>(map, 1)?))
+    }
+
+    fn at(&self) -> *mut Control {
+        self.0.address.cast().as_ptr()
+    }
+
+    fn word(&self, field: impl FnOnce(*mut Control) -> *mut u64) -> &AtomicU64 {
+        // SAFETY: the field is aligned (the block begins a page), lives as long as `self`, and is only ever
+        // accessed atomically, here, or by a program in the kernel.
+        unsafe { AtomicU64::from_ptr(field(self.at())) }
+    }
+
+    /// Who may speak; in force before anything that the caller does next.
+    pub(crate) fn set_active(&self, active: u64) {
+        // SAFETY: a field's address within the mapping.
+        self.word(|control| unsafe { addr_of_mut!((*control).active) }).store(active, Ordering::SeqCst);
+    }
+
+    pub(crate) fn active(&self) -> u64 {
+        // SAFETY: a field's address within the mapping.
+        self.word(|control| unsafe { addr_of_mut!((*control).active) }).load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_heartbeat(&self, now_ns: u64) {
+        // SAFETY: a field's address within the mapping.
+        self.word(|control| unsafe { addr_of_mut!((*control).heartbeat_ns) })
+            .store(now_ns, Ordering::Relaxed);
+    }
+
+    pub(crate) fn unrecorded(&self) -> u64 {
+        // SAFETY: a field's address within the mapping.
+        self.word(|control| unsafe { addr_of_mut!((*control).unrecorded) }).load(Ordering::Relaxed)
+    }
+
+    /// Changes what is not a word; programs may see it half changed, so nothing that is in use.
+    pub(crate) fn set_server(&self, slot: usize, server: Server) {
+        if let Some(place) = self.get().servers.get(slot).map(|_| slot) {
+            // SAFETY: `place` is within the array.
+            unsafe { addr_of_mut!((*self.at()).servers[place]).write_volatile(server) }
+        }
+    }
+
+    /// A copy of all.
+    pub(crate) fn get(&self) -> Control {
+        // SAFETY: the mapping is that long; all bit patterns are values.
+        unsafe { addr_of!(*self.at()).read_volatile() }
+    }
+}

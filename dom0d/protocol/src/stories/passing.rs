@@ -1,0 +1,127 @@
+//! What the engine asks of a data plane that passes conversations by itself.
+
+use super::*;
+use crate::{Flow, Passage, StaleReason};
+
+/// So far may the OVM be ahead.
+const AHEAD: u32 = 500;
+
+/// A conversation that the plane passes, and how.
+struct Passing {
+    story: Story,
+    flow: Flow,
+}
+
+impl Passing {
+    fn begin() -> Self {
+        let mut story = Story::configured(1, |config| config.limits.ahead_bytes = AHEAD);
+        story.service.set_plane_passes();
+        story.establish(1);
+        let handover = story.service.poll_handover().expect("nothing is in flight");
+        assert_eq!(story.service.poll_handover(), None);
+        Self { story, flow: handover.flow }
+    }
+
+    /// The client says what the plane passes. Gives the right edge that the OVM is told, as a position.
+    fn client_says(&mut self, say: Say<'_>) -> u32 {
+        let packet = self.story.client_packet(&say);
+        let edge = self.flow.client_to_server(&mut packet.clone(), [10, 0, 0, 10].into()).unwrap();
+        self.story.service.handle_tapped_client(self.story.now, LINK, &packet, Passage::Passed { edge });
+        self.follow();
+        edge.wrapping_sub(iss(0))
+    }
+
+    /// The OVM says what the plane passes. Gives the right edge that the client is told, as a position.
+    fn ovm_says(&mut self, say: Say<'_>) -> u32 {
+        let packet = self.story.server_packet(0, &say);
+        let edge = self.flow.server_to_client(&mut packet.clone(), [10, 0, 0, 100].into()).unwrap();
+        let passage = Passage::Passed { edge };
+        self.story.service.handle_tapped_server(self.story.now, ServerId(0), &packet, passage);
+        self.follow();
+        edge.wrapping_sub(CLIENT_ISS)
+    }
+
+    fn follow(&mut self) {
+        self.story.drain();
+        for effect in self.story.effects.drain(..) {
+            match effect {
+                Effect::Extend { bounds, .. } => self.flow.bounds = bounds,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_download_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
+    let mut passing = Passing::begin();
+    // What the client has room for was told already, and holds.
+    assert_eq!(passing.flow.bounds.down.wrapping_sub(iss(0)), 1001);
+    let answer = [b'x'; 1000];
+    passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1), payload: &answer, ..Say::default() });
+    let edge = passing.client_says(Say { seq: at(1), ack: iss(0) + 1001, ..Say::default() });
+    assert_eq!(edge, 1001, "the window is shut, though the client has room");
+    let mut story = passing.story;
+    assert_eq!(story.servers[0], []);
+    // The replica says the same, in two parts.
+    story.server_sends(1, 1, &answer[..400], 1);
+    assert_eq!(story.effects, [], "it is too far behind still");
+    story.server_sends(1, 401, &answer[400..], 1);
+    let update = story.server_hears(0);
+    assert_eq!((update.seq, update.ack, update.payload.len()), (at(1), iss(0) + 1001, 0));
+    assert_eq!(u32::from(update.window), AHEAD);
+    let [Effect::Extend { bounds, .. }] = story.effects[..] else { panic!("{:?}", story.effects) };
+    assert_eq!(bounds.down.wrapping_sub(iss(0)), 1001 + AHEAD);
+    assert_eq!(story.servers[0], [], "once is enough");
+}
+
+#[test]
+fn an_upload_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
+    let mut passing = Passing::begin();
+    let request = [b'x'; 1000];
+    passing.client_says(Say { seq: at(1), ack: iss(0) + 1, payload: &request, ..Say::default() });
+    passing.story.servers[1].clear();
+    let edge = passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1001), ..Say::default() });
+    assert_eq!(edge, 1001, "the window is shut, though the OVM has room");
+    let mut story = passing.story;
+    assert!(story.client.is_empty());
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(1001), ..Say::default() });
+    let update = story.client_hears();
+    assert_eq!((update.seq, update.ack, update.payload.len()), (iss(0) + 1, at(1001), 0));
+    assert_eq!(u32::from(update.window), AHEAD);
+    let [Effect::Extend { bounds, .. }] = story.effects[..] else { panic!("{:?}", story.effects) };
+    assert_eq!(bounds.up.wrapping_sub(CLIENT_ISS), 1001 + AHEAD);
+    assert!(story.client.is_empty(), "once is enough");
+}
+
+#[test]
+fn nobody_waits_for_a_replica_that_is_gone() {
+    let mut passing = Passing::begin();
+    let answer = [b'x'; 1000];
+    passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1), payload: &answer, ..Say::default() });
+    passing.client_says(Say { seq: at(1), ack: iss(0) + 1001, ..Say::default() });
+    let mut story = passing.story;
+    story.server_says(1, Say { seq: iss(1).wrapping_add(1), flags: Flags::RST, ..Say::default() });
+    assert_eq!(u32::from(story.server_hears(0).window), 1000, "all that the client has room for");
+}
+
+#[test]
+fn what_went_on_without_the_daemon_is_left_alone_and_no_replica_is_promotable() {
+    let Passing { mut story, .. } = Passing::begin();
+    let packet = story.server_packet(0, &Say { seq: iss(0) + 500, ack: at(1), ..Say::default() });
+    story.service.handle_tapped_server(story.now, ServerId(0), &packet, Passage::Unattended);
+    story.drain();
+    assert!(story.client.is_empty() && story.servers[0].is_empty(), "it goes on");
+    assert!(story.server_hears(1).flags.has(Flags::RST));
+    assert_eq!(story.effects, [], "the plane keeps it");
+    let status = story.service.status();
+    assert_eq!(
+        (status.conversations, status.servers[1].stale),
+        (0, Some(StaleReason::UncoveredConversation))
+    );
+    assert!(
+        matches!(story.events.as_slice(), [EventKind::Unprotected { .. }, EventKind::Stale { .. }]),
+        "{:?}",
+        story.events
+    );
+}

@@ -7,7 +7,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	struct segment segment;
 	struct control *service;
 	struct scratch *scratch;
-	struct conversation *known, next = {};
+	struct conversation *known, next;
 	struct server *server;
 	struct key key;
 	__u64 active;
@@ -53,8 +53,15 @@ static __always_inline int from_client(struct __sk_buff *skb)
 
 		next = *known;
 		outcome = client_to_server(skb, &segment, scratch, &next, bounds_of(service, known));
-		if (outcome == PASSES)
+		if (outcome == PASSES) {
 			flags |= FORWARDED;
+			/* At once: the next one may be with another CPU while this one is copied. */
+			known->ts_recent = next.ts_recent;
+			known->up_nxt = next.up_nxt;
+			known->client_acked = next.client_acked;
+			known->client_edge = next.client_edge;
+			__builtin_memcpy(known->client_mac, segment.source_mac, 6);
+		}
 		if (outcome == ASIDE_FROM_NOW) {
 			known->passing = 0;
 			flags |= HANDED_OVER;
@@ -91,13 +98,6 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	if (is_full) {
 		__sync_fetch_and_add(&service->unrecorded, 1);
 		count(COUNT_UNRECORDED);
-	}
-	if (known && !(flags & UNATTENDED)) {
-		known->ts_recent = next.ts_recent;
-		known->up_nxt = next.up_nxt;
-		known->client_acked = next.client_acked;
-		known->client_edge = next.client_edge;
-		__builtin_memcpy(known->client_mac, segment.source_mac, 6);
 	}
 	server = &service->servers[slot & (SLOTS - 1)];
 	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 16 : 24, segment.destination,

@@ -100,7 +100,7 @@ static __always_inline int is_deserted(struct control *service)
 	       bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns >= service->grace_ns;
 }
 
-/* Whether the kernel must deal with a segment that is not what comes next. */
+/* Whether the kernel must deal with a segment that the daemon is to deal with. */
 static __always_inline int is_unattended(struct control *service, struct conversation *known)
 {
 	return (known && known->passing == ALONE) || is_deserted(service);

@@ -9,7 +9,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 	struct segment segment;
 	struct control *service;
 	struct scratch *scratch;
-	struct conversation *known, next = {};
+	struct conversation *known, next;
 	__u8 to_mac[6];
 	struct key key;
 	__u64 active;
@@ -64,8 +64,15 @@ static __always_inline int from_server(struct __sk_buff *skb)
 
 		next = *known;
 		outcome = server_to_client(skb, &segment, scratch, &next, bounds_of(service, known));
-		if (outcome == PASSES)
+		if (outcome == PASSES) {
 			flags |= FORWARDED;
+			/* At once: the next one may be with another CPU while this one is copied. */
+			known->server_tsval = next.server_tsval;
+			known->told_tsval = next.told_tsval;
+			known->server_edge = next.server_edge;
+			known->told_acked = next.told_acked;
+			known->down_nxt = next.down_nxt;
+		}
 		if (outcome == ASIDE_FROM_NOW) {
 			known->passing = 0;
 			flags |= HANDED_OVER;
@@ -101,13 +108,6 @@ static __always_inline int from_server(struct __sk_buff *skb)
 	}
 	/* Who is not known: as the server has it. */
 	__builtin_memcpy(to_mac, known ? known->client_mac : scratch->frame, 6);
-	if (known && !(flags & UNATTENDED)) {
-		known->server_tsval = next.server_tsval;
-		known->told_tsval = next.told_tsval;
-		known->server_edge = next.server_edge;
-		known->told_acked = next.told_acked;
-		known->down_nxt = next.down_nxt;
-	}
 	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 12 : 8, segment.source,
 		    segment.version == 4 ? service->psc_v4 : service->psc_v6, to_mac, service->psc_mac)) {
 		count(COUNT_REWRITE_FAILED);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
 /* The protocol crate's `translate`, which specifies this, for frames: same names, same order, same bytes.
  *
- * First it is decided whether a segment passes, and the new header is made beside the old one; only then, the
- * segment being recorded, the frame and the conversation change.
+ * First it is decided whether a segment passes, the new header is made beside the old one, and the conversation moves
+ * on; only then, the segment being recorded, the frame changes.
  */
 #pragma once
 
@@ -198,7 +198,7 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 		return ASIDE_FROM_NOW;
 	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
-	if (seq != next->up_nxt ||
+	if (later(next->up_nxt, seq) ||
 	    (segment->payload > 0 && later(end, bounded(next->server_edge, bounds.up))) ||
 	    later(ack, next->down_nxt) || later(next->client_acked, ack) ||
 	    (options->timestamps != 0) != (next->timestamps != 0))
@@ -220,7 +220,8 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 	}
 	put_be32(new + 8, ack - next->seq_delta);
 	move_sack(scratch, next->seq_delta);
-	next->up_nxt = end;
+	if (segment->payload > 0)
+		next->up_nxt = end;
 	next->client_acked = ack;
 	next->client_edge = ack + ((__u32)be16_at(old + 14) << (next->client_shift & 15));
 	segment->edge = bounded(next->client_edge, bounds.down);
@@ -245,7 +246,7 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 		return ASIDE_FROM_NOW;
 	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
-	if (seq != next->down_nxt || later(ack, next->up_nxt) || later(next->told_acked, ack) ||
+	if (later(next->down_nxt, seq) || later(ack, next->up_nxt) || later(next->told_acked, ack) ||
 	    (segment->payload > 0 && later(end, next->client_edge + 1)) ||
 	    (options->timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
@@ -266,7 +267,8 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 	next->told_acked = ack;
 	segment->edge = bounded(next->server_edge, bounds.up);
 	put_window(new, segment->edge, ack, next->told_shift);
-	next->down_nxt = end;
+	if (segment->payload > 0)
+		next->down_nxt = end;
 	return PASSES;
 }
 

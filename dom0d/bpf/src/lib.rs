@@ -14,7 +14,7 @@
 //! * **Who may speak** is one word, [`Tap::activate`]: epoch and slot. Storing it is fence and promotion at once,
 //!   however many conversations there are.
 //! * **A conversation** passes by itself while it has an entry ([`Tap::install`]) of the present epoch, and as long
-//!   as each segment is what comes next in its direction (`understudy_protocol::Flow` says exactly what that
+//!   as each segment is new in its direction (`understudy_protocol::Flow` says exactly what that
 //!   is, and how it is translated). The first segment that is not goes to the daemon with all that follow,
 //!   until the daemon installs the entry again. Nobody tells anybody: the record says it, and records are in order.
 //! * **Order.** Both directions of clients and OVM share one ring; the order of reservations is the order in which

@@ -2,7 +2,7 @@
 //! engine only hears what was said. Which those are, and from when to when.
 //!
 //! The plane is told of one at a time ([`Service::poll_handover`]), at a moment when it has nothing more to tell,
-//! and gives it back by itself with the first segment that is not what comes next. All of them end at once when
+//! and gives it back by itself with the first segment that moves it on otherwise than in order. All of them end at once when
 //! the plane is stopped, as it must be before a cutover: what it passed under the old epoch is heard first.
 
 use core::net::SocketAddr;
@@ -127,7 +127,7 @@ impl Service {
             }
         } else {
             conversation.bounds = UNBOUNDED;
-            if !conversation.is_passable_queued && conversation.may_pass(&self.ctx, 1) {
+            if !conversation.is_passable_queued && conversation.may_begin_to_pass(&self.ctx) {
                 conversation.is_passable_queued = true;
                 self.passable.push_back(conversation.id);
             }
@@ -159,7 +159,7 @@ impl Service {
 }
 
 impl Conversation {
-    /// Nothing but what comes next is to be expected, and the engine has room for it.
+    /// Nothing but new segments are to be expected, and the engine has room for them.
     fn may_pass(&self, ctx: &Context, shares: u64) -> bool {
         let room_for_all = ctx.config.limits.retained_bytes / HANDOVER_SHARE * shares;
         let through = ctx
@@ -171,13 +171,16 @@ impl Conversation {
             && self.recuperating.is_none()
             && self.held.is_none()
             && (self.up_fin, self.up_rst, self.down_fin) == (None, None, None)
-            && self.up.highest() == self.up.end()
-            && self.down.highest() == self.down.end()
             && ctx.retained < room_for_all
     }
 
+    /// In the middle of a repair of gaps most segments would come straight back.
+    fn may_begin_to_pass(&self, ctx: &Context) -> bool {
+        self.up.highest() == self.up.end() && self.down.highest() == self.down.end() && self.may_pass(ctx, 1)
+    }
+
     fn hand_over(&mut self, ctx: &Context) -> Option<Handover> {
-        if ctx.plane.is_none() || self.passing == ctx.plane || !self.may_pass(ctx, 1) {
+        if ctx.plane.is_none() || self.passing == ctx.plane || !self.may_begin_to_pass(ctx) {
             return None;
         }
         // Whatever was told already holds.
@@ -235,6 +238,12 @@ impl Conversation {
             self.bounds = (up.max(self.bounds.0), down.max(self.bounds.1));
             ctx.effect(Effect::Extend { place: self.id.index, bounds: self.bounds_as_told() });
         }
+    }
+
+    /// Client or OVM is about to stop for RVMs that are behind.
+    pub(crate) fn is_held_back(&self, ctx: &Context) -> bool {
+        let near = NEARLY_SHUT.min(u64::from(ctx.config.limits.ahead_bytes) / 4);
+        self.up.end() + near >= self.bounds.0 || self.down.end() + near >= self.bounds.1
     }
 
     /// Client or OVM may wait for a window that has opened since it was last told, and nothing else would tell
@@ -296,7 +305,7 @@ impl Conversation {
 
     /// What the plane has passed to the OVM must be recorded, or no RVM can follow.
     pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
-        if ctx.passed() {
+        if ctx.passed() && !segment.payload.is_empty() {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.up.highest()) {
@@ -314,7 +323,7 @@ impl Conversation {
         segment: &Segment<'_>,
         ctx: &mut Context,
     ) {
-        if ctx.passed() {
+        if ctx.passed() && !segment.payload.is_empty() {
             let end = position_of(server_iss, segment.seq, self.down.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.down.highest()) {

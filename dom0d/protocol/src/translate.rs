@@ -2,8 +2,8 @@
 //! their headers change on the way.
 //!
 //! This is the specification of the data plane in the kernel, which does the same to the same bytes, and
-//! the engine translates by the same functions. Only what is next in its direction passes: whatever
-//! repeats, leaves a gap, ends or contradicts is the daemon's. A segment is never resized; options that
+//! the engine translates by the same functions. Only what is new in its direction passes, perhaps beyond a gap:
+//! whatever repeats, ends or contradicts is the daemon's. A segment is never resized; options that
 //! have no translation are overwritten by NOPs.
 //!
 //! Read before an edit: RFC 9293 §3.4, RFC 7323 §3 to §5, RFC 2018, RFC 1624 (incremental checksums).
@@ -28,7 +28,7 @@ pub struct Flow {
     pub told_tsval: u32,
     /// TS.Recent of the client's segments (RFC 7323 §4.3).
     pub ts_recent: u32,
-    /// RCV.NXT of what is recorded of the client.
+    /// Behind all that the client sent so far.
     pub up_nxt: u32,
     /// Highest acknowledgment that the client was told.
     pub told_acked: u32,
@@ -116,9 +116,9 @@ impl Flow {
         let Some(found) = read_options(&mut new, layout.header) else { return aside };
         let ack = be32(&old, 8);
         let edge = bounded(self.server_edge, self.bounds.up);
-        let in_order = seq == self.up_nxt && !(layout.payload > 0 && later(end, edge));
+        let is_new = !later(self.up_nxt, seq) && !(layout.payload > 0 && later(end, edge));
         let acceptable = !later(ack, self.down_nxt) && !later(self.client_acked, ack);
-        if !in_order || !acceptable || found.timestamps.is_some() != self.timestamps {
+        if !is_new || !acceptable || found.timestamps.is_some() != self.timestamps {
             return aside;
         }
         if let Some(at) = found.timestamps {
@@ -135,7 +135,9 @@ impl Flow {
         }
         put32(&mut new, 8, ack.wrapping_sub(self.seq_delta));
         self.move_sack(&old, &mut new, found.sack);
-        self.up_nxt = end;
+        if layout.payload > 0 {
+            self.up_nxt = end;
+        }
         self.client_acked = ack;
         self.client_edge = ack.wrapping_add(window_of(&old) << (self.client_shift & 15));
         let edge = bounded(self.client_edge, self.bounds.down);
@@ -170,7 +172,7 @@ impl Flow {
         let mut new = old;
         let Some(found) = read_options(&mut new, layout.header) else { return aside };
         let ack = be32(&old, 8);
-        if seq != self.down_nxt
+        if later(self.down_nxt, seq)
             || later(ack, self.up_nxt)
             || later(self.told_acked, ack)
             // A window probe may carry one byte more.
@@ -196,14 +198,16 @@ impl Flow {
         self.told_acked = ack;
         let edge = bounded(self.server_edge, self.bounds.up);
         put_window(&mut new, edge, ack, self.told_shift);
-        self.down_nxt = end;
+        if layout.payload > 0 {
+            self.down_nxt = end;
+        }
         layout.write(packet, &old, &new, layout.source, psc);
         Ok(edge)
     }
 }
 
 /// While the daemon stays away and conversations are to go on all the same, nobody else will deal with a segment:
-/// whatever can be translated passes, whether it is what comes next or not, and no window is bounded. Nothing is
+/// whatever can be translated passes, whether it is new or not, and no window is bounded. Nothing is
 /// learned from it.
 impl Flow {
     /// A segment of the client in a conversation that is not known: nothing but the address changes.

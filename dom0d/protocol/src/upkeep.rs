@@ -15,11 +15,6 @@ const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
 
-/// What an RVM may lack without having to show progress.
-fn much(ctx: &Context) -> u64 {
-    u64::from(ctx.config.limits.conversation_bytes.min(ctx.config.limits.ahead_bytes)) / 2
-}
-
 impl Conversation {
     /// Arranges itself for the present epoch if it is of an older one.
     pub(crate) fn follow_epoch(&mut self, ctx: &mut Context) {
@@ -50,7 +45,8 @@ impl Conversation {
                 }
             }
         }
-        if self.retained >= much(ctx) {
+        let room = u64::from(ctx.config.limits.conversation_bytes);
+        if self.retained >= room / 2 || self.is_held_back(ctx) {
             self.blame_laggards(ctx);
         }
         self.recuperate(ctx);
@@ -100,7 +96,12 @@ impl Conversation {
             return;
         }
         let ovm = ctx.queue.ovm();
-        let much = much(ctx);
+        let limits = ctx.config.limits;
+        let much = if self.is_held_back(ctx) {
+            u64::from(limits.ahead_bytes) / 4 * 3
+        } else {
+            u64::from(limits.conversation_bytes) / 2
+        };
         let least = much / 32;
         let (taken, acked) = (self.told.acked, self.client.acked);
         self.for_each_leg(ctx, |slot, leg, ctx| {

@@ -31,11 +31,13 @@
 //! [`layout`] is the one definition of what both sides share. The programs are C, in `programs/`, compiled by
 //! `build.rs`.
 
+mod inject;
 pub mod layout;
 mod load;
 mod shared;
 mod tap;
 
+pub use inject::{Cut, Injector, ignore_outgoing};
 pub use load::{LoadError, Programs, Settings, load, prepared_interfaces};
 pub use tap::{Copied, Tap};
 

@@ -117,11 +117,16 @@ impl Context {
     }
 
     pub(crate) fn send_to_client(&mut self, link: LinkAddress, packet: Vec<u8>) {
-        self.out.push_back(Transmit { to: Destination::Client(link), packet });
+        self.send(Destination::Client(link), packet, 0);
     }
 
     pub(crate) fn send_to_server(&mut self, server: ServerId, packet: Vec<u8>) {
-        self.out.push_back(Transmit { to: Destination::Server(server), packet });
+        self.send(Destination::Server(server), packet, 0);
+    }
+
+    /// What [`crate::wire::Segment::emit_large`] made.
+    pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
+        self.out.push_back(Transmit { to, packet, segment });
     }
 
     /// The client was sent something: the first byte of an epoch is told.

@@ -16,7 +16,7 @@ use crate::seq::{later, seq_of};
 use crate::stream::Stream;
 use crate::suspicion::Suspicion;
 use crate::wire::{Flags, Options, SackBlocks, Segment};
-use crate::{Instant, LinkAddress, ServerId, StaleReason, Uncovered};
+use crate::{Destination, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
 
 /// What a client said of itself in its SYN, as far as the OVM agreed.
 #[derive(Clone, Copy, Debug)]
@@ -212,7 +212,8 @@ impl Conversation {
     pub(crate) fn send_to_client(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
         ctx.note_sent_to_client(segment.payload);
         let link = self.link;
-        segment.emit_split(self.client.mss, |packet| ctx.send_to_client(link, packet));
+        let to = Destination::Client(link);
+        segment.emit_large(self.client.mss, |packet, size| ctx.send(to, packet, size));
     }
 
     /// A TSval for the client: never earlier than the last one.

@@ -4,6 +4,7 @@ use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::wire::{self, Parsed};
 use crate::{Bounds, Flow, Instant};
 
 /// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
@@ -24,13 +25,30 @@ pub enum Destination {
     Server(ServerId),
 }
 
-/// One IP packet to send, whole: checksums filled in, no longer than the path's MTU.
+/// One IP packet to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transmit {
     /// Where it goes.
     pub to: Destination,
     /// The IPv4 or IPv6 packet.
     pub packet: Vec<u8>,
+    /// If not 0, it is longer than the path's MTU: it must be cut into segments with so many bytes of payload, which
+    /// the kernel does (GSO). Its TCP checksum is that of the pseudo-header alone.
+    pub segment: u16,
+}
+
+impl Transmit {
+    /// The packets that it is cut into, for who has no kernel to do that.
+    pub fn packets(&self) -> Vec<Vec<u8>> {
+        let mut packets = Vec::new();
+        match wire::parse(&self.packet) {
+            Ok(Parsed::Tcp(large)) if self.segment > 0 => {
+                large.emit_split(usize::from(self.segment), |packet| packets.push(packet));
+            }
+            _ => packets.push(self.packet.clone()),
+        }
+        packets
+    }
 }
 
 /// Why the OVM is believed to be at fault.

@@ -10,7 +10,10 @@ use crate::mask::{self, Compared};
 use crate::queue::Slot;
 use crate::seq::seq_of;
 use crate::wire::{Flags, Options, Segment};
-use crate::{EventKind, Uncovered};
+use crate::{Destination, EventKind, Uncovered};
+
+/// Bytes of payload in one packet; headers and options have the rest of what IP can say.
+const LARGEST: u64 = 65_000;
 
 impl Conversation {
     /// Compares, feeds and times the leg of one server. An error uncovers the conversation there.
@@ -146,22 +149,23 @@ impl Conversation {
             || self.closed.is_none_or(|closed| ctx.now >= closed + GONE_GRACE)
     }
 
-    /// Sends one segment of data if one may be sent.
+    /// Sends data, as one packet, if any may be sent.
     fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) -> bool {
         let from = leg.sender.nxt;
-        let stop = self.up_rst.map_or(u64::MAX, |(position, _)| position);
+        let reset = self.up_rst.map_or(u64::MAX, |(position, _)| position);
         let limit = leg
             .edge
             .min(leg.sender.limit(leg.rcv_nxt, ctx.config.limits.inflight_bytes))
-            .min(self.up.end().min(stop));
+            .min(self.up.end().min(reset));
         let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
+        let stop = limit.min(from + LARGEST / room * room);
         let mut to = from;
-        while to < limit.min(from + room) {
+        while to < stop {
             let Some((mark, run_end)) = self.up.mark_at(to) else { break };
             if to >= leg.sender.highest && !ctx.permits(slot, mark, self.id) {
                 break;
             }
-            to = run_end.min(limit).min(from + room);
+            to = run_end.min(stop);
         }
         if to <= from {
             if from < self.up.end() && leg.edge <= from && !leg.sender.is_armed() {
@@ -185,7 +189,8 @@ impl Conversation {
             payload: &payload,
             ..self.segment_to_leg(leg, guest)
         };
-        ctx.send_to_server(leg.server, segment.emit());
+        let to = Destination::Server(leg.server);
+        segment.emit_large(leg.mss, |packet, size| ctx.send(to, packet, size));
     }
 
     fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {

@@ -7,7 +7,7 @@ use crate::key::Key;
 use crate::queue::Slot;
 use crate::service::Service;
 use crate::wire::{Flags, Icmp, Segment};
-use crate::{EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
+use crate::{Destination, EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
 
 /// Link addresses remembered for clients of unprotected conversations.
 const LINKS: usize = 4096;
@@ -162,7 +162,8 @@ impl Service {
         self.ctx.counters.unprotected_segments += 1;
         let mss = self.ctx.queue.get(slot).map_or(536, |server| server.mtu.saturating_sub(60));
         let translated = Segment { dst: guest, ..*segment };
-        translated.emit_split(mss, |packet| self.ctx.send_to_server(server, packet));
+        let to = Destination::Server(server);
+        translated.emit_large(mss, |packet, size| self.ctx.send(to, packet, size));
     }
 
     /// An OVM's segment in a conversation that the daemon does not know. If it answers, or acknowledges
@@ -191,7 +192,8 @@ impl Service {
         let Some(link) = self.links.get(&key.client.ip()).copied() else { return };
         let translated = Segment { src: key.psc, ..*segment };
         let mss = if key.psc.is_ipv4() { 1460 } else { 1440 };
-        translated.emit_split(mss, |packet| self.ctx.send_to_client(link, packet));
+        let to = Destination::Client(link);
+        translated.emit_large(mss, |packet, size| self.ctx.send(to, packet, size));
     }
 
     fn remember_link(&mut self, client: IpAddr, link: LinkAddress) {

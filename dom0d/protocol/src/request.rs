@@ -5,7 +5,7 @@ use crate::conversation::{Conversation, text_before};
 use crate::queue::Slot;
 use crate::seq::{later, position_of, seq_of};
 use crate::wire::{Flags, IcmpError, Options, Segment};
-use crate::{LinkAddress, Passage, ServerId};
+use crate::{Destination, LinkAddress, Passage, ServerId};
 
 impl Conversation {
     /// A segment of the client that is not a SYN.
@@ -204,7 +204,8 @@ impl Conversation {
             },
             ..*segment
         };
-        translated.emit_split(leg.mss, |packet| ctx.send_to_server(server, packet));
+        let to = Destination::Server(server);
+        translated.emit_large(leg.mss, |packet, size| ctx.send(to, packet, size));
     }
 
     /// RFC 5961 §3: only the exact position counts, that is, behind all that was recorded: servers would

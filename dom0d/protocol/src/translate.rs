@@ -116,9 +116,9 @@ impl Flow {
         let Some(found) = read_options(&mut new, layout.header) else { return aside };
         let ack = be32(&old, 8);
         let edge = bounded(self.server_edge, self.bounds.up);
-        let is_new = !later(self.up_nxt, seq) && !(layout.payload > 0 && later(end, edge));
+        let is_old = later(self.up_nxt, seq) || (layout.payload > 0 && later(end, edge));
         let acceptable = !later(ack, self.down_nxt) && !later(self.client_acked, ack);
-        if !is_new || !acceptable || found.timestamps.is_some() != self.timestamps {
+        if is_old || !acceptable || found.timestamps.is_some() != self.timestamps {
             return aside;
         }
         if let Some(at) = found.timestamps {

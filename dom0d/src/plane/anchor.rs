@@ -260,11 +260,11 @@ pub(crate) fn probe(device: &mut Device, psc: &Psc) -> Option<(std::net::IpAddr,
         if let Some(v4) = psc.v4 {
             let probe = frame::arp_request(psc.mac, std::net::Ipv4Addr::UNSPECIFIED, v4);
             // A lost probe is what the others are for.
-            let _ = device.send(&probe);
+            let _ = device.send(&probe, None);
         }
         if let Some(v6) = psc.v6 {
             let probe = frame::solicitation(psc.mac, std::net::Ipv6Addr::UNSPECIFIED, v6);
-            let _ = device.send(&probe);
+            let _ = device.send(&probe, None);
         }
         std::thread::sleep(PROBE_WAIT);
         while let Ok(true) = device.receive(&mut frame) {

@@ -1,11 +1,10 @@
-//! One interface, captured from and injected to through libpcap.
+//! One interface, captured from through libpcap and injected to.
 
-use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use pcap::{Active, Capture, Direction, Linktype};
+use understudy_bpf::{Cut, Injector, ignore_outgoing};
 
 use super::frame::Mac;
 
@@ -19,6 +18,7 @@ const SNAPLEN: i32 = 65_450;
 pub(crate) struct Device {
     name: String,
     capture: Capture<Active>,
+    injector: Injector,
     /// Frames that were cut off, which the capture can't do with what libpcap was told.
     truncated: u64,
 }
@@ -60,25 +60,20 @@ impl Device {
         if capture.get_datalink() != Linktype::ETHERNET {
             return Err(failed("is no Ethernet interface".to_owned()));
         }
-        let mut device = Self { name: name.to_owned(), capture, truncated: 0 };
+        let injector = Injector::open(name).map_err(|error| failed(format!("can't be sent to: {error}")))?;
+        // Else a copy of each frame that is injected would be captured, and dropped only then.
+        ignore_outgoing(&capture).map_err(|error| failed(error.to_string()))?;
+        let mut device = Self { name: name.to_owned(), capture, injector, truncated: 0 };
         device
             .capture
             .filter(filter, true)
             .map_err(|error| failed(format!("the filter {filter:?} is refused: {error}")))?;
         // Not `inbound` in the filter: libpcap runs a new filter over the first frame by itself, where that
-        // word matches nothing, and an ARP question lost costs its asker a second. (A socket does not
-        // see what it sent itself, so this leaves few frames to be dropped here.)
+        // word matches nothing, and an ARP question lost costs its asker a second.
         device
             .capture
             .direction(Direction::In)
             .map_err(|error| failed(format!("the direction can't be set: {error}")))?;
-        // libpcap's non-blocking mode is about reading. A send that blocked on the full queue of a
-        // frozen guest would stop everybody.
-        let flags = fcntl(device.capture.as_fd(), FcntlArg::F_GETFL)
-            .map(OFlag::from_bits_retain)
-            .map_err(|error| failed(error.to_string()))?;
-        fcntl(device.capture.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
-            .map_err(|error| failed(error.to_string()))?;
         Ok(device)
     }
 
@@ -105,16 +100,14 @@ impl Device {
         }
     }
 
-    /// Sends a frame out of the interface.
-    pub(crate) fn send(&mut self, frame: &[u8]) -> Result<(), SendError> {
-        self.capture.sendpacket(frame).map_err(|_| {
-            // libpcap gives only a text; the cause is still in errno.
-            match io::Error::last_os_error().raw_os_error().map(nix::errno::Errno::from_raw) {
-                Some(nix::Error::ENOBUFS | nix::Error::EAGAIN) => SendError::QueueFull,
-                Some(nix::Error::EMSGSIZE) => SendError::TooLong,
-                Some(nix::Error::ENETDOWN | nix::Error::ENXIO | nix::Error::ENODEV) => SendError::Down,
-                _ => SendError::Other,
-            }
+    /// Sends a frame out of the interface; a large one in segments.
+    pub(crate) fn send(&mut self, frame: &[u8], cut: Option<Cut>) -> Result<(), SendError> {
+        // It does not wait: the full queue of a frozen guest would stop everybody.
+        self.injector.send(frame, cut).map_err(|error| match error {
+            nix::Error::ENOBUFS | nix::Error::EAGAIN => SendError::QueueFull,
+            nix::Error::EMSGSIZE => SendError::TooLong,
+            nix::Error::ENETDOWN | nix::Error::ENXIO | nix::Error::ENODEV => SendError::Down,
+            _ => SendError::Other,
         })
     }
 

@@ -16,6 +16,7 @@ use pnet_packet::icmpv6::{Icmpv6Packet, Icmpv6Types, MutableIcmpv6Packet, checks
 use pnet_packet::ip::IpNextHeaderProtocols;
 use pnet_packet::ipv4::Ipv4Packet;
 use pnet_packet::ipv6::{Ipv6Packet, MutableIpv6Packet};
+use understudy_bpf::Cut;
 
 /// An Ethernet address.
 pub(crate) type Mac = [u8; 6];
@@ -222,6 +223,16 @@ fn arp(inside: &[u8]) -> Content {
         sender: arp.get_sender_proto_addr(),
         target: arp.get_target_proto_addr(),
     })
+}
+
+/// How the frame around an engine's packet is to be cut into segments of this size; `None` if it is one.
+pub(crate) fn cut(packet: &[u8], segment: u16) -> Option<Cut> {
+    let is_ipv6 = packet.first()? >> 4 == 6;
+    // The engine writes no IP options.
+    let ip = if is_ipv6 { 40 } else { 20 };
+    let tcp = u16::from(packet.get(ip + 12)? >> 4) * 4;
+    let begin = (ETHERNET_HEADER + ip) as u16;
+    (segment > 0).then_some(Cut { segment, tcp: begin, payload: begin + tcp, is_ipv6 })
 }
 
 /// Writes an IP packet's frame into `frame`.

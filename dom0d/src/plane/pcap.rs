@@ -355,7 +355,7 @@ impl PcapPlane {
         };
         self.counters.neighbour_answers += 1;
         let sent = match self.servers.get_mut(&question.server) {
-            Some(Server { port: Port { device: Some(device), .. }, .. }) => device.send(&frame),
+            Some(Server { port: Port { device: Some(device), .. }, .. }) => device.send(&frame, None),
             _ => return,
         };
         self.count_send(sent);
@@ -372,7 +372,7 @@ impl PcapPlane {
 
     fn send_to_network(&mut self, frame: &[u8]) {
         let device = self.anchor.as_mut().and_then(|port| port.device.as_mut());
-        match device.map(|device| device.send(frame)) {
+        match device.map(|device| device.send(frame, None)) {
             Some(sent) => self.count_send(sent),
             None => self.counters.no_interface += 1,
         }
@@ -498,9 +498,10 @@ impl Plane for PcapPlane {
                     neighbour.mac
                 };
                 frame::wrap_ip(&mut self.sending, mac, self.psc.mac, &transmit.packet);
+                let cut = frame::cut(&transmit.packet, transmit.segment);
                 let device = self.anchor.as_mut().and_then(|port| port.device.as_mut());
                 self.counters.sent_to_clients += 1;
-                device.map(|device| device.send(&self.sending))
+                device.map(|device| device.send(&self.sending, cut))
             }
             Destination::Server(id) => {
                 let server = self.servers.get_mut(&id);
@@ -508,7 +509,7 @@ impl Plane for PcapPlane {
                 self.counters.sent_to_servers += 1;
                 found.map(|(mac, device)| {
                     frame::wrap_ip(&mut self.sending, mac, self.psc.mac, &transmit.packet);
-                    device.send(&self.sending)
+                    device.send(&self.sending, frame::cut(&transmit.packet, transmit.segment))
                 })
             }
         };

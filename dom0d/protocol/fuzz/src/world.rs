@@ -174,7 +174,9 @@ impl World {
         while let Some(transmit) = self.service.poll_transmit(self.now) {
             packets += 1;
             oracle::check(&self.service, packets);
-            self.deliver(&tracked, transmit.to, &transmit.packet);
+            for packet in transmit.packets() {
+                self.deliver(&tracked, transmit.to, &packet);
+            }
         }
         oracle::check(&self.service, packets);
         // A conversation that was looked at meanwhile may have led to a promotion.

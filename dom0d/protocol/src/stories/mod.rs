@@ -125,26 +125,32 @@ impl Story {
             }
         }
         while let Some(transmit) = self.service.poll_transmit(self.now) {
-            let Ok(Parsed::Tcp(segment)) = wire::parse(&transmit.packet) else { panic!("sent garbage") };
-            let heard = Heard {
-                seq: segment.seq,
-                ack: segment.ack,
-                flags: segment.flags,
-                window: segment.window,
-                timestamps: segment.options.timestamps,
-                sack: segment.options.sack,
-                mss: segment.options.mss,
-                payload: segment.payload.to_vec(),
-            };
-            match transmit.to {
-                Destination::Client(link) => {
-                    assert_eq!((link, segment.src), (LINK, PSC.parse().unwrap()));
-                    self.client.push_back(heard);
-                }
-                Destination::Server(ServerId(server)) => {
-                    assert_eq!(segment.src.ip(), self.peer.ip());
-                    self.servers[server as usize].push_back(heard);
-                }
+            for packet in transmit.packets() {
+                self.hear(transmit.to, &packet);
+            }
+        }
+    }
+
+    fn hear(&mut self, to: Destination, packet: &[u8]) {
+        let Ok(Parsed::Tcp(segment)) = wire::parse(packet) else { panic!("sent garbage") };
+        let heard = Heard {
+            seq: segment.seq,
+            ack: segment.ack,
+            flags: segment.flags,
+            window: segment.window,
+            timestamps: segment.options.timestamps,
+            sack: segment.options.sack,
+            mss: segment.options.mss,
+            payload: segment.payload.to_vec(),
+        };
+        match to {
+            Destination::Client(link) => {
+                assert_eq!((link, segment.src), (LINK, PSC.parse().unwrap()));
+                self.client.push_back(heard);
+            }
+            Destination::Server(ServerId(server)) => {
+                assert_eq!(segment.src.ip(), self.peer.ip());
+                self.servers[server as usize].push_back(heard);
             }
         }
     }

@@ -222,11 +222,29 @@ impl Segment<'_> {
         self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload)
     }
 
-    /// Packets of at most `mss` bytes of options and payload each (RFC 6691), in order. PSH and FIN go with the
-    /// last; a segment without payload gives one packet.
-    pub(crate) fn emit_split(&self, mss: u16, mut send: impl FnMut(Vec<u8>)) {
+    /// One packet, and into how many bytes of payload each whoever sends it is to cut it so that a segment has at most
+    /// `mss` bytes of options and payload (RFC 6691); 0 if it is one segment. One to be cut has a partial checksum.
+    pub(crate) fn emit_large(&self, mss: u16, mut send: impl FnMut(Vec<u8>, u16)) {
         let options = self.options_bytes();
         let room = usize::from(mss).saturating_sub(options.len()).max(1);
+        if self.payload.len() <= room {
+            send(self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload), 0);
+        } else if self.flags.has(Flags::URG) {
+            // Whoever cuts it would leave the pointer as it is in each segment.
+            self.emit_split(room, |packet| send(packet, 0));
+        } else {
+            let (mut packet, tcp) =
+                self.emit_unsummed(&options, self.seq, self.flags, self.urgent, self.payload);
+            let sum = Sum::default().pseudo_header(self.src.ip(), self.dst.ip(), TCP, packet.len() - tcp);
+            packet[tcp + 16..tcp + 18].copy_from_slice(&sum.folded().to_be_bytes());
+            send(packet, room as u16);
+        }
+    }
+
+    /// Packets with at most `room` bytes of payload each, in order. PSH and FIN go with the last; a segment without
+    /// payload gives one packet.
+    pub(crate) fn emit_split(&self, room: usize, mut send: impl FnMut(Vec<u8>)) {
+        let options = self.options_bytes();
         if self.payload.len() <= room {
             return send(self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload));
         }
@@ -248,6 +266,24 @@ impl Segment<'_> {
     }
 
     fn emit_with(&self, options: &[u8], seq: u32, flags: Flags, urgent: u16, payload: &[u8]) -> Vec<u8> {
+        let (mut packet, tcp) = self.emit_unsummed(options, seq, flags, urgent, payload);
+        let sum = Sum::default()
+            .pseudo_header(self.src.ip(), self.dst.ip(), TCP, packet.len() - tcp)
+            .add(&packet[tcp..])
+            .finish();
+        packet[tcp + 16..tcp + 18].copy_from_slice(&sum.to_be_bytes());
+        packet
+    }
+
+    /// A packet with nothing in the TCP checksum's place, and where its TCP header begins.
+    fn emit_unsummed(
+        &self,
+        options: &[u8],
+        seq: u32,
+        flags: Flags,
+        urgent: u16,
+        payload: &[u8],
+    ) -> (Vec<u8>, usize) {
         let tcp_length = TCP_HEADER + options.len() + payload.len();
         let mut packet = Vec::with_capacity(40 + tcp_length);
         write_ip_header(&mut packet, self.src.ip(), self.dst.ip(), TCP, self.ecn, tcp_length);
@@ -263,12 +299,7 @@ impl Segment<'_> {
         packet.extend_from_slice(&urgent.to_be_bytes());
         packet.extend_from_slice(options);
         packet.extend_from_slice(payload);
-        let sum = Sum::default()
-            .pseudo_header(self.src.ip(), self.dst.ip(), TCP, tcp_length)
-            .add(&packet[tcp..])
-            .finish();
-        packet[tcp + 16..tcp + 18].copy_from_slice(&sum.to_be_bytes());
-        packet
+        (packet, tcp)
     }
 }
 
@@ -342,7 +373,7 @@ mod tests {
     fn a_super_packet_splits_into_segments_that_wrap() {
         let payload = [9; 25];
         let mut packets = Vec::new();
-        segment(&payload).emit_split(22, |packet| packets.push(packet));
+        segment(&payload).emit_split(10, |packet| packets.push(packet));
         let pieces: Vec<_> = packets
             .iter()
             .map(|packet| match parse(packet) {

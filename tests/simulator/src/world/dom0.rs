@@ -99,9 +99,11 @@ impl World {
             while let Some(effect) = self.service.poll_effect() {
                 self.effect(effect);
             }
-            match transmit.to {
-                Destination::Client(link) => self.transmit_to_client(link, transmit.packet),
-                Destination::Server(id) => self.transmit_to_server(id, transmit.packet),
+            for packet in transmit.packets() {
+                match transmit.to {
+                    Destination::Client(link) => self.transmit_to_client(link, packet),
+                    Destination::Server(id) => self.transmit_to_server(id, packet),
+                }
             }
             if self.failure.is_some() {
                 return;

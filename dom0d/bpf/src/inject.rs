@@ -1,0 +1,89 @@
+//! Frames for an interface, by a packet socket that leaves it to the kernel to cut large ones into segments and to fill
+//! in their checksums (packet(7), PACKET_VNET_HDR).
+#![allow(unsafe_code)]
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::libc;
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::uio::writev;
+
+/// How a large frame is to be cut (linux/virtio_net.h: a packet of IPv4 or IPv6 with TCP behind its header).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Bytes of payload in each segment.
+    pub segment: u16,
+    /// Where the TCP header begins in the frame.
+    pub tcp: u16,
+    /// Where the payload begins.
+    pub payload: u16,
+    /// It is IPv6.
+    pub is_ipv6: bool,
+}
+
+/// See the module. What it sends is not seen by captures that [`ignore_outgoing`] was called for.
+pub struct Injector(OwnedFd);
+
+/// struct virtio_net_hdr
+const HEADER: usize = 10;
+/// linux/if_packet.h
+const PACKET_VNET_HDR: libc::c_int = 15;
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
+/// linux/virtio_net.h
+const NEEDS_CSUM: u8 = 1;
+const GSO_TCPV4: u8 = 1;
+const GSO_TCPV6: u8 = 4;
+/// Of the checksum in a TCP header.
+const CHECKSUM: u16 = 16;
+
+impl Injector {
+    /// For an interface.
+    pub fn open(interface: &str) -> nix::Result<Self> {
+        // Of no protocol: it receives nothing.
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
+        set(&socket, PACKET_VNET_HDR)?;
+        let index = if_nametoindex(interface)?.cast_signed();
+        // SAFETY: all zeros is a value of this C struct of integers.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = index;
+        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: the address is of the length given, and the kernel only reads it.
+        let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+        nix::errno::Errno::result(result)?;
+        Ok(Self(socket))
+    }
+
+    /// Sends a frame; a large one is cut, and its TCP checksum, that of the pseudo-header so far, filled in.
+    pub fn send(&self, frame: &[u8], cut: Option<Cut>) -> nix::Result<()> {
+        let mut header = [0; HEADER];
+        if let Some(cut) = cut {
+            header[0] = NEEDS_CSUM;
+            header[1] = if cut.is_ipv6 { GSO_TCPV6 } else { GSO_TCPV4 };
+            header[2..4].copy_from_slice(&cut.payload.to_ne_bytes());
+            header[4..6].copy_from_slice(&cut.segment.to_ne_bytes());
+            header[6..8].copy_from_slice(&cut.tcp.to_ne_bytes());
+            header[8..10].copy_from_slice(&CHECKSUM.to_ne_bytes());
+        }
+        writev(&self.0, &[IoSlice::new(&header), IoSlice::new(frame)]).map(|_| ())
+    }
+}
+
+/// A packet socket that captures sees nothing any more of what this host sends out of its interface: not even a copy is
+/// made.
+pub fn ignore_outgoing(capture: impl AsFd) -> nix::Result<()> {
+    set(&capture, PACKET_IGNORE_OUTGOING)
+}
+
+fn set(socket: &impl AsFd, option: libc::c_int) -> nix::Result<()> {
+    let on: libc::c_int = 1;
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    let socket = socket.as_fd().as_raw_fd();
+    // SAFETY: the value is an int, of the length given, and the kernel only reads it.
+    let result =
+        unsafe { libc::setsockopt(socket, libc::SOL_PACKET, option, (&raw const on).cast(), length) };
+    nix::errno::Errno::result(result).map(|_| ())
+}

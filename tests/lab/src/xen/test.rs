@@ -118,7 +118,9 @@ fn play_all<'a>(
 
 /// What dom0d, the hypervisor, dom0's kernel and the guests said.
 pub(super) fn keep_host_log(dom0: &Dom0, patience: &Patience, logs: &Path) {
-    let script = "xl list -v; understudy status; understudy events | tail -n 200
+    let script = "xl list -v; understudy status; understudy events | tail -n 200; understudy status --json
+                  for service in redis http postgresql; do understudy conversations $service --json; done
+                  ip netns exec client ss -tinom
                   journalctl --no-pager -u dom0d | tail -n 500; xl dmesg | tail -n 100; dmesg | tail -n 100
                   for file in /var/log/xen/console/*; do echo \"== $file\"; tail -n 30 \"$file\"; done";
     let said = dom0.run(patience, "collecting logs", script, Duration::from_secs(120));

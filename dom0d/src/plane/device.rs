@@ -61,8 +61,9 @@ impl Device {
             return Err(failed("is no Ethernet interface".to_owned()));
         }
         let injector = Injector::open(name).map_err(|error| failed(format!("can't be sent to: {error}")))?;
-        // Else a copy of each frame that is injected would be captured, and dropped only then.
-        ignore_outgoing(&capture).map_err(|error| failed(error.to_string()))?;
+        // Else a copy of each frame that is injected would be captured, and dropped only then; as it is where the
+        // kernel (before 4.20) does not know this.
+        let _ = ignore_outgoing(&capture);
         let mut device = Self { name: name.to_owned(), capture, injector, truncated: 0 };
         device
             .capture

@@ -122,10 +122,12 @@ pub(super) fn operator() -> Operator {
 
 /// What an emulated host needs: a thousand hypercalls a second would take half of dom0, 256 MiB of captures
 /// ten seconds to allocate; a guest's vCPU may wait for a second until it is run, which is not its fault; and
-/// dom0 is hardly ever run for as long as a starved host is told by otherwise (50 ms).
+/// dom0 is hardly ever run for as long as a starved host is told by otherwise (50 ms). With room for a whole
+/// transfer no replica has to show progress within half a second.
 const FOR_EMULATION: &str = "liveness_poll_ms = 10\ncapture_buffer_mib = 4\n\n";
 const SERVICE_FOR_EMULATION: &str = "[[service]]\ntiming = { unacked_limit_ms = 5000, \
-    progress_limit_ms = 5000, close_hold_ms = 2000, lag_limit_ms = 60000, starvation_ms = 1000 }\n";
+    progress_limit_ms = 5000, close_hold_ms = 2000, lag_limit_ms = 60000, starvation_ms = 1000 }\n\
+    limits = { conversation_bytes = 67108864, ahead_bytes = 67108864 }\n";
 
 /// `guest-1` as OVM, the next ones as replicas.
 pub(super) fn config(replicas: usize, services: &[Service]) -> String {

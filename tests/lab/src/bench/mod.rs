@@ -10,6 +10,7 @@ mod proxy;
 pub(crate) mod rtt;
 mod summary;
 mod throughput;
+mod wire;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -58,6 +59,7 @@ struct Report {
     quick: bool,
     rtt: Vec<summary::Rtt>,
     throughput: Vec<throughput::Row>,
+    throughput_over_1_gbit_per_s: Vec<throughput::Row>,
     failover: Vec<failover::Row>,
     proxy: Vec<proxy::Row>,
     eviction: Vec<eviction::Row>,
@@ -92,7 +94,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     proxy::install()?;
     let planes = Plane::chosen().map_or(vec![Plane::Pcap, Plane::Bpf], |plane| vec![plane]);
     let mut paths = vec![Path::Plain, Path::Proxy];
-    paths.extend(planes.into_iter().flat_map(|plane| Path::with_up_to(Some(plane), 3)));
+    paths.extend(planes.iter().flat_map(|&plane| Path::with_up_to(Some(plane), 3)));
     if wanted(Part::Rtt) {
         println!("\nRound trips, 64-byte PING and transaction, against the plain bridge");
         let effort = rtt::Effort {
@@ -104,10 +106,21 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         summary::print_rtt(&report.rtt);
     }
     if wanted(Part::Throughput) {
-        println!("\nThroughput of one 300 MB transfer, against the plain bridge");
         let rounds = if options.quick { 1 } else { 3 };
-        report.throughput = throughput::measure(&lab, pinning, &paths, rounds)?;
+        println!(
+            "\nThroughput of one 300 MB transfer, against the plain bridge and, with 1 replica, the fair limit (plain,\n\
+             with a second transfer meanwhile; to reach: 80 % of it)"
+        );
+        let mut all = paths.clone();
+        all.insert(1, Path::PlainTwice);
+        report.throughput = throughput::measure(&lab, pinning, &all, rounds)?;
         throughput::print(&report.throughput);
+        println!("\nThe same over a link of 1 Gbit/s (to reach: 99 % of plain)");
+        let one = planes.iter().map(|&plane| Path::Replicated { plane: Some(plane), replicas: 1 });
+        let over_link: Vec<_> = std::iter::once(Path::Plain).chain(one).collect();
+        report.throughput_over_1_gbit_per_s =
+            wire::limited(&lab, || throughput::measure(&lab, pinning, &over_link, rounds))?;
+        throughput::print(&report.throughput_over_1_gbit_per_s);
     }
     for domain in lab.domains()? {
         release_host(&domain.host)?;

@@ -15,6 +15,9 @@ use crate::stage::{own_address, unhurried, with_plane, with_replicas};
 pub(crate) enum Path {
     /// The bridge, without anything.
     Plain,
+    /// The same, while a second client moves as much to or from `guest-2`: what can fairly be asked of a machine
+    /// that carries every byte twice.
+    PlainTwice,
     /// HAProxy in dom0 in front of the same server.
     Proxy,
     /// dom0d with so many replicas.
@@ -35,6 +38,7 @@ impl Path {
     pub(crate) fn name(self) -> String {
         match self {
             Path::Plain => "plain".to_owned(),
+            Path::PlainTwice => "plain, twice".to_owned(),
             Path::Proxy => "haproxy".to_owned(),
             Path::Replicated { plane, replicas } => {
                 let plane = plane.map_or(String::new(), |plane| format!("{} ", plane.name()));
@@ -47,6 +51,7 @@ impl Path {
     pub(crate) fn replicas(self) -> usize {
         match self {
             Path::Plain | Path::Proxy => 0,
+            Path::PlainTwice => 1,
             Path::Replicated { replicas, .. } => replicas,
         }
     }
@@ -61,7 +66,9 @@ impl Path {
         work: impl FnOnce(SocketAddr) -> Result<T>,
     ) -> Result<(T, usize)> {
         match self {
-            Path::Plain => Ok((work(own_address(&lab.domain("guest-1")?, service)?.1)?, 0)),
+            Path::Plain | Path::PlainTwice => {
+                Ok((work(own_address(&lab.domain("guest-1")?, service)?.1)?, 0))
+            }
             Path::Proxy => {
                 let proxy = Proxy::start(lab)?;
                 pin_process(proxy.pid(), pinning.dom0d_and_rvms)?;

@@ -14,7 +14,7 @@ use super::plan::{CLIENT_LAST, DOM0_LAST, LabConfig, lab_addresses};
 /// The bridge in dom0.
 pub(crate) const BRIDGE: &str = "xenbr0";
 /// The bridge's port to the client.
-const UPLINK: &str = "uplink";
+pub(crate) const UPLINK: &str = "uplink";
 /// What every interface of a host but dom0 is called.
 pub(crate) const GUEST_INTERFACE: &str = "eth0";
 

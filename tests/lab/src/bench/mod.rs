@@ -62,6 +62,7 @@ struct Report {
     throughput_over_1_gbit_per_s: Vec<throughput::Row>,
     failover: Vec<failover::Row>,
     proxy: Vec<proxy::Row>,
+    keepalived_ipvs: String,
     eviction: Vec<eviction::Row>,
     memory: Vec<crowd::Memory>,
     conversations: Vec<crowd::Cost>,
@@ -140,6 +141,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("\nWhat happens to open connections behind HAProxy instead");
         report.proxy = proxy::measure(&lab, if options.quick { 1 } else { 10 })?;
         proxy::print(&report.proxy);
+        report.keepalived_ipvs = proxy::ipvs().to_owned();
+        println!("  KEEPALIVED/IPVS: {}", report.keepalived_ipvs);
     }
     if wanted(Part::Crowd) {
         println!("\nCost against the number of conversations, 3 replicas");

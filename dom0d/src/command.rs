@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use understudy_protocol::{ConversationStatus, OperatorError, ServerId, ServiceStatus};
 use uuid::Uuid;
@@ -114,7 +114,7 @@ pub(crate) enum Statement {
 }
 
 /// A domain as operators and toolstacks know it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DomainRef {
     /// The toolstack's handle.
     pub(crate) name: String,

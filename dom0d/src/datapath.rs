@@ -208,6 +208,7 @@ impl DataPath {
             .min()
             .unwrap_or(Duration::from_millis(50));
         Self {
+            next_server: services.iter().map(|service| service.first_server).max().unwrap_or(1),
             services,
             around,
             hypervisor_name,
@@ -219,7 +220,6 @@ impl DataPath {
             liveness_poll,
             starvation,
             looked: now,
-            next_server: 1,
             rules_version: 0,
             memory,
             counters: Counters::default(),
@@ -228,6 +228,11 @@ impl DataPath {
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self) {
+        let now = clock::now();
+        for index in 0..self.services.len() {
+            let (service, mut around) = self.split(index);
+            service.succeed(now, &mut around);
+        }
         loop {
             let now = clock::now();
             self.around.heartbeat.store(now.as_micros(), Ordering::Relaxed);
@@ -419,6 +424,9 @@ impl DataPath {
         let mut rules_changed = false;
         let mut memory_changed = false;
         for (index, service) in self.services.iter_mut().enumerate() {
+            if std::mem::take(&mut service.surroundings_changed) || service.rules_changed {
+                service.note_surroundings(self.next_server);
+            }
             rules_changed |= std::mem::take(&mut service.rules_changed);
             memory_changed |= std::mem::take(&mut service.memory_changed);
             for loss in service.plane.take_losses() {

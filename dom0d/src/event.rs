@@ -105,6 +105,11 @@ pub(crate) enum DaemonEvent {
         /// The request as written by the toolstack: `poweroff`, `reboot`, ...
         request: String,
     },
+    /// This dom0d goes on where one was that did not end in order.
+    TakenOver {
+        /// Open conversations, as the other knew them.
+        conversations: u64,
+    },
     /// Something hinders the daemon or a service; the same text stands in the status until it is over.
     Problem {
         /// What, and what to do.

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use understudy_protocol::{Evidence, Instant};
 
 use crate::hypervisor::{DomainState, Shutdown};
@@ -50,7 +51,7 @@ const REPEAT_MOST: Duration = Duration::from_secs(60);
 const MOVES: Duration = Duration::from_secs(1);
 
 /// One domain, watched over one life of it, or over several if it moves.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Watch {
     /// A domain that was never seen running is being built, or was paused before we came.
     seen_running: bool,

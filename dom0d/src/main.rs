@@ -19,6 +19,7 @@ mod preflight;
 mod report;
 mod server;
 mod service;
+mod succession;
 mod wake;
 
 use std::io::IsTerminal;
@@ -34,11 +35,10 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use rtnetlink::Handle;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{broadcast, oneshot, watch};
 use tracing_subscriber::EnvFilter;
 use understudy_api::config::{Config, ConfigError, DEFAULT_PATH};
-use uuid::Uuid;
 
 use crate::command::Commands;
 use crate::control::ControlSocket;
@@ -49,9 +49,9 @@ use crate::hypervisor::HypervisorKind;
 use crate::memory::Memory;
 use crate::notify::Notifier;
 use crate::placement::Placement;
-use crate::plane::{Plane, anchor, rules};
+use crate::plane::{anchor, rules};
 use crate::report::Reporter;
-use crate::service::Service;
+use crate::service::{Service, leave_nothing};
 use crate::wake::Waker;
 
 /// Where the lock and the memory are on a real host.
@@ -132,7 +132,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("can't start threads")?;
-    runtime.block_on(run(Arc::new(config), &hypervisor, &socket, directory.join("dom0d.state")))
+    runtime.block_on(run((Arc::new(config), &arguments.config), &hypervisor, &socket, directory))
 }
 
 /// xenstore-rs finds xenstored by an environment variable, which a process sets safely only for its
@@ -142,12 +142,16 @@ fn find_xenstored(lab: &Path) -> anyhow::Result<()> {
     if std::env::var_os("XENSTORED_PATH").is_some_and(|path| path == *socket) {
         return Ok(());
     }
-    let program = std::env::current_exe().context("can't find this program again")?;
-    let error = std::process::Command::new(program)
-        .args(std::env::args_os().skip(1))
-        .env("XENSTORED_PATH", &socket)
-        .exec();
+    let error = again().env("XENSTORED_PATH", &socket).exec();
     Err(error).context("can't start dom0d again with XENSTORED_PATH")
+}
+
+/// This program as it was called.
+fn again() -> std::process::Command {
+    let mut arguments = std::env::args_os();
+    let mut again = std::process::Command::new(arguments.next().unwrap_or_default());
+    again.args(arguments);
+    again
 }
 
 /// The threads around the data path; they end when the data path has ended.
@@ -162,14 +166,15 @@ struct Threads {
 }
 
 async fn run(
-    config: Arc<Config>,
+    (config, config_path): (Arc<Config>, &Path),
     hypervisor: &HypervisorKind,
     socket: &Path,
-    memory_path: PathBuf,
+    directory: &Path,
 ) -> anyhow::Result<()> {
     let notifier = Notifier::from_environment().context("NOTIFY_SOCKET")?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let hangup = signal(SignalKind::hangup())?;
     let socket = ControlSocket::listen(socket)?;
     let (connection, netlink, _) = rtnetlink::new_connection().context("netlink")?;
     tokio::spawn(connection);
@@ -178,24 +183,28 @@ async fn run(
 
     let (events, _) = broadcast::channel(EVENTS_KEPT);
     let (lost, lost_interfaces) = tokio::sync::mpsc::unbounded_channel();
-    let mut planes = Vec::with_capacity(config.services.len());
-    let mut programs = Vec::with_capacity(config.services.len());
-    for service in &config.services {
-        let choice = plane::choose(service);
-        if let Some(reason) = choice.reason {
-            tracing::warn!(service = service.engine.name, "{reason}");
-        }
-        planes.push(choice.plane);
-        programs.push(choice.programs);
+    let memory_path = directory.join("dom0d.state");
+    let memory = memory::load(&memory_path).unwrap_or_else(|error| {
+        tracing::error!(path = %memory_path.display(), %error, "what an earlier dom0d wrote down can't be read; taking the configured OVMs for the OVMs");
+        Memory::default()
+    });
+    let mut services = Vec::with_capacity(config.services.len());
+    let mut beginnings = Vec::with_capacity(config.services.len());
+    for (index, service) in config.services.iter().enumerate() {
+        let memory = memory.services.get(&service.engine.name).cloned().unwrap_or_default();
+        let (service, programs) = Service::begin(index, service.clone(), memory, directory);
+        beginnings.push((programs, service.arrivals()));
+        services.push(service);
     }
-    let mut threads = start_threads(&config, hypervisor, &events, lost, memory_path, planes)?;
+    let can_be_followed = services.iter().all(|service| service.engine.is_journaled());
+    let mut threads = start_threads(&config, hypervisor, &events, lost, (memory_path, memory), services)?;
     let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
     let relist = Relist::default();
     let control = tokio::spawn(control::serve(socket, commands, relist.clone(), &events));
     let (found, domains) = watch::channel(Found::default());
     let discovery = tokio::spawn(discovery::watch_domains(found, relist));
     let (messages, waker) = (threads.messages.clone(), threads.waker.clone());
-    let placement = Placement::new(Arc::clone(&config), netlink.clone(), messages, waker, programs);
+    let placement = Placement::new(Arc::clone(&config), netlink.clone(), messages, waker, beginnings);
     let placement = tokio::spawn(placement.run(domains, lost_interfaces));
     for warning in preflight::warnings() {
         tracing::warn!("{warning}");
@@ -210,6 +219,7 @@ async fn run(
         _ = interrupt.recv() => Ok(()),
         _ = &mut threads.ended => Err(anyhow::anyhow!("the data path ended; this is a bug in dom0d, see the log")),
         () = watchdog(notifier.as_ref(), &threads.heartbeat) => Ok(()),
+        error = make_way(hangup, config_path, can_be_followed) => Err(error),
     };
     if let Some(notifier) = &notifier {
         notifier.tell("STOPPING=1");
@@ -225,6 +235,9 @@ async fn run(
     let _ = control.await;
     stop_threads(threads);
     clean_up(&netlink, &macs).await;
+    for service in &config.services {
+        leave_nothing(service, directory);
+    }
     result
 }
 
@@ -233,8 +246,8 @@ fn start_threads(
     hypervisor: &HypervisorKind,
     events: &Events,
     lost: tokio::sync::mpsc::UnboundedSender<datapath::LostInterface>,
-    memory_path: PathBuf,
-    planes: Vec<Box<dyn Plane>>,
+    (memory_path, memory): (PathBuf, Memory),
+    services: Vec<Service>,
 ) -> anyhow::Result<Threads> {
     let waker = Waker::new().context("eventfd")?;
     let (messages, inbox) = mpsc::channel();
@@ -254,21 +267,8 @@ fn start_threads(
     let (rules, rules_writer) = rules::spawn_writer(move |version, result| {
         tell_rules(Message::RulesApplied { version, result });
     })?;
-    let memory = memory::load(&memory_path).unwrap_or_else(|error| {
-        tracing::error!(path = %memory_path.display(), %error, "what an earlier dom0d wrote down can't be read; taking the configured OVMs for the OVMs");
-        Memory::default()
-    });
     let (memory_sender, memory_writer) = memory::spawn_writer(memory_path)?;
     let heartbeat = Arc::new(AtomicU64::new(clock::now().as_micros()));
-    let services = config.services.iter().zip(planes).enumerate();
-    let services = services
-        .map(|(index, (service, plane))| {
-            let seed = Uuid::new_v4().as_u64_pair().0;
-            let name = &service.engine.name;
-            let memory = memory.services.get(name).cloned().unwrap_or_default();
-            Service::new(index, service.clone(), seed, memory, plane)
-        })
-        .collect();
     let datapath = DataPath::new(
         services,
         (hypervisor.name(), hypervisor.open()?),
@@ -315,6 +315,26 @@ async fn watchdog(notifier: Option<&Notifier>, heartbeat: &AtomicU64) {
             notifier.tell("WATCHDOG=1");
         } else {
             tracing::error!(?age, "the data path does not come round");
+        }
+    }
+}
+
+/// On a hangup, becomes the dom0d that is installed now, with the configuration that is there now: conversations go
+/// on, and replicas stay promotable. Returns only if that fails for good.
+async fn make_way(mut hangup: Signal, config: &Path, can_be_followed: bool) -> anyhow::Error {
+    loop {
+        if hangup.recv().await.is_none() {
+            return std::future::pending().await;
+        }
+        if let Err(error) = Config::load(config) {
+            tracing::error!(path = %config.display(), %error, "goes on as it is: the configuration is wrong");
+        } else if !can_be_followed {
+            tracing::error!(
+                "goes on as it is: not every service is on the plane bpf, and on pcap conversations would end; restart dom0d when that does not matter"
+            );
+        } else {
+            tracing::info!("becomes the dom0d that is installed now");
+            return anyhow::Error::new(again().exec()).context("can't start dom0d again");
         }
     }
 }

@@ -62,6 +62,8 @@ pub(crate) struct Placement {
 struct Anchor {
     /// The bridge's number and the far end's, while the data path has it.
     on: Option<(u32, u32)>,
+    /// It may be in place, as another process left it.
+    is_left: bool,
     /// Not to be tried again before, and why.
     blocked: Option<(Instant, String)>,
 }
@@ -78,6 +80,18 @@ struct Given {
     state: GivenState,
 }
 
+impl Given {
+    fn open(arrival: Arrival, index: u32) -> Self {
+        Self {
+            name: arrival.domain.name.clone(),
+            shutdown_request: None,
+            came_from: None,
+            moving_since: None,
+            state: GivenState::Open { arrival, index },
+        }
+    }
+}
+
 #[derive(Debug)]
 enum GivenState {
     /// It was given with this vif, whose number was that.
@@ -87,15 +101,27 @@ enum GivenState {
 }
 
 impl Placement {
-    /// Placement that has given nothing yet.
+    /// Placement that has given nothing yet but what each service begins with, by `beginnings`: what its plane has
+    /// for interfaces, and its servers.
     pub(crate) fn new(
         config: Arc<Config>,
         netlink: Handle,
         messages: mpsc::Sender<Message>,
         waker: Waker,
-        programs: Vec<Option<Programs>>,
+        beginnings: Vec<(Option<Programs>, Vec<Arrival>)>,
     ) -> Self {
-        let anchors = vec![Anchor::default(); config.services.len()];
+        let mut anchors = Vec::new();
+        let mut programs = Vec::new();
+        let mut given = BTreeMap::new();
+        for (index, (program, arrivals)) in beginnings.into_iter().enumerate() {
+            programs.push(program);
+            anchors.push(Anchor { is_left: !arrivals.is_empty(), ..Anchor::default() });
+            for arrival in arrivals {
+                let life = DomainId { uuid: arrival.domain.uuid, domid: arrival.domain.domid };
+                // No interface has the number 0, so it is opened.
+                given.insert((index, life), Given::open(arrival, 0));
+            }
+        }
         Self {
             config,
             netlink,
@@ -103,7 +129,7 @@ impl Placement {
             waker,
             anchors,
             programs,
-            given: BTreeMap::new(),
+            given,
             in_transit: BTreeSet::new(),
             told: BTreeMap::new(),
         }
@@ -277,8 +303,9 @@ impl Placement {
         {
             return Err(reason.clone());
         }
+        let is_left = in_place && self.anchors[index].is_left;
         self.anchors[index] = Anchor::default();
-        let mut placed = self.place(service, bridge).await;
+        let mut placed = self.place(service, bridge, is_left).await;
         if placed.is_ok()
             && let Some(programs) = &mut self.programs[index]
             && let Err(error) = tokio::task::block_in_place(|| programs.attach_anchor(&name))
@@ -302,7 +329,13 @@ impl Placement {
         Ok(())
     }
 
-    async fn place(&self, service: &config::Service, bridge: &Link) -> Result<(Device, u32), String> {
+    /// Makes the anchor, or takes it as it `is_left` there; the PSC's addresses are nobody else's then.
+    async fn place(
+        &self,
+        service: &config::Service,
+        bridge: &Link,
+        is_left: bool,
+    ) -> Result<(Device, u32), String> {
         let text = |error: AnchorError| error.to_string();
         let addresses = anchor::addresses_of_dom0(&self.netlink).await;
         for address in addresses.map_err(text)? {
@@ -312,8 +345,11 @@ impl Placement {
                 ));
             }
         }
-        let far = anchor::create(&self.netlink, service.psc_mac, bridge).await;
-        let far = far.map_err(text)?;
+        let far = if is_left {
+            anchor::names(service.psc_mac).1
+        } else {
+            anchor::create(&self.netlink, service.psc_mac, bridge).await.map_err(text)?
+        };
         let links = anchor::links(&self.netlink).await.map_err(text)?;
         let index = links.iter().find(|link| link.name == far);
         let index = index.ok_or_else(|| AnchorError::Vanished(far.clone()).to_string())?;
@@ -322,7 +358,7 @@ impl Placement {
         let psc = Psc::new(&service.engine.psc, service.psc_mac);
         let opened = blocking(move || {
             let mut device = Device::open(&far, &filter, buffer)?;
-            let taken = anchor::probe(&mut device, &psc);
+            let taken = if is_left { None } else { anchor::probe(&mut device, &psc) };
             Ok::<_, DeviceError>((device, taken))
         });
         match opened.await? {
@@ -425,24 +461,8 @@ impl Placement {
         let (vif, buffer) = (arrival.vif.clone(), self.config.capture_buffer);
         let opened = blocking(move || Device::open(&vif, &filter, buffer)).await?;
         let device = opened.map_err(|error| format!("its vif can't be captured: {error}"))?;
-        let copy = Arrival {
-            domain: arrival.domain.clone(),
-            vif: arrival.vif.clone(),
-            mac: arrival.mac,
-            addresses: arrival.addresses.clone(),
-            mtu: arrival.mtu,
-        };
         let came_from = self.given.get(&key).and_then(|given| given.came_from);
-        self.given.insert(
-            key,
-            Given {
-                name: arrival.domain.name.clone(),
-                shutdown_request: None,
-                came_from,
-                moving_since: None,
-                state: GivenState::Open { arrival: copy, index: link_index },
-            },
-        );
+        self.given.insert(key, Given { came_from, ..Given::open(arrival.clone(), link_index) });
         let vif = Interface { index: link_index, device };
         self.tell(Message::Arrived { service: key.0, arrival, vif });
         Ok(())

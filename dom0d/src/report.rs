@@ -103,6 +103,7 @@ fn servers_of(happening: &Happening) -> Vec<ServerId> {
             | DaemonEvent::MaintenanceEnded { server }
             | DaemonEvent::ShutdownRequested { server, .. } => vec![*server],
             DaemonEvent::PscReady { .. }
+            | DaemonEvent::TakenOver { .. }
             | DaemonEvent::DomainAppeared { .. }
             | DaemonEvent::DomainGone { .. }
             | DaemonEvent::NotAttached { .. }

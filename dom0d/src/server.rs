@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
 use understudy_protocol::{Instant, ServerId, ServerSpec};
 
 use crate::command::DomainRef;
@@ -11,7 +12,7 @@ use crate::liveness::{Excuse, Watch};
 use crate::plane::Mac;
 
 /// One life of one domain, in one service; a migration within the host does not end it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Server {
     /// As operators know it.
     pub(crate) domain: DomainRef,
@@ -40,7 +41,7 @@ pub(crate) struct Server {
 }
 
 /// Where a server stands relative to its service's queue.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Place {
     /// Waits for its vif's rules of this version.
     Preparing(u64),
@@ -57,7 +58,7 @@ pub(crate) enum Place {
 }
 
 /// A domain that a service can use, as placement hands it over.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Arrival {
     /// As operators know it.
     pub(crate) domain: DomainRef,
@@ -88,6 +89,17 @@ impl Server {
             fenced: false,
             moving: false,
             gone: false,
+        }
+    }
+
+    /// What it was given as.
+    pub(crate) fn arrival(&self) -> Arrival {
+        Arrival {
+            domain: self.domain.clone(),
+            vif: self.vif.clone(),
+            mac: self.mac,
+            addresses: self.addresses.clone(),
+            mtu: self.mtu,
         }
     }
 

@@ -25,6 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         conversations: 1,
         daemon_grace: Duration::from_secs(1),
         serve: false,
+        pins: None,
     };
     let (mut programs, mut tap) = load(&settings)?;
     // The PSC's own address, so that a rewritten segment is the one that came.

@@ -34,12 +34,18 @@
 mod inject;
 pub mod layout;
 mod load;
+mod pages;
 mod shared;
 mod tap;
 
 pub use inject::{Cut, Injector, ignore_outgoing};
-pub use load::{LoadError, Programs, Settings, load, prepared_interfaces};
+pub use load::{LoadError, Programs, Settings, is_pinned, load, prepared_interfaces, unpin};
+pub use pages::Pages;
 pub use tap::{Copied, Tap};
+
+/// What programs, maps and daemon agree on, as text: maps that were made for another can't be used.
+pub const LAYOUT: &str =
+    concat!(include_str!(concat!(env!("OUT_DIR"), "/layout.h")), include_str!("../programs/maps.h"));
 
 impl layout::Conversation {
     /// A conversation as the kernel must know it from now on, in a place of its own below

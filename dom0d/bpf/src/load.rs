@@ -1,15 +1,19 @@
 //! How the programs get into the kernel and onto interfaces. Whatever may wait (verification, netlink) is here.
+//!
+//! Maps are pinned, so that they are there for the next daemon to load its own programs with; the programs of a
+//! daemon that was killed stay where they are until those take their place, with no frame in between.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, RingBuf};
 use aya::programs::tc::{
-    NlOptions, SchedClassifierLinkId, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program,
+    NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle, qdisc_add_clsact,
 };
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod, TestRun as _, TestRunOptions};
@@ -28,6 +32,27 @@ unsafe impl Pod for Key {}
 unsafe impl Pod for Conversation {}
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/understudy.bpf.o"));
+
+/// Where among an interface's filters the programs are: known, so that a successor's take their place.
+const PRIORITY: u16 = 40_000;
+const HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// The rings of servers that are not the OVM, by slot.
+const RVM_RINGS: [&str; SLOTS] = [
+    "rvm_ring_0",
+    "rvm_ring_1",
+    "rvm_ring_2",
+    "rvm_ring_3",
+    "rvm_ring_4",
+    "rvm_ring_5",
+    "rvm_ring_6",
+    "rvm_ring_7",
+];
+
+/// All that is kept for the next daemon.
+fn pinned() -> impl Iterator<Item = &'static str> {
+    ["control", "bounds", "ring", "conversations", "counters"].into_iter().chain(RVM_RINGS)
+}
 
 /// Interfaces that this process has put programs on, and whether the place for them (the clsact qdisc) was made
 /// by dom0d, this one or a killed predecessor.
@@ -54,6 +79,9 @@ pub struct Settings {
     pub daemon_grace: Duration,
     /// Whether conversations go on, unrecorded, when the ring is full and the daemon silent for that long.
     pub serve: bool,
+    /// Where the maps are pinned, in a bpffs; if they all are already, those are used as they are. `None`: they end
+    /// with the programs.
+    pub pins: Option<PathBuf>,
 }
 
 /// Why the programs can't be used.
@@ -71,6 +99,14 @@ pub enum LoadError {
     /// Memory can't be shared with the programs.
     #[error("the memory of the tc programs can't be mapped: {0}")]
     Shared(#[from] nix::Error),
+    /// Pins that nobody can use are in the way.
+    #[error("{path} can't be removed: {error}")]
+    Pins {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
     /// An interface takes no programs.
     #[error("a tc program can't be attached to {interface}: {error}")]
     Attach {
@@ -93,22 +129,49 @@ pub struct Programs {
     attached: Vec<(&'static str, String, SchedClassifierLinkId)>,
 }
 
-/// Loads the programs with maps of their own.
+/// Whether a daemon left all maps at `pins`.
+pub fn is_pinned(pins: &Path) -> bool {
+    pinned().all(|name| pins.join(name).exists())
+}
+
+/// Removes what a daemon left at `pins`; nothing there is fine.
+pub fn unpin(pins: &Path) -> Result<(), LoadError> {
+    match std::fs::remove_dir_all(pins) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(LoadError::Pins { path: pins.to_owned(), error })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Loads the programs, with maps of their own or with pinned ones.
 pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     if settings.ports.len() > PORTS {
         return Err(LoadError::TooManyPorts(settings.ports.len()));
     }
     let conversations = settings.conversations.max(1);
-    let mut ebpf = EbpfLoader::new()
-        .map_max_entries("conversations", conversations)
-        .map_max_entries("bounds", conversations)
-        .load(OBJECT)?;
+    let mut loader = EbpfLoader::new();
+    loader.map_max_entries("conversations", conversations).map_max_entries("bounds", conversations);
+    let mut adopts = false;
+    if let Some(pins) = &settings.pins {
+        adopts = is_pinned(pins);
+        if !adopts {
+            unpin(pins)?;
+            std::fs::create_dir_all(pins).map_err(|error| LoadError::Pins { path: pins.clone(), error })?;
+        }
+        for name in pinned() {
+            loader.map_pin_path(name, pins.join(name));
+        }
+    }
+    let mut ebpf = loader.load(OBJECT)?;
     for name in ["client", "server"] {
         classifier(&mut ebpf, name)?.load()?;
     }
     let mut take = |name: &'static str| ebpf.take_map(name).ok_or(LoadError::Missing(name));
     let mut map = take("control")?;
-    Array::<_, Control>::try_from(&mut map)?.set(0, first_control(settings), 0)?;
+    if !adopts {
+        Array::<_, Control>::try_from(&mut map)?.set(0, first_control(settings), 0)?;
+    }
     let control = match &map {
         Map::Array(map) => SharedControl::map(map.fd())?,
         _ => return Err(LoadError::Missing("control")),
@@ -118,18 +181,8 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
         Map::Array(map) => SharedBounds::map(map.fd(), conversations)?,
         _ => return Err(LoadError::Missing("bounds")),
     };
-    let names: [&'static str; SLOTS] = [
-        "rvm_ring_0",
-        "rvm_ring_1",
-        "rvm_ring_2",
-        "rvm_ring_3",
-        "rvm_ring_4",
-        "rvm_ring_5",
-        "rvm_ring_6",
-        "rvm_ring_7",
-    ];
     let mut rvm_rings = Vec::with_capacity(SLOTS);
-    for name in names {
+    for name in RVM_RINGS {
         rvm_rings.push(RingBuf::try_from(take(name)?)?);
     }
     let tap = Tap::new(
@@ -224,19 +277,22 @@ impl Programs {
         self.detach(interface);
         // If this fails for another reason than that it is there, attaching says why.
         let made = qdisc_add_clsact(interface).is_ok();
-        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
-        if made {
-            prepared.insert(interface.to_owned(), true);
-        } else if !prepared.contains_key(interface) {
-            // Left by a dom0d that was killed: it would take all frames first.
-            let ours = qdisc_detach_program(interface, side, name).is_ok();
-            prepared.insert(interface.to_owned(), ours);
-        }
-        let options = TcAttachOptions::Netlink(NlOptions::default());
         let program = classifier(&mut self.ebpf, name)?;
-        let link = program
-            .attach_with_options(interface, side, options)
-            .map_err(|error| failed(error.to_string()))?;
+        // One that a killed dom0d left is replaced at once.
+        let left = SchedClassifierLink::attached(interface, side, PRIORITY, HANDLE, None);
+        let replaced = left.ok().and_then(|left| program.attach_to_link(left).ok());
+        let ours = made || replaced.is_some();
+        let link = match replaced {
+            Some(link) => link,
+            None => {
+                let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+                program
+                    .attach_with_options(interface, side, TcAttachOptions::Netlink(options))
+                    .map_err(|error| failed(error.to_string()))?
+            }
+        };
+        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+        *prepared.entry(interface.to_owned()).or_default() |= ours;
         self.attached.push((name, interface.to_owned(), link));
         Ok(())
     }

@@ -11,24 +11,33 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::layout::{Bounds, Control, Server};
 
-/// A mapping of a memory-mappable array map.
-struct Mapping {
+/// A mapping of a memory-mappable array map, or of a file.
+pub(crate) struct Mapping {
     address: NonNull<c_void>,
     length: NonZero<usize>,
 }
 
-// SAFETY: the mapping belongs to this value alone, and no reference into it ever leaves this module.
+// SAFETY: the mapping belongs to this value alone, and references into it borrow the value that owns it.
 unsafe impl Send for Mapping {}
 
 impl Mapping {
     /// Of so many values of this type, whose size is a multiple of 8 as the map's stride is.
-    fn new<T>(map: impl AsFd, count: usize) -> nix::Result<Self> {
+    pub(crate) fn new<T>(map: impl AsFd, count: usize) -> nix::Result<Self> {
         const { assert!(size_of::<T>().is_multiple_of(8)) }
         let length = NonZero::new(size_of::<T>() * count).unwrap_or(NonZero::<usize>::MIN);
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, at an address of the kernel's choice, of a map whose values are at least that long.
         let address = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map, 0) }?;
         Ok(Self { address, length })
+    }
+
+    pub(crate) fn address(&self) -> NonNull<c_void> {
+        self.address
+    }
+
+    /// In bytes.
+    pub(crate) fn length(&self) -> usize {
+        self.length.get()
     }
 }
 

@@ -7,7 +7,7 @@ use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::layout::{
-    Bounds, COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, Server,
+    Bounds, COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, SLOTS, Server,
     UNATTENDED,
 };
 use crate::shared::{SharedBounds, SharedControl};
@@ -16,10 +16,17 @@ use crate::shared::{SharedBounds, SharedControl};
 pub struct Tap {
     control: SharedControl,
     bounds: SharedBounds,
-    ring: RingBuf<MapData>,
-    rvm_rings: Vec<RingBuf<MapData>>,
+    ring: Ring,
+    rvm_rings: Vec<Ring>,
     conversations: HashMap<MapData, Key, Conversation>,
     counters: PerCpuArray<MapData, u64>,
+}
+
+/// A ring of records. The one read last stays in it until the next is asked for: a daemon that dies over it finds
+/// it again.
+struct Ring {
+    map: RingBuf<MapData>,
+    held: bool,
 }
 
 /// What a record says of the packet that it copied.
@@ -50,7 +57,8 @@ impl Tap {
         conversations: HashMap<MapData, Key, Conversation>,
         counters: PerCpuArray<MapData, u64>,
     ) -> Self {
-        Self { control, bounds, ring, rvm_rings, conversations, counters }
+        let rvm_rings = rvm_rings.into_iter().map(Ring::new).collect();
+        Self { control, bounds, ring: Ring::new(ring), rvm_rings, conversations, counters }
     }
 
     /// Begins a new epoch of the plane, in which the server in `slot` may speak, or nobody. In force at once;
@@ -59,6 +67,11 @@ impl Tap {
         let epoch = (self.control.active() >> 8).wrapping_add(1) & 0xffff_ffff;
         let slot = slot.map_or(NO_SLOT, |slot| slot as u64);
         self.control.set_active(epoch << 8 | slot);
+    }
+
+    /// The slot of the server that may speak.
+    pub fn active(&self) -> Option<usize> {
+        usize::try_from(self.control.active() & 0xff).ok().filter(|slot| *slot < SLOTS)
     }
 
     /// The present epoch of the plane.
@@ -103,25 +116,31 @@ impl Tap {
         let _ = self.conversations.remove(key);
     }
 
-    /// Copies the next packet of clients and OVM into `packet`; `None` if there is none yet.
+    /// All entries: conversations that pass, or did.
+    pub fn conversations(&self) -> impl Iterator<Item = Key> + '_ {
+        self.conversations.keys().filter_map(Result::ok)
+    }
+
+    /// Copies the next packet of clients and OVM into `packet`; `None` if there is none yet. Whatever is to be done
+    /// with a packet for good must be done before the next is asked for.
     pub fn next(&mut self, packet: &mut Vec<u8>) -> Option<Copied> {
-        take(&mut self.ring, packet)
+        self.ring.take(packet)
     }
 
     /// The next packet of the server in `slot`, sent while it was not the OVM.
     pub fn next_of(&mut self, slot: usize, packet: &mut Vec<u8>) -> Option<Copied> {
-        take(self.rvm_rings.get_mut(slot)?, packet)
+        self.rvm_rings.get_mut(slot)?.take(packet)
     }
 
     /// Nothing is in the ring of clients and OVM, nor being written there.
     pub fn is_drained(&self) -> bool {
-        let mut polled = [PollFd::new(self.ring.as_fd(), PollFlags::POLLIN)];
+        let mut polled = [PollFd::new(self.ring.map.as_fd(), PollFlags::POLLIN)];
         poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
     }
 
     /// What to poll: the ring of clients and OVM first, then those of the servers by slot.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(&self.ring).chain(&self.rvm_rings).map(AsFd::as_fd)
+        std::iter::once(&self.ring).chain(&self.rvm_rings).map(|ring| ring.map.as_fd())
     }
 
     /// Monotonic counters.
@@ -134,24 +153,37 @@ impl Tap {
     }
 }
 
-fn take(ring: &mut RingBuf<MapData>, packet: &mut Vec<u8>) -> Option<Copied> {
-    loop {
-        let item = ring.next()?;
-        let Some((head, rest)) = item.split_at_checked(size_of::<Record>()) else { continue };
-        let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-        let u16_at = |at: usize| u16::from_ne_bytes([head[at], head[at + 1]]);
-        let Some(bytes) = rest.get(..u32_at(0) as usize) else { continue };
-        let flags = u16_at(4);
-        packet.clear();
-        packet.extend_from_slice(bytes);
-        return Some(Copied {
-            slot: (flags & FROM_CLIENT == 0).then_some(usize::from(u16_at(6))),
-            forwarded: flags & FORWARDED != 0,
-            unattended: flags & UNATTENDED != 0,
-            handed_over: flags & HANDED_OVER != 0,
-            epoch: u32_at(8),
-            edge: u32_at(20),
-            source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
-        });
+impl Ring {
+    fn new(map: RingBuf<MapData>) -> Self {
+        Self { map, held: false }
+    }
+
+    fn take(&mut self, packet: &mut Vec<u8>) -> Option<Copied> {
+        if std::mem::take(&mut self.held) {
+            drop(self.map.next());
+        }
+        loop {
+            let item = self.map.next()?;
+            let Some((head, rest)) = item.split_at_checked(size_of::<Record>()) else { continue };
+            let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+            let u16_at = |at: usize| u16::from_ne_bytes([head[at], head[at + 1]]);
+            let Some(bytes) = rest.get(..u32_at(0) as usize) else { continue };
+            let flags = u16_at(4);
+            packet.clear();
+            packet.extend_from_slice(bytes);
+            let copied = Copied {
+                slot: (flags & FROM_CLIENT == 0).then_some(usize::from(u16_at(6))),
+                forwarded: flags & FORWARDED != 0,
+                unattended: flags & UNATTENDED != 0,
+                handed_over: flags & HANDED_OVER != 0,
+                epoch: u32_at(8),
+                edge: u32_at(20),
+                source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
+            };
+            // Not dropped: that would give its place in the ring away.
+            std::mem::forget(item);
+            self.held = true;
+            return Some(copied);
+        }
     }
 }

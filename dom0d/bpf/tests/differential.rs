@@ -81,6 +81,7 @@ fn bench(serve: bool) -> Bench {
         conversations: CONVERSATIONS,
         daemon_grace: Duration::from_secs(1),
         serve,
+        pins: None,
     };
     let (programs, mut tap) = load(&settings).expect("the programs load (root, CONFIG_BPF_SYSCALL)");
     let (IpAddr::V4(v4), IpAddr::V6(v6)) = (addresses(false).1, addresses(true).1) else { unreachable!() };

@@ -3,17 +3,20 @@
 use core::net::{IpAddr, SocketAddr};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::counters::Counters;
 use crate::key::{ConversationId, Key};
 use crate::order::Order;
 use crate::queue::{MAX_SERVERS, Queue, Slot};
+use crate::saved;
 use crate::{
     Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Passage, ServerId, ServiceConfig,
     StaleReason, Transmit,
 };
 
 /// How the present epoch's recuperation goes.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Recuperation {
     /// Conversations still in it.
     pub(crate) pending: BTreeSet<ConversationId>,
@@ -35,8 +38,10 @@ impl Recuperation {
 }
 
 /// See the module.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Context {
     pub(crate) now: Instant,
+    #[serde(skip, default = "saved::unconfigured")]
     pub(crate) config: ServiceConfig,
     pub(crate) queue: Queue,
     pub(crate) order: Order,

@@ -7,6 +7,8 @@
 //! segments do, `feed` how the daemon plays the client, `recuperation` how it plays the server,
 //! `verdict` what may be concluded against the OVM, `ending` how it ends, `upkeep` what is due when.
 
+use serde::{Deserialize, Serialize};
+
 use crate::context::Context;
 use crate::key::{ConversationId, Key};
 use crate::leg::{Leg, Legs, Phase};
@@ -19,7 +21,7 @@ use crate::wire::{Flags, Options, SackBlocks, Segment};
 use crate::{Destination, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
 
 /// What a client said of itself in its SYN, as far as the OVM agreed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Client {
     pub(crate) iss: u32,
     /// Largest segment it takes, options included.
@@ -42,7 +44,7 @@ pub(crate) struct Client {
 }
 
 /// What the client was told by any server so far; never taken back.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Told {
     /// ISS_client_view: fixed by the SYN-ACK that the client accepted.
     pub(crate) iss: u32,
@@ -59,7 +61,7 @@ pub(crate) struct Told {
 }
 
 /// A FIN or RST of the OVM that is not passed on yet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Held {
     pub(crate) position: u64,
     pub(crate) rst: bool,
@@ -79,7 +81,7 @@ impl Held {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Conversation {
     pub(crate) id: ConversationId,
     pub(crate) key: Key,
@@ -130,7 +132,7 @@ pub(crate) struct Conversation {
 }
 
 /// A conversation's recuperation.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Recuperating {
     /// What the daemon sends the client.
     pub(crate) sender: Sender,

@@ -4,6 +4,7 @@ use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::saved;
 use crate::wire::{self, Parsed};
 use crate::{Bounds, Flow, Instant};
 
@@ -13,11 +14,11 @@ use crate::{Bounds, Flow, Instant};
 pub struct ServerId(pub u32);
 
 /// A client's link-layer next hop (Ethernet address), learned from its segments.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LinkAddress(pub [u8; 6]);
 
 /// Where a packet goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Destination {
     /// To the client whose link-layer next hop this is.
     Client(LinkAddress),
@@ -26,11 +27,12 @@ pub enum Destination {
 }
 
 /// One IP packet to send.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transmit {
     /// Where it goes.
     pub to: Destination,
     /// The IPv4 or IPv6 packet.
+    #[serde(with = "serde_bytes")]
     pub packet: Vec<u8>,
     /// If not 0, it is longer than the path's MTU: it must be cut into segments with so many bytes of payload, which
     /// the kernel does (GSO). Its TCP checksum is that of the pseudo-header alone.
@@ -110,7 +112,7 @@ pub enum Uncovered {
 }
 
 /// What must be done outside the engine, in the order polled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Effect {
     /// From this moment `to` is the OVM. In force inside the engine already; a data plane that
     /// forwards by itself must switch now, before the next [`Transmit`] is sent.
@@ -143,11 +145,11 @@ pub enum Effect {
         bounds: Bounds,
     },
     /// Tell whoever listens.
-    Event(Event),
+    Event(#[serde(with = "saved::as_text")] Event),
 }
 
 /// Something an operator would want to know, with when it happened.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// When, on the engine's clock.
     pub at: Instant,
@@ -157,7 +159,7 @@ pub struct Event {
 }
 
 /// Kinds of [`Event`]; names and fields are stable, they are the control API's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum EventKind {
     /// A server joined the queue.
@@ -281,7 +283,7 @@ pub enum NotPromotable {
 }
 
 /// A server as the caller introduces it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerSpec {
     /// Its identity, never used before in this service.
     pub id: ServerId,
@@ -293,7 +295,7 @@ pub struct ServerSpec {
 }
 
 /// What the operator states about an RVM's state when attaching it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Seeding {
     /// Nothing: it is fed new conversations, and is stale.
     Unseeded,
@@ -342,7 +344,7 @@ pub enum OperatorError {
 }
 
 /// What the data plane did with a packet that it hands to the engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Passage {
     /// Nothing: it waits for the engine's word.
     #[default]

@@ -5,12 +5,15 @@
 use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::context::Context;
 use crate::conversation::{Client, Conversation, Told};
 use crate::key::{ConversationId, Key};
 use crate::leg::{Leg, Legs};
 use crate::passing::UNBOUNDED;
 use crate::queue::Slot;
+use crate::saved;
 use crate::seq::{later, position_of};
 use crate::stream::Stream;
 use crate::suspicion::REMINDERS;
@@ -18,7 +21,7 @@ use crate::wire::{Flags, Options, Segment};
 use crate::{Instant, LinkAddress, ServerId};
 
 /// The OVM's answer to a SYN, as the client saw it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct SynAck {
     /// Whose it is; `None` if that server has forgotten the handshake since.
     server: Option<ServerId>,
@@ -28,7 +31,7 @@ struct SynAck {
 }
 
 /// A handshake that a client began.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Embryonic {
     link: LinkAddress,
     iss: u32,
@@ -49,8 +52,9 @@ pub(crate) enum Third {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Handshakes {
+    #[serde(serialize_with = "saved::by_key")]
     by_key: HashMap<Key, Embryonic>,
     ages: VecDeque<(u64, Key)>,
     begun: u64,
@@ -250,7 +254,7 @@ impl Handshakes {
 }
 
 /// A SYN that the OVM, silent since, has not answered.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Unheard {
     key: Key,
     since: Instant,

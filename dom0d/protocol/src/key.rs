@@ -2,15 +2,17 @@
 
 use core::net::SocketAddr;
 
+use serde::{Deserialize, Serialize};
+
 /// The addresses that identify a conversation (RFC 9293 §3.3.1: remote and local socket).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct Key {
     pub(crate) client: SocketAddr,
     pub(crate) psc: SocketAddr,
 }
 
 /// A place in the table and which of its tenants is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct ConversationId {
     pub(crate) index: u32,
     pub(crate) generation: u32,

@@ -1,5 +1,7 @@
 //! One server's part in one conversation.
 
+use serde::{Deserialize, Serialize};
+
 use crate::queue::{MAX_SERVERS, Slot};
 use crate::sender::Sender;
 use crate::stream::Stream;
@@ -10,7 +12,7 @@ use crate::{Instant, ServerId, Uncovered};
 pub(crate) const GONE_GRACE: core::time::Duration = core::time::Duration::from_millis(500);
 
 /// How far the handshake with a server is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     /// The daemon sent the client's SYN; the server has not answered.
     SynSent,
@@ -20,7 +22,7 @@ pub(crate) enum Phase {
 
 /// A server's connection that stands for the client's. Positions as in [`crate::seq`]: up is client
 /// to server, down is server to client.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Leg {
     pub(crate) server: ServerId,
     pub(crate) phase: Phase,
@@ -138,7 +140,7 @@ impl Leg {
 }
 
 /// A server's place in a conversation.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Place {
     /// Not covered, and why.
     Absent(Uncovered),
@@ -146,7 +148,7 @@ pub(crate) enum Place {
 }
 
 /// The legs of one conversation by slot.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Legs([Place; MAX_SERVERS]);
 
 impl Legs {

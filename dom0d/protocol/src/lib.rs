@@ -25,6 +25,7 @@ mod queue;
 mod reception;
 mod recuperation;
 mod request;
+mod saved;
 mod sender;
 mod seq;
 mod service;
@@ -45,6 +46,7 @@ pub use event::{
     Passage, Seeding, ServerId, ServerSpec, StaleReason, Transmit, Uncovered,
 };
 pub use queue::MAX_SERVERS;
+pub use saved::RestoreError;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
 pub use time::Instant;

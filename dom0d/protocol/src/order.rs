@@ -6,10 +6,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::key::ConversationId;
 use crate::queue::{MAX_SERVERS, Slot};
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     conversation: ConversationId,
     /// The answer up to this position was sent.
@@ -17,7 +19,7 @@ struct Entry {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Order {
     first: u64,
     entries: VecDeque<Entry>,

@@ -6,6 +6,8 @@
 use core::cmp::Reverse;
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use crate::context::{Context, Recuperation};
 use crate::queue::{Server, Slot};
 use crate::{
@@ -23,7 +25,7 @@ pub(crate) enum Deposed {
 }
 
 /// Unplanned promotions of the recent past.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Unplanned(VecDeque<Instant>);
 
 impl Unplanned {

@@ -2,13 +2,15 @@
 
 use core::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{EventKind, Instant, NotPromotable, ServerId, ServerSpec, StaleReason};
 
 /// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).
 pub const MAX_SERVERS: usize = 4;
 
 /// A place in per-conversation arrays. Reused; the [`ServerId`] in it tells whose it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct Slot(u8);
 
 impl Slot {
@@ -23,7 +25,7 @@ impl Slot {
 }
 
 /// One server.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Server {
     pub(crate) id: ServerId,
     pub(crate) slot: Slot,
@@ -53,7 +55,7 @@ impl Server {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Queue {
     /// In the operator's order.
     servers: Vec<Server>,

@@ -3,6 +3,8 @@
 
 use core::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Instant;
 
 /// First retransmission timeout. Peers acknowledge within a delayed ACK (40 ms on Linux, at most
@@ -15,7 +17,7 @@ const WINDOW_LOSS: u64 = 16 << 10;
 const DUPLICATE_ACKS: u8 = 3;
 
 /// See the module. Positions as in [`crate::seq`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Sender {
     /// SND.NXT: the next position to send.
     pub(crate) nxt: u64,

@@ -5,7 +5,9 @@
 
 use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
 use crate::conversation::Conversation;
@@ -22,7 +24,7 @@ pub(crate) const SWEEP: usize = 128;
 const TICK: Duration = Duration::from_millis(100);
 
 /// A seeding that waits for open conversations to end.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Drain {
     pub(crate) server: ServerId,
     pub(crate) deadline: Instant,
@@ -47,7 +49,7 @@ pub struct Service {
     /// Next place of the table to look at after a promotion; `None` when all are done.
     pub(crate) sweep: Option<usize>,
     pub(crate) next_resets: Instant,
-    pub(crate) links: HashMap<IpAddr, LinkAddress>,
+    pub(crate) links: BTreeMap<IpAddr, LinkAddress>,
     /// Unknown conversations in which clients said something to the OVM.
     pub(crate) unknown: BTreeSet<Key>,
     /// Conversations that the data plane may pass by itself, as far as is known.
@@ -68,7 +70,7 @@ impl Service {
             next_tick: Instant::default(),
             sweep: None,
             next_resets: Instant::default(),
-            links: HashMap::new(),
+            links: BTreeMap::new(),
             unknown: BTreeSet::new(),
             passable: VecDeque::new(),
         }

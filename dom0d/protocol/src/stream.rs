@@ -4,6 +4,9 @@
 use core::ops::Range;
 use std::collections::{BTreeMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
 /// Neighbouring small chunks of one mark are joined up to this size.
 const JOINED_CHUNK: usize = 8 << 10;
 
@@ -15,11 +18,12 @@ const JOINED_RUN: usize = 256 << 10;
 const RUN: usize = 96;
 
 /// A run of bytes recorded at once.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Chunk {
     start: u64,
     /// Place in the service-wide order (see [`crate::order`]): the answers that must precede it.
     mark: u64,
+    #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
 }
 
@@ -41,11 +45,11 @@ pub(crate) struct Inserted {
 }
 
 /// Recorded bytes by position. First copy wins: what was recorded never changes.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Stream {
     chunks: VecDeque<Chunk>,
     end: u64,
-    pending: BTreeMap<u64, Vec<u8>>,
+    pending: BTreeMap<u64, ByteBuf>,
     /// Where the latest bytes beyond a gap arrived.
     latest: u64,
     retained: usize,
@@ -178,7 +182,7 @@ impl Stream {
                 }
                 _ => {
                     self.retained += RUN;
-                    self.pending.insert(gap.start, new.to_vec());
+                    self.pending.insert(gap.start, ByteBuf::from(new));
                 }
             }
         }

@@ -1,10 +1,12 @@
 //! Since when a conversation has something against the OVM.
 
+use serde::{Deserialize, Serialize};
+
 use crate::context::Context;
 use crate::{Instant, Timing};
 
 /// Since when a conversation has something against the OVM.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Suspicion {
     /// (c) A segment stays unacknowledged by the OVM though an RVM acknowledged it.
     pub(crate) unacked_since: Option<Instant>,

@@ -2,20 +2,24 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::conversation::Conversation;
 use crate::key::{ConversationId, Key};
+use crate::saved;
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Place {
     generation: u32,
     tenant: Option<Box<Conversation>>,
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Table {
     places: Vec<Place>,
     free: Vec<u32>,
+    #[serde(serialize_with = "saved::by_key")]
     by_key: HashMap<Key, ConversationId>,
     /// Closed ones, oldest first; they make room when the table is full.
     closed: VecDeque<ConversationId>,

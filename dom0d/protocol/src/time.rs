@@ -3,13 +3,13 @@
 use core::ops::{Add, Sub};
 use core::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A point in time, in microseconds since an origin that the caller chose.
 ///
 /// The engine never reads a clock; every input carries the caller's `now`. It must not run backwards
 /// (if it does, the engine treats the difference as zero).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Instant(u64);
 
 impl Instant {

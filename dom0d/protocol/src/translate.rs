@@ -10,6 +10,8 @@
 
 use core::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::seq::later;
 
 /// What both sides know of one conversation, as the numbers that its segments carry. "Told" is what the
@@ -54,7 +56,7 @@ pub struct Flow {
 
 /// Right edges beyond which nobody is told to send, whatever the other side has room for: what replicas
 /// still lack is kept, and room for that is finite. They are never moved back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bounds {
     /// For the client, in its own sequence numbers.
     pub up: u32,

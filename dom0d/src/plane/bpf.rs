@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use understudy_api::config::{self, OnDaemonLoss};
@@ -60,7 +61,7 @@ struct Counters {
 }
 
 /// What the programs must know of a service.
-pub(super) fn settings(service: &config::Service) -> Settings {
+pub(super) fn settings(service: &config::Service, pins: Option<&Path>) -> Settings {
     Settings {
         psc: service.engine.psc.clone(),
         psc_mac: service.psc_mac,
@@ -68,6 +69,7 @@ pub(super) fn settings(service: &config::Service) -> Settings {
         conversations: service.engine.limits.conversations,
         daemon_grace: service.daemon_grace,
         serve: service.on_daemon_loss == OnDaemonLoss::Serve,
+        pins: pins.map(Path::to_owned),
     }
 }
 
@@ -296,6 +298,30 @@ impl Plane for BpfPlane {
     fn take_untold(&mut self) -> bool {
         let untold = self.tap.unrecorded();
         std::mem::replace(&mut self.untold, untold) != untold
+    }
+
+    fn succeed(&mut self, slots: &BTreeMap<ServerId, u8>, ovm: Option<ServerId>, untold: u64) {
+        for (&server, &slot) in slots {
+            if let Some(place) = self.slots.get_mut(usize::from(slot)) {
+                *place = Some(server);
+            }
+        }
+        self.ovm = ovm;
+        self.portable.set_ovm(ovm);
+        self.untold = untold;
+    }
+
+    fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
+        !self.stopped && self.tap.active() == ovm.and_then(|ovm| self.slot_of(ovm))
+    }
+
+    fn slots(&self) -> BTreeMap<ServerId, u8> {
+        let slots = self.slots.iter().zip(0..);
+        slots.filter_map(|(server, slot)| Some(((*server)?, slot))).collect()
+    }
+
+    fn untold(&self) -> u64 {
+        self.untold
     }
 
     fn tick(&mut self, now: Instant) -> Option<Instant> {

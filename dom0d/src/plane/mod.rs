@@ -14,6 +14,7 @@ pub(crate) mod rules;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 use understudy_api::config;
 use understudy_bpf::Programs;
@@ -146,6 +147,24 @@ pub(crate) trait Plane: Send {
     /// Does what is due (announcing the PSC), and says when to call again.
     fn tick(&mut self, now: Instant) -> Option<Instant>;
 
+    /// Goes on where a predecessor's plane was, with servers in these slots.
+    fn succeed(&mut self, _slots: &BTreeMap<ServerId, u8>, _ovm: Option<ServerId>, _untold: u64) {}
+
+    /// Whether this OVM's segments, and nobody else's, are let through to clients.
+    fn lets_speak(&self, _ovm: Option<ServerId>) -> bool {
+        true
+    }
+
+    /// Servers by their places in what outlives the process.
+    fn slots(&self) -> BTreeMap<ServerId, u8> {
+        BTreeMap::new()
+    }
+
+    /// What [`Plane::take_untold`] told of so far.
+    fn untold(&self) -> u64 {
+        0
+    }
+
     /// Interfaces lost since the last call.
     fn take_losses(&mut self) -> Vec<Loss>;
 
@@ -163,12 +182,13 @@ pub(crate) struct Choice {
     pub(crate) reason: Option<String>,
 }
 
-/// Chooses a service's plane. May take a moment: the kernel verifies programs.
-pub(crate) fn choose(service: &config::Service) -> Choice {
+/// Chooses a service's plane, whose maps, if it has any, are pinned there. May take a moment: the kernel verifies
+/// programs.
+pub(crate) fn choose(service: &config::Service, pins: Option<&Path>) -> Choice {
     let portable = PcapPlane::new(Psc::new(&service.engine.psc, service.psc_mac));
     match service.plane {
         config::Plane::Pcap => Choice { plane: Box::new(portable), programs: None, reason: None },
-        config::Plane::Bpf => match understudy_bpf::load(&bpf::settings(service)) {
+        config::Plane::Bpf => match understudy_bpf::load(&bpf::settings(service, pins)) {
             Ok((programs, tap)) => {
                 let plane = Box::new(BpfPlane::new(tap, portable));
                 Choice { plane, programs: Some(programs), reason: None }

@@ -2,6 +2,7 @@
 //!
 //! Everything here runs on the data-path thread and never waits.
 
+mod beginning;
 mod joining;
 mod overview;
 
@@ -9,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 
 use understudy_api::config::{self, Fence, OnShutdownRequest};
-use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, Service as Engine, StaleReason};
+use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, StaleReason};
 
 use crate::clock;
 use crate::command::{DomainRef, KnownDomain};
@@ -23,9 +24,12 @@ use crate::plane::rules::{Part, RuleSet};
 use crate::plane::{Inbound, Interface, Origin, Plane, mac_text};
 use crate::report::Reporter;
 use crate::server::{Arrival, Place, Server};
+use crate::succession::Engine;
+
+pub(crate) use beginning::leave_nothing;
 
 /// Packets sent in one go before others have their turn.
-const BURST: usize = 256;
+const BURST: u32 = 256;
 
 /// Domains whose names are kept for the events and counts of former servers.
 const NAMES: usize = 64;
@@ -58,6 +62,12 @@ pub(crate) struct Service {
     pub(crate) rules_changed: bool,
     /// The memory changed since this was last cleared.
     pub(crate) memory_changed: bool,
+    /// What a successor must know changed since this was last cleared, other than with the rules.
+    pub(crate) surroundings_changed: bool,
+    /// It goes on where another process was, and has not begun to.
+    succeeds: bool,
+    /// Server ids below this one were given out by another process.
+    pub(crate) first_server: u32,
     bridge: Option<String>,
     in_step: Option<InStep>,
     /// What the engine found against the OVM, to be acted upon once the plane is stopped.
@@ -73,19 +83,14 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// A service without a place and without servers.
-    pub(crate) fn new(
+    /// A service without a place and without servers, around this engine.
+    fn new(
         index: usize,
-        mut config: config::Service,
-        seed: u64,
+        config: config::Service,
+        engine: Engine,
         mut memory: ServiceMemory,
         plane: Box<dyn Plane>,
     ) -> Self {
-        config.engine.seed = seed;
-        let mut engine = Engine::new(config.engine.clone());
-        if plane.passes() {
-            engine.set_plane_passes();
-        }
         let in_step = memory.take_in_step();
         Self {
             index,
@@ -97,6 +102,9 @@ impl Service {
             rules_changed: false,
             // What a clean end left must not count again after an unclean one.
             memory_changed: in_step.is_some(),
+            surroundings_changed: false,
+            succeeds: false,
+            first_server: 1,
             in_step,
             suspicion: None,
             clients_seen: false,
@@ -245,6 +253,7 @@ impl Service {
     pub(crate) fn renamed(&mut self, life: DomainId, name: &str) {
         if let Some(id) = self.find_life(life) {
             self.server_mut(id, |server| name.clone_into(&mut server.domain.name));
+            self.surroundings_changed = true;
             let domain = self.servers[&id].domain.clone();
             self.remember_name(id, &domain);
         }
@@ -332,6 +341,7 @@ impl Service {
                 server.running = running;
             }
             if verdict.running.is_some() || verdict.evidence.is_some() {
+                self.surroundings_changed = true;
                 told.push((id, verdict));
             }
         }
@@ -355,6 +365,7 @@ impl Service {
     /// A domain's announced maintenance begins: an operator's pause is on its way.
     pub(crate) fn maintenance_began(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
         self.server_mut(id, |server| server.announced = Some(now));
+        self.surroundings_changed = true;
         let limit = self.config.maintenance_limit.as_millis();
         self.daemon_event(
             now,
@@ -367,6 +378,7 @@ impl Service {
     pub(crate) fn maintenance_ended(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
         let announced = self.servers.get_mut(&id).and_then(|server| server.announced.take());
         if announced.is_some() {
+            self.surroundings_changed = true;
             self.daemon_event(now, DaemonEvent::MaintenanceEnded { server: id }, around);
         }
     }
@@ -392,6 +404,7 @@ impl Service {
     fn hand_over(&mut self) {
         if self.plane.take_untold() {
             self.engine.handle_untold();
+            self.surroundings_changed = true;
         }
         for _ in 0..BURST {
             if !self.plane.is_idle() {
@@ -461,13 +474,17 @@ impl Service {
                 }
             }
         }
-        for _ in 0..BURST {
+        let mut packets = 0;
+        let mut more = true;
+        while more && packets < BURST {
+            packets += 1;
             match self.engine.poll_transmit(now) {
                 Some(packet) => self.plane.transmit(&packet),
-                None => return false,
+                None => more = false,
             }
         }
-        true
+        self.engine.drained(now, packets);
+        more
     }
 
     fn fence(&mut self, id: ServerId, around: &mut Surroundings<'_>) {
@@ -581,8 +598,8 @@ impl Service {
 /// Tells the engine of a packet.
 fn hear(engine: &mut Engine, now: Instant, inbound: &Inbound<'_>) {
     match inbound.from {
-        Origin::Client(link) => engine.handle_tapped_client(now, link, inbound.packet, inbound.passage),
-        Origin::Server(id) => engine.handle_tapped_server(now, id, inbound.packet, inbound.passage),
+        Origin::Client(link) => engine.handle_client(now, link, inbound.packet, inbound.passage),
+        Origin::Server(id) => engine.handle_server(now, id, inbound.packet, inbound.passage),
     }
 }
 

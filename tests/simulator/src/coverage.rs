@@ -20,6 +20,7 @@ const EXPECTED: &[&str] = &[
     "connection.aborted",
     "connection.completed",
     "connection.completed over a promotion",
+    "engine.restored",
     "evidence.DomainGone",
     "evidence.DomainPaused",
     "evidence.NoProgress",
@@ -71,6 +72,11 @@ impl Coverage {
         for (name, count) in &other.counts {
             self.add(name, *count);
         }
+    }
+
+    /// How often something was exercised.
+    pub fn count(&self, name: &str) -> u64 {
+        self.counts.get(name).copied().unwrap_or(0)
     }
 
     /// What should have been exercised and was not.

@@ -51,10 +51,14 @@ pub(crate) struct Knobs {
     pub(crate) fence_us: u64,
     /// How late the daemon's timers are at most.
     pub(crate) timer_lateness_us: u64,
+    /// How often, in a million, what follows an input is left to an engine restored from what the other saved.
+    pub(crate) restores_per_million: u32,
 }
 
 impl Knobs {
     pub(crate) fn draw(seed: u64) -> Self {
+        // Of their own, so that a seed's other choices are what they were.
+        let mut restores = Prng::fork(seed, "restores", 0);
         let mut rng = Prng::fork(seed, "knobs", 0);
         let rng = &mut rng;
         let theme = *rng.pick(&[
@@ -110,6 +114,11 @@ impl Knobs {
             poll_us: 1000,
             fence_us: rng.between(50, 20_000),
             timer_lateness_us: if rng.percent(50) { 0 } else { 1500 },
+            restores_per_million: if restores.percent(30) {
+                restores.log_between(200, 50_000) as u32
+            } else {
+                0
+            },
         }
     }
 }

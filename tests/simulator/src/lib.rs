@@ -58,7 +58,16 @@ pub enum Path {
 
 /// Runs a seed; `verbose` prints every packet and event.
 pub fn run(seed: u64, verbose: bool, path: Path) -> Report {
-    let knobs = knobs::Knobs::draw(seed);
+    run_with(knobs::Knobs::draw(seed), seed, verbose, path)
+}
+
+/// As [`run`], with one engine from the beginning to the end: it never goes on from what another saved.
+pub fn run_unbroken(seed: u64, path: Path) -> Report {
+    let knobs = knobs::Knobs { restores_per_million: 0, ..knobs::Knobs::draw(seed) };
+    run_with(knobs, seed, false, path)
+}
+
+fn run_with(knobs: knobs::Knobs, seed: u64, verbose: bool, path: Path) -> Report {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let mut world = world::World::new(seed, knobs, trace::Trace::new(verbose), path);
         let failure = world.run();

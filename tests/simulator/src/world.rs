@@ -105,6 +105,8 @@ pub(crate) struct World {
     pub(crate) trace: Trace,
     failure: Option<Failure>,
     rng: Prng,
+    /// When the engine is restored.
+    restores: Prng,
     /// Why a connection may come to harm, if it may.
     pub(crate) excuse: Option<&'static str>,
     /// Servers that may have lost conversations, or lose them when they serve; and why.
@@ -243,6 +245,7 @@ impl World {
             trace,
             failure: None,
             rng: Prng::fork(seed, "world", 0),
+            restores: Prng::fork(seed, "restores", 1),
             excuse: None,
             impaired: BTreeMap::new(),
             untrue: BTreeSet::new(),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use simulator::{Coverage, Path, run};
+use simulator::{Coverage, Path, run, run_unbroken};
 
 fn must_pass(seeds: impl Iterator<Item = u64>) -> Coverage {
     let mut failures = Vec::new();
@@ -48,6 +48,19 @@ fn a_seed_replays_to_the_last_bit() {
             "seed {seed}"
         );
     }
+}
+
+#[test]
+fn a_restored_engine_does_what_the_saved_one_would_have_done() {
+    let mut restored = 0;
+    for seed in 0..100 {
+        for path in [Path::Daemon, Path::Kernel] {
+            let report = run(seed, false, path);
+            assert_eq!(report.digest, run_unbroken(seed, path).digest, "seed {seed}, {path:?}");
+            restored += report.coverage.count("engine.restored");
+        }
+    }
+    assert!(restored > 500, "{restored} times restored");
 }
 
 #[test]

@@ -614,9 +614,20 @@ impl World {
                     let _ = self.service.install_ovm(now, spec);
                 }
             }
+            (12, _) => self.restore(),
             _ => {}
         }
         self.drain();
+    }
+
+    /// Another process goes on with what this one saved.
+    fn restore(&mut self) {
+        let saved = self.service.save();
+        self.service = match Service::restore(self.service.config().clone(), &saved) {
+            Ok(service) => service,
+            Err(error) => panic!("what was saved just now: {error}"),
+        };
+        assert!(self.service.save() == saved, "the engine saves something else than it was restored from");
     }
 
     /// Everybody falls silent: in the end nothing may be left.

@@ -9,6 +9,7 @@ mod numbering;
 mod passing;
 mod promotion;
 mod replication;
+mod saved;
 
 use core::time::Duration;
 use std::collections::VecDeque;

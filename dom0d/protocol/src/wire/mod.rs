@@ -8,6 +8,8 @@ mod options;
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use serde::{Deserialize, Serialize};
+
 use checksum::Sum;
 pub(crate) use icmp::{Icmp, IcmpError};
 pub(crate) use options::{Options, SackBlocks};
@@ -20,7 +22,7 @@ const HOP_LIMIT: u8 = 64;
 const TCP_HEADER: usize = 20;
 
 /// TCP's control bits (RFC 9293 §3.1).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Flags(pub(crate) u8);
 
 impl Flags {

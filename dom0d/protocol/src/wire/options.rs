@@ -1,5 +1,7 @@
 //! TCP options (RFC 9293 §3.2, RFC 7323, RFC 2018).
 
+use serde::{Deserialize, Serialize};
+
 /// Most SACK blocks that fit beside nothing else (RFC 2018 §3).
 pub(crate) const MAX_SACK_BLOCKS: usize = 4;
 
@@ -10,7 +12,7 @@ const MAX_LENGTH: usize = 40;
 const MAX_WINDOW_SHIFT: u8 = 14;
 
 /// SACK blocks as sequence numbers, left edge and right edge.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SackBlocks {
     blocks: [(u32, u32); MAX_SACK_BLOCKS],
     len: u8,
@@ -43,7 +45,7 @@ impl SackBlocks {
 
 /// The options that Understudy understands. All others (Fast Open, MPTCP, ...) are not repeated in
 /// what it sends: a server that never sees them never relies on them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Options {
     pub(crate) mss: Option<u16>,
     pub(crate) window_shift: Option<u8>,

@@ -116,7 +116,7 @@ impl Daemon {
 
     /// Asks it to stop (SIGTERM) and waits; an error if it does not within 10 s, or exits non-zero.
     pub(crate) fn stop(mut self) -> Result<()> {
-        kill(Pid::from_raw(i32::try_from(self.pid())?), Signal::SIGTERM).context("asking dom0d to stop")?;
+        self.signal(Signal::SIGTERM)?;
         let deadline = Instant::now() + STOP_LIMIT;
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -133,12 +133,17 @@ impl Daemon {
         }
     }
 
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        kill(Pid::from_raw(i32::try_from(self.pid())?), signal)
+            .with_context(|| format!("sending dom0d {signal}"))
+    }
+
     /// SIGSTOP and, after this time, SIGCONT.
     pub(crate) fn suspend_for(&self, time: Duration) -> Result<()> {
-        let pid = Pid::from_raw(i32::try_from(self.pid())?);
-        kill(pid, Signal::SIGSTOP).context("stopping dom0d")?;
+        self.signal(Signal::SIGSTOP)?;
         std::thread::sleep(time);
-        kill(pid, Signal::SIGCONT).context("continuing dom0d")
+        self.signal(Signal::SIGCONT)
     }
 
     /// SIGKILL, so that it can clean nothing up.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -14,6 +14,7 @@ use nix::sys::signal::SigSet;
 use nix::sys::stat::Mode;
 
 use super::cgroup::Group;
+use super::plan;
 
 /// Joins the control group `$0`, then becomes the command. A shell does it, since nothing between
 /// fork and exec can be done safely in Rust, and done by the parent it would come too late for what
@@ -27,6 +28,8 @@ pub(crate) struct Host {
     pub(crate) name: String,
     /// The namespace's name, as `ip netns` knows it.
     pub(crate) netns: String,
+    /// What `/sys/fs/bpf` is on it.
+    bpffs: PathBuf,
     /// All that runs on it.
     pub(crate) cgroup: Group,
     /// Where [`Host::command`] puts what it starts.
@@ -41,6 +44,7 @@ impl Host {
         Host {
             name: name.to_owned(),
             netns: format!("{lab}-{name}"),
+            bpffs: plan::bpffs(lab),
             processes: cgroup.inside("shell"),
             cgroup,
         }
@@ -57,7 +61,7 @@ impl Host {
         let program = command.get_args().nth(2).map(|name| name.to_string_lossy().into_owned());
         ensure!(!self.cgroup.is_frozen(), "{} is paused: nothing can run there; thaw it first", self.name);
         self.enter(|| {
-            show_own_sys()?;
+            show_own_sys(&self.bpffs)?;
             hear_signals()?;
             command.spawn().context("starting /bin/sh")
         })?
@@ -130,22 +134,22 @@ fn hear_signals() -> Result<()> {
 }
 
 /// Gives this thread, which must be in its network namespace, mounts of its own, with a `/sys` that
-/// shows the namespace's interfaces and otherwise what was there; and System V IPC of its own, so
-/// that what a killed PostgreSQL leaves goes away with it.
-fn show_own_sys() -> Result<()> {
+/// shows the namespace's interfaces and the lab's bpffs; and System V IPC of its own,
+/// so that what a killed PostgreSQL leaves goes away with it.
+fn show_own_sys(bpffs: &Path) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC).context("unsharing mounts")?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).context("making mounts private")?;
-    let kept = ["/sys/fs/cgroup", "/sys/fs/bpf"].map(|path| {
-        nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-            .ok()
-            .map(|directory| (path, directory))
-    });
+    let shown =
+        [("/sys/fs/cgroup", Path::new("/sys/fs/cgroup")), ("/sys/fs/bpf", bpffs)].map(|(path, source)| {
+            let directory = nix::fcntl::open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+            directory.ok().map(|directory| (path, directory))
+        });
     mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).context("mounting /sys")?;
-    for (path, directory) in kept.iter().flatten() {
+    for (path, directory) in shown.iter().flatten() {
         let source = format!("/proc/thread-self/fd/{}", directory.as_raw_fd());
         let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
-        mount(Some(source.as_str()), *path, none, bind, none).with_context(|| format!("keeping {path}"))?;
+        mount(Some(source.as_str()), *path, none, bind, none).with_context(|| format!("showing {path}"))?;
     }
     Ok(())
 }

@@ -105,6 +105,10 @@ impl Lab {
         let options = Some("mode=0755,size=75%");
         mount(Some("tmpfs"), directory, Some("tmpfs"), MsFlags::MS_NOSUID, options)
             .with_context(|| format!("mounting a tmpfs on {}", directory.display()))?;
+        let bpffs = plan::bpffs(&config.name);
+        fs::create_dir(&bpffs).with_context(|| format!("making {}", bpffs.display()))?;
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mounting a bpffs on {}", bpffs.display()))?;
         let log = directory.join("log");
         fs::create_dir_all(&log).with_context(|| format!("making {}", log.display()))?;
         config.save()?;
@@ -394,7 +398,7 @@ fn claim(name: &str, directory: &Path) -> Result<UnixListener> {
     )
 }
 
-/// Removes the run-time directory with the tmpfs on it. Nothing there is no error.
+/// Removes the run-time directory with all that is mounted on and in it. Nothing there is no error.
 fn remove_directory(directory: &Path) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
     let point = directory.to_string_lossy();

@@ -109,6 +109,11 @@ pub(crate) fn directory(name: &str) -> PathBuf {
     PathBuf::from("/run/understudy-lab").join(name)
 }
 
+/// Where a lab's bpffs is, which its hosts see where every host has it: what is pinned there ends with the lab.
+pub(super) fn bpffs(name: &str) -> PathBuf {
+    directory(name).join("bpf")
+}
+
 /// The instance that the environment variable `LAB_NAME` names, or `us`.
 pub(crate) fn instance_name() -> Result<String> {
     let name = std::env::var("LAB_NAME").unwrap_or_else(|_| "us".to_owned());

@@ -35,7 +35,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 /// Everything in dom0 that a daemon could leave behind.
-fn traces(lab: &Lab) -> Result<String> {
+pub(super) fn traces(lab: &Lab) -> Result<String> {
     let dom0 = lab.dom0();
     let mut all = String::new();
     for words in [
@@ -46,6 +46,8 @@ fn traces(lab: &Lab) -> Result<String> {
         &["bridge", "-d", "link"],
         &["nft", "--stateless", "list", "ruleset"],
         &["tc", "qdisc"],
+        &["find", "/sys/fs/bpf"],
+        &["find", &lab.directory().display().to_string(), "-name", "*.journal.*"],
     ] {
         let output = dom0.run(words)?;
         all.push_str(&String::from_utf8_lossy(&output.stdout));
@@ -70,14 +72,14 @@ fn clean_shutdown(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// kill -9 under load, and a restart: one set of rules and interfaces, and a service that can fail
+/// kill -9 under load on the plane that ends with dom0d, and a restart: one set of rules and interfaces, and a service that can fail
 /// over as before. What is left behind goes with the successor's clean shutdown.
 fn killed(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| {
         println!("  {line}");
     })?;
     let before = traces(&lab)?;
-    let config = lab.default_config();
+    let config = with_plane(&lab.default_config(), Plane::Pcap);
     let mut stage = Stage::take(lab, &config)?;
     let running = traces(&stage.lab)?;
     let target = stage.psc(Service::Redis)?;

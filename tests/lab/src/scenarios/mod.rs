@@ -13,6 +13,7 @@ mod repeated;
 mod replica;
 mod runner;
 mod stale;
+mod succession;
 mod transfer;
 
 pub(crate) use runner::{Options, play_one, run};
@@ -58,6 +59,7 @@ fn all() -> Vec<Scenario> {
     all.extend(repeated::scenarios());
     all.extend(order::scenarios());
     all.extend(stale::scenarios());
+    all.extend(succession::scenarios());
     all.extend(replica::scenarios());
     all.extend(links::scenarios());
     all.extend(numbering::scenarios());

@@ -7,9 +7,10 @@ pub(crate) mod pinning;
 pub(crate) mod repair;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 
 use crate::client::place::Place;
 use crate::client::redis::load::{Outcome, Plan, Running};
@@ -76,6 +77,22 @@ impl Stage {
         let stage = Self::take_unready(lab, config)?;
         stage.operator.seed_all(config)?;
         Ok(stage)
+    }
+
+    /// Tells dom0d to become the one that is installed now, and waits for that one.
+    pub(crate) fn hang_up(&mut self) -> Result<()> {
+        self.events.end();
+        let dom0d = self.dom0d.as_ref().context("no dom0d")?;
+        let before = self.operator.status()?.uptime_ms;
+        dom0d.signal(Signal::SIGHUP)?;
+        let deadline = Instant::now() + ANSWERS;
+        // Meanwhile nobody answers.
+        while self.operator.status().map_or(true, |status| status.uptime_ms > before) {
+            ensure!(Instant::now() < deadline, "no other dom0d answers within {ANSWERS:?} of the hangup");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.events = self.operator.follow()?;
+        Ok(())
     }
 
     /// Stops dom0d properly, if it is still here.

@@ -1,7 +1,7 @@
 //! What happens at dom0 in a run: the engine is fed and drained as its documentation says, and the observer
 //! and the checkers see all of it.
 
-use understudy_protocol::{Destination, Effect, EventKind, Evidence, LinkAddress, ServerId};
+use understudy_protocol::{Destination, Effect, EventKind, Evidence, LinkAddress, ServerId, Service};
 
 use super::{Event, Known, World, link_address, psc};
 use crate::disguise::{complete_checksum, readdress};
@@ -91,10 +91,12 @@ impl World {
 
     /// Drains the engine as its documentation says.
     pub(super) fn drain(&mut self) {
+        self.restore_sometimes();
         while let Some(effect) = self.service.poll_effect() {
             self.effect(effect);
         }
         while let Some(transmit) = self.service.poll_transmit(self.instant()) {
+            self.restore_sometimes();
             // What led to it may have been found while working.
             while let Some(effect) = self.service.poll_effect() {
                 self.effect(effect);
@@ -122,6 +124,22 @@ impl World {
             self.timer = Some(due);
             self.push(due, Event::EngineTimer);
         }
+    }
+
+    /// Another process goes on with what this one's engine saved; nothing else may tell the difference.
+    fn restore_sometimes(&mut self) {
+        if !self.restores.chance(self.knobs.restores_per_million) {
+            return;
+        }
+        let saved = self.service.save();
+        match Service::restore(self.service.config().clone(), &saved) {
+            Ok(service) => self.service = service,
+            Err(error) => return self.fail("saved", error.to_string()),
+        }
+        if self.service.save() != saved {
+            self.fail("saved", "the engine saves something else than it was restored from".into());
+        }
+        self.coverage.hit("engine.restored");
     }
 
     pub(super) fn transmit_to_client(&mut self, link: LinkAddress, packet: Vec<u8>) {

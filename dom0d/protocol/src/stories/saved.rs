@@ -1,0 +1,146 @@
+//! A service goes on in another process, or says why not.
+
+use super::*;
+use crate::{Bounds, NotPromotable, RestoreError, StaleReason, Uncovered};
+
+/// A conversation in which an RVM lacks both directions, and something arrived beyond a gap.
+fn busy() -> Story {
+    let mut story = Story::established(2);
+    story.client_sends(1, b"question", 1);
+    story.client_sends(20, b"beyond a gap", 1);
+    story.server_sends(0, 1, b"answer", 9);
+    story.client.clear();
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    story
+}
+
+fn restored(story: &Story) -> Result<Service, RestoreError> {
+    Service::restore(story.service.config().clone(), &story.service.save())
+}
+
+#[test]
+fn what_waits_to_be_polled_is_saved_too() {
+    let mut story = busy();
+    let ctx = &mut story.service.ctx;
+    let (server, client, psc) = (ServerId(7), CLIENT.parse().unwrap(), PSC.parse().unwrap());
+    let mut expected = vec![
+        Effect::Cutover { epoch: u64::MAX, from: None, to: server },
+        Effect::Fence(server),
+        Effect::StopPlane(Evidence::NoProgress),
+        Effect::TakeBack { client, psc },
+        Effect::Extend { place: 3, bounds: Bounds { up: 1, down: u32::MAX } },
+    ];
+    let events = [
+        EventKind::Attached { server, seeded: true },
+        EventKind::Detached { server },
+        EventKind::Evicted { server, reason: StaleReason::Lagged },
+        EventKind::Stale { server, reason: StaleReason::NotSeeded },
+        EventKind::Seeded { server },
+        EventKind::DrainFailed { server, open: 3 },
+        EventKind::Suspected { server, evidence: Evidence::DomainGone },
+        EventKind::CutOver {
+            epoch: u64::MAX,
+            from: Some(server),
+            to: server,
+            evidence: None,
+            conversations: 50_000,
+        },
+        EventKind::FirstByte { epoch: 2 },
+        EventKind::Recuperated { epoch: 2, recuperated: 1, reset: 0 },
+        EventKind::NoCandidate {
+            server: None,
+            evidence: Evidence::Operator,
+            because: vec![
+                (server, NotPromotable::Stale(StaleReason::TookMore)),
+                (ServerId(8), NotPromotable::NotRunning),
+            ],
+        },
+        EventKind::Diverged { server, client, position: u64::MAX },
+        EventKind::Unprotected { client: "[fd00::1]:80".parse().unwrap(), reason: Uncovered::TableFull },
+        EventKind::Reset { client },
+    ];
+    expected.extend(events.map(|kind| Effect::Event(Event { at: Instant::from_micros(u64::MAX), kind })));
+    expected.iter().for_each(|effect| ctx.effect(effect.clone()));
+    ctx.send(Destination::Client(LINK), b"\x45packet".to_vec(), 1448);
+    let mut service = restored(&story).unwrap();
+    assert_eq!(std::iter::from_fn(|| service.poll_effect()).collect::<Vec<_>>(), expected);
+    let transmit = service.poll_transmit(story.now).unwrap();
+    assert_eq!((transmit.to, transmit.segment), (Destination::Client(LINK), 1448));
+    assert_eq!(transmit.packet, b"\x45packet");
+}
+
+#[test]
+fn the_same_state_is_the_same_bytes() {
+    let mut story = Story::new(2);
+    for port in 5000..5100 {
+        story.peer = std::net::SocketAddr::new([10, 0, 0, 1].into(), port);
+        story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+        if port % 2 == 0 {
+            story.syn_ack(0);
+            story.client_says(Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
+        }
+    }
+    assert_eq!((story.service.status().conversations, story.service.status().embryonic), (50, 50));
+    assert!(restored(&story).unwrap().save() == story.service.save());
+}
+
+#[test]
+fn damage_is_noticed() {
+    let story = busy();
+    let saved = story.service.save();
+    let restore = |bytes: &[u8]| Service::restore(story.service.config().clone(), bytes).map(drop);
+    assert_eq!(restore(&saved), Ok(()));
+    for length in 0..saved.len() {
+        assert_eq!(restore(&saved[..length]), Err(RestoreError::Unreadable), "{length} bytes");
+    }
+    for at in 0..saved.len() {
+        let mut damaged = saved.clone();
+        damaged[at] ^= 1 << (at % 8);
+        assert_eq!(restore(&damaged), Err(RestoreError::Unreadable), "byte {at}");
+        // Nor does anything happen but an error where the checksum does not help.
+        let (body, checksum) = damaged.split_last_chunk_mut::<4>().unwrap();
+        *checksum = crc32fast::hash(body).to_le_bytes();
+        let _ = restore(&damaged);
+    }
+}
+
+#[test]
+fn another_format_is_not_read() {
+    let story = busy();
+    let mut saved = story.service.save();
+    saved[0] += 1;
+    let (body, checksum) = saved.split_last_chunk_mut::<4>().unwrap();
+    *checksum = crc32fast::hash(body).to_le_bytes();
+    let error = Service::restore(story.service.config().clone(), &saved).map(drop);
+    assert!(matches!(error, Err(RestoreError::OtherFormat(_))), "{error:?}");
+}
+
+#[test]
+fn the_configuration_must_fit_the_state() {
+    let story = Story::configured(1, |config| config.seed = 77);
+    let restore = |change: fn(&mut ServiceConfig)| {
+        let mut config = story.service.config().clone();
+        change(&mut config);
+        Service::restore(config, &story.service.save())
+    };
+    let misfits: [fn(&mut ServiceConfig); 4] = [
+        |config| config.name.push('2'),
+        |config| config.psc[0] = [10, 0, 0, 101].into(),
+        |config| config.ports.push(443),
+        |config| config.limits.conversations -= 1,
+    ];
+    for misfit in misfits {
+        assert!(matches!(restore(misfit), Err(RestoreError::OtherConfiguration(_))));
+    }
+    let service = restore(|config| {
+        config.seed = 78;
+        config.timing.close_hold = Duration::from_millis(7);
+        config.limits.retained_bytes = 1 << 20;
+    });
+    let service = service.unwrap();
+    let config = service.config();
+    assert_eq!(
+        (config.seed, config.timing.close_hold.as_millis(), config.limits.retained_bytes),
+        (77, 7, 1 << 20)
+    );
+}

@@ -1,0 +1,194 @@
+//! How does a service begin: anew, or where a dom0d that was killed has left it?
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use serde::{Deserialize, Serialize};
+use understudy_api::config;
+use understudy_bpf::{Programs, is_pinned, unpin};
+use understudy_protocol::{Instant, ServerId};
+use uuid::Uuid;
+
+use super::{Service, Surroundings};
+use crate::event::DaemonEvent;
+use crate::memory::ServiceMemory;
+use crate::plane;
+use crate::server::{Arrival, Place, Server};
+use crate::succession::{Engine, Lost, remove};
+
+/// Where maps are pinned. Every dom0 under systemd has it.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// What a successor must know beside the engine's state.
+#[derive(Default, Serialize, Deserialize)]
+struct Known<S = BTreeMap<ServerId, Server>> {
+    servers: S,
+    /// In the plane.
+    slots: BTreeMap<ServerId, u8>,
+    /// What the plane had passed and could not tell.
+    untold: u64,
+    /// The daemon's next server id.
+    next_server: u32,
+}
+
+/// Where a service keeps what outlives the process.
+struct Places {
+    pins: PathBuf,
+    journal: PathBuf,
+}
+
+impl Places {
+    fn of(service: &config::Service, directory: &Path) -> Self {
+        let mac: String = service.psc_mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { pins: Path::new(BPFFS).join(format!("understudy-{mac}")), journal: directory.join(mac) }
+    }
+
+    /// The engine that a predecessor left, and what it knew; all else that it left goes.
+    fn left(&self, service: &config::Service) -> Option<(Engine, Known)> {
+        let name = &service.engine.name;
+        let found = Engine::left(&self.journal, service).and_then(|left| {
+            let known = match left.engine.surroundings() {
+                [] => Known::default(),
+                bytes => postcard::from_bytes(bytes).map_err(|_| Lost::Damaged)?,
+            };
+            let whole = service.plane == config::Plane::Bpf && is_pinned(&self.pins);
+            if whole { Ok((left, known)) } else { Err(Lost::Damaged) }
+        });
+        match found {
+            Ok((left, known)) => {
+                let (conversations, repeated) = (left.engine.status().conversations, left.repeated);
+                tracing::info!(
+                    service = name,
+                    conversations,
+                    repeated,
+                    "goes on where a dom0d was that did not end in order"
+                );
+                return Some((left.engine, known));
+            }
+            Err(Lost::Nothing) => {}
+            Err(error) => {
+                tracing::error!(service = name, %error, "a dom0d did not end in order, and its conversations go on without replicas; seed the replicas anew");
+            }
+        }
+        self.remove(service);
+        None
+    }
+
+    fn remove(&self, service: &config::Service) {
+        let removed = remove(&self.journal).map_err(|error| error.to_string());
+        if let Err(error) = removed.and_then(|()| unpin(&self.pins).map_err(|error| error.to_string())) {
+            tracing::error!(
+                service = service.engine.name,
+                error,
+                "what an earlier dom0d left can't be removed"
+            );
+        }
+    }
+}
+
+/// A clean end leaves nothing for a successor.
+pub(crate) fn leave_nothing(service: &config::Service, directory: &Path) {
+    Places::of(service, directory).remove(service);
+}
+
+impl Service {
+    /// The service as it was when a dom0d was killed that served it, if there was one; else without a place and without
+    /// servers. With what goes on its interfaces, if the plane has that. May take a moment.
+    pub(crate) fn begin(
+        index: usize,
+        mut config: config::Service,
+        memory: ServiceMemory,
+        directory: &Path,
+    ) -> (Self, Option<Programs>) {
+        let name = config.engine.name.clone();
+        let places = Places::of(&config, directory);
+        let mut left = places.left(&config);
+        let has_bpffs = statfs(BPFFS).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
+        if config.plane == config::Plane::Bpf && !has_bpffs {
+            tracing::warn!(
+                service = name,
+                "nothing is mounted at {BPFFS} (mount -t bpf bpf {BPFFS}): should dom0d be killed, replicas must be seeded anew"
+            );
+        }
+        let choice = plane::choose(&config, has_bpffs.then_some(places.pins.as_path()));
+        if let Some(reason) = &choice.reason {
+            tracing::warn!(service = name, "{reason}");
+            left = None;
+        }
+        let passes = choice.plane.passes();
+        config.engine.seed = Uuid::new_v4().as_u64_pair().0;
+        let (engine, known) = left.unwrap_or_else(|| {
+            let mut engine = Engine::new(config.engine.clone());
+            if passes {
+                engine.set_plane_passes();
+            }
+            if passes && has_bpffs && let Err(error) = engine.begin_journal(&places.journal, &config) {
+                tracing::error!(service = name, %error, "should dom0d be killed, replicas must be seeded anew; is there room in {}?", directory.display());
+            }
+            (engine, Known::default())
+        });
+        let mut service = Self::new(index, config, engine, memory, choice.plane);
+        service.plane.succeed(&known.slots, service.engine.ovm(), known.untold);
+        service.succeeds = !known.servers.is_empty();
+        service.rules_changed = service.succeeds;
+        service.clients_seen = service.succeeds;
+        service.first_server = known.next_server;
+        for (id, mut server) in known.servers {
+            if server.place == Place::Waiting || matches!(server.place, Place::Preparing(_)) {
+                server.place = Place::Preparing(0);
+            }
+            service.remember_name(id, &server.domain);
+            service.servers.insert(id, server);
+        }
+        (service, choice.programs)
+    }
+
+    /// The servers that it begins with, as they were when they came.
+    pub(crate) fn arrivals(&self) -> Vec<Arrival> {
+        self.servers.values().map(Server::arrival).collect()
+    }
+
+    /// Does what a predecessor may not have come to.
+    pub(crate) fn succeed(&mut self, now: Instant, around: &mut Surroundings<'_>) {
+        if !std::mem::take(&mut self.succeeds) {
+            return;
+        }
+        // Whom the engine does not know, it will never ask for; whom only the engine knows is gone.
+        let known: Vec<ServerId> = self.engine.status().servers.iter().map(|server| server.server).collect();
+        for (id, server) in &mut self.servers {
+            if server.place == Place::Queued && !known.contains(id) {
+                server.place = Place::Preparing(0);
+            }
+        }
+        self.drain(now, around);
+        if !self.plane.lets_speak(self.engine.ovm()) {
+            // It was about to cut over.
+            self.cut_over(now, around, |_| {});
+        }
+        let unknown = known.into_iter().filter(|id| !self.servers.contains_key(id));
+        for id in unknown.collect::<Vec<_>>() {
+            self.accuse(now, id, understudy_protocol::Evidence::DomainGone, around);
+        }
+        let fenced: Vec<_> =
+            self.servers.iter().filter(|(_, server)| server.fenced).map(|(&id, s)| (id, s.life())).collect();
+        for (id, life) in fenced {
+            self.fence_domain(id, life, around);
+        }
+        let conversations = self.engine.status().conversations;
+        self.daemon_event(now, DaemonEvent::TakenOver { conversations }, around);
+    }
+
+    /// Writes down for a successor what changed around the engine.
+    pub(crate) fn note_surroundings(&mut self, next_server: u32) {
+        let known = Known {
+            servers: &self.servers,
+            slots: self.plane.slots(),
+            untold: self.plane.untold(),
+            next_server,
+        };
+        if let Ok(bytes) = postcard::to_stdvec(&known) {
+            self.engine.set_surroundings(bytes);
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! What a dom0d that was killed has heard, in a tmpfs: a snapshot, and everything that came after it.
+//!
+//! Two files take turns, so that one of them is whole at any instant. A file, in words of the machine, then bytes:
+//!
+//! ```text
+//!  0  magic | 1  digest | 2  turn | 3  tries | 4  length of the snapshot | 5  length of the log | snapshot | log
+//! ```
+//!
+//! `turn` is stored last when a file is begun, the length of the log last when something is added to it.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use understudy_bpf::Pages;
+
+/// Grows with each change of what is written here or in a snapshot.
+const MAGIC: u64 = u64::from_be_bytes(*b"undstdy1");
+
+const WORD: usize = size_of::<u64>();
+
+/// Places of words, and where bytes begin.
+const PLACE_MAGIC: usize = 0;
+const PLACE_DIGEST: usize = 1;
+const PLACE_TURN: usize = 2;
+const PLACE_TRIES: usize = 3;
+const PLACE_SNAPSHOT: usize = 4;
+const PLACE_LOG: usize = 5;
+const HEAD: usize = 6 * WORD;
+
+/// Bytes of a file at least: a snapshot is written whenever one is full.
+const LEAST: usize = 16 << 20;
+
+/// A file has room for so many snapshots like its own.
+const SNAPSHOTS: usize = 4;
+
+/// Daemons that may die over one file before it is taken for what kills them.
+const TRIES: u64 = 3;
+
+/// See the module.
+pub(crate) struct Journal {
+    base: PathBuf,
+    digest: u64,
+    turn: u64,
+    /// By the parity of the turn.
+    files: [Option<Pages>; 2],
+    /// Where the next record goes, in the file whose turn it is.
+    at: usize,
+}
+
+/// Why a daemon can't go on where its predecessor was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Lost {
+    /// There was no predecessor, or it ended in order.
+    #[error("nothing was left")]
+    Nothing,
+    /// A file can't be read.
+    #[error("what it left can't be read: {0}")]
+    Unreadable(#[from] io::Error),
+    /// Another version, or another configuration.
+    #[error("this dom0d or its configuration differs from what it was")]
+    Differs,
+    /// It makes daemons die.
+    #[error("{TRIES} dom0ds have died over what it left; please report this with their logs")]
+    Deadly,
+    /// It contradicts itself.
+    #[error("what it left is damaged")]
+    Damaged,
+}
+
+fn path(base: &Path, parity: usize) -> PathBuf {
+    base.with_extension(["journal.0", "journal.1"][parity])
+}
+
+/// Removes a service's journal; none there is fine.
+pub(crate) fn remove(base: &Path) -> io::Result<()> {
+    for parity in 0..2 {
+        match std::fs::remove_file(path(base, parity)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+impl Journal {
+    /// A journal that begins with this snapshot, in files named after `base`.
+    pub(crate) fn begin(base: &Path, digest: u64, snapshot: &[u8]) -> io::Result<Self> {
+        remove(base)?;
+        let files = [None, None];
+        let mut journal = Self { base: base.to_owned(), digest, turn: 0, files, at: 0 };
+        journal.turn(snapshot)?;
+        Ok(journal)
+    }
+
+    /// What was left in files named after `base`.
+    pub(crate) fn left(base: &Path, digest: u64) -> Result<Self, Lost> {
+        let mut files = [None, None];
+        for (parity, file) in files.iter_mut().enumerate() {
+            match Pages::open(&path(base, parity)) {
+                Ok(pages) => *file = Some(pages),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let turns = files.iter().flatten().map(|pages| pages.word(PLACE_TURN));
+        let turn = turns.max().ok_or(Lost::Nothing)?;
+        let mut journal = Self { base: base.to_owned(), digest, turn, files, at: 0 };
+        let pages = journal.current().filter(|_| turn > 0).ok_or(Lost::Damaged)?;
+        if (pages.word(PLACE_MAGIC), pages.word(PLACE_DIGEST)) != (MAGIC, digest) {
+            return Err(Lost::Differs);
+        }
+        let tries = pages.word(PLACE_TRIES);
+        if tries >= TRIES {
+            return Err(Lost::Deadly);
+        }
+        if let Some(pages) = journal.current_mut() {
+            pages.set_word(PLACE_TRIES, tries + 1);
+        }
+        Ok(journal)
+    }
+
+    fn current(&self) -> Option<&Pages> {
+        self.files[(self.turn % 2) as usize].as_ref()
+    }
+
+    fn current_mut(&mut self) -> Option<&mut Pages> {
+        self.files[(self.turn % 2) as usize].as_mut()
+    }
+
+    /// The snapshot.
+    pub(crate) fn snapshot(&self) -> Result<&[u8], Lost> {
+        let pages = self.current().ok_or(Lost::Damaged)?;
+        let length = usize::try_from(pages.word(PLACE_SNAPSHOT)).map_err(|_| Lost::Damaged)?;
+        pages.bytes().get(HEAD..).and_then(|bytes| bytes.get(..length)).ok_or(Lost::Damaged)
+    }
+
+    /// What came after the snapshot, in order.
+    pub(crate) fn records(&self) -> Result<impl Iterator<Item = &[u8]> + '_, Lost> {
+        let pages = self.current().ok_or(Lost::Damaged)?;
+        let begin = HEAD + self.snapshot()?.len();
+        let length = usize::try_from(pages.word(PLACE_LOG)).map_err(|_| Lost::Damaged)?;
+        let mut log = pages.bytes().get(begin..).and_then(|b| b.get(..length)).ok_or(Lost::Damaged)?;
+        Ok(std::iter::from_fn(move || {
+            let (length, rest) = log.split_first_chunk::<4>()?;
+            let (record, rest) = rest.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
+            log = rest;
+            Some(record)
+        }))
+    }
+
+    /// Begins anew with this snapshot, in the other file.
+    pub(crate) fn turn(&mut self, snapshot: &[u8]) -> io::Result<()> {
+        let turn = self.turn + 1;
+        let parity = (turn % 2) as usize;
+        let length = LEAST.max(SNAPSHOTS * (HEAD + snapshot.len())).next_multiple_of(WORD);
+        if let Some(pages) = &mut self.files[parity] {
+            // Whole no more.
+            pages.set_word(PLACE_TURN, 0);
+        }
+        if self.files[parity].as_ref().is_none_or(|pages| pages.bytes().len() < length) {
+            self.files[parity] = None;
+            self.files[parity] = Some(Pages::create(&path(&self.base, parity), length)?);
+        }
+        let Some(pages) = &mut self.files[parity] else { return Ok(()) };
+        pages.bytes_mut()[HEAD..HEAD + snapshot.len()].copy_from_slice(snapshot);
+        pages.set_word(PLACE_MAGIC, MAGIC);
+        pages.set_word(PLACE_DIGEST, self.digest);
+        pages.set_word(PLACE_TRIES, 0);
+        pages.set_word(PLACE_SNAPSHOT, snapshot.len() as u64);
+        pages.set_word(PLACE_LOG, 0);
+        pages.set_word(PLACE_TURN, turn);
+        self.turn = turn;
+        self.at = HEAD + snapshot.len();
+        Ok(())
+    }
+
+    /// Adds a record of these two parts; `false` if there is no room for it.
+    #[must_use]
+    pub(crate) fn add(&mut self, first: &[u8], second: &[u8]) -> bool {
+        let at = self.at;
+        let length = first.len() + second.len();
+        let Some(pages) = self.current_mut() else { return false };
+        let begin = HEAD + pages.word(PLACE_SNAPSHOT) as usize;
+        let Some(room) = pages.bytes_mut().get_mut(at..at + 4 + length) else { return false };
+        let (head, body) = room.split_at_mut(4);
+        head.copy_from_slice(&(length as u32).to_ne_bytes());
+        body[..first.len()].copy_from_slice(first);
+        body[first.len()..].copy_from_slice(second);
+        pages.set_word(PLACE_LOG, (at + 4 + length - begin) as u64);
+        self.at = at + 4 + length;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    struct Files(PathBuf);
+
+    impl Files {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("dom0d-{name}-{}", std::process::id())))
+        }
+
+        /// What a successor finds.
+        fn left(&self, digest: u64) -> Result<(Vec<u8>, Vec<Vec<u8>>), Lost> {
+            let journal = Journal::left(&self.0, digest)?;
+            let records = journal.records()?.map(<[u8]>::to_vec).collect();
+            Ok((journal.snapshot()?.to_vec(), records))
+        }
+    }
+
+    impl Drop for Files {
+        fn drop(&mut self) {
+            remove(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_successor_finds_the_latest_snapshot_and_all_that_followed() {
+        let files = Files::new("journal-order");
+        assert!(matches!(files.left(7), Err(Lost::Nothing)));
+        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        assert!(journal.add(b"a", b"b"));
+        assert!(journal.add(b"", b"c"));
+        assert_eq!(files.left(7).unwrap(), (b"one".to_vec(), vec![b"ab".to_vec(), b"c".to_vec()]));
+        journal.turn(b"two").unwrap();
+        assert_eq!(files.left(7).unwrap(), (b"two".to_vec(), vec![]));
+        assert!(journal.add(b"d", b""));
+        journal.turn(b"three").unwrap();
+        assert!(journal.add(b"e", b""));
+        assert_eq!(files.left(7).unwrap(), (b"three".to_vec(), vec![b"e".to_vec()]));
+        assert!(matches!(files.left(8), Err(Lost::Differs)));
+    }
+
+    #[test]
+    fn a_turn_that_was_not_finished_counts_for_nothing() {
+        let files = Files::new("journal-turn");
+        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        assert!(journal.add(b"a", b""));
+        journal.turn(b"two").unwrap();
+        assert!(journal.add(b"b", b""));
+        // The third turn, up to where its own word is stored.
+        let pages = journal.files[1].as_mut().unwrap();
+        pages.set_word(PLACE_TURN, 0);
+        pages.set_word(PLACE_SNAPSHOT, 1 << 40);
+        assert_eq!(files.left(7).unwrap(), (b"two".to_vec(), vec![b"b".to_vec()]));
+    }
+
+    #[test]
+    fn what_kills_daemons_is_left_alone() {
+        let files = Files::new("journal-deadly");
+        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        for _ in 0..TRIES {
+            files.left(7).unwrap();
+        }
+        assert!(matches!(files.left(7), Err(Lost::Deadly)));
+        journal.turn(b"two").unwrap();
+        files.left(7).unwrap();
+    }
+
+    #[test]
+    fn a_full_file_says_so_and_keeps_what_it_has() {
+        let files = Files::new("journal-full");
+        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        let packet = vec![7; 1 << 20];
+        let mut count = 0;
+        while journal.add(b"x", &packet) {
+            count += 1;
+        }
+        assert!((10..16).contains(&count), "{count}");
+        assert_eq!(files.left(7).unwrap().1.len(), count);
+    }
+
+    #[test]
+    fn damage_is_an_error() {
+        let files = Files::new("journal-damage");
+        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        journal.files[1].as_mut().unwrap().set_word(PLACE_LOG, u64::MAX);
+        assert!(matches!(files.left(7), Err(Lost::Damaged)));
+        journal.files[1].as_mut().unwrap().set_word(PLACE_SNAPSHOT, u64::MAX);
+        assert!(matches!(files.left(7), Err(Lost::Damaged)));
+        std::fs::write(path(&files.0, 1), b"short").unwrap();
+        assert!(files.left(7).is_err());
+        std::fs::write(path(&files.0, 1), vec![0; 4096]).unwrap();
+        assert!(files.left(7).is_err());
+    }
+}

@@ -1,0 +1,386 @@
+//! How does a dom0d go on where one that was killed has stopped? The engine does the same for the same inputs, so
+//! each is written down before the engine has it, and a successor repeats them. What the engine then wants was
+//! done already, except what had not been written down as done: that is done again, and is harmless twice.
+
+mod journal;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::ops::Deref;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use understudy_api::config;
+use understudy_protocol::{
+    Effect, Evidence, Handover, Instant, LinkAddress, OperatorError, Passage, Seeding, ServerId, ServerSpec,
+    Service, ServiceConfig, Transmit,
+};
+
+pub(crate) use journal::{Lost, remove};
+
+use self::journal::Journal;
+
+/// What the engine is told, in order.
+#[derive(Debug, Serialize, Deserialize)]
+enum Input {
+    /// The packet follows.
+    Client {
+        now: Instant,
+        link: LinkAddress,
+        passage: Passage,
+    },
+    /// The packet follows.
+    Server {
+        now: Instant,
+        server: ServerId,
+        passage: Passage,
+    },
+    Timeout {
+        now: Instant,
+    },
+    /// All effects were carried out, and so many packets polled.
+    Drained {
+        now: Instant,
+        packets: u32,
+    },
+    Handover,
+    Evidence {
+        now: Instant,
+        server: ServerId,
+        evidence: Evidence,
+    },
+    Running {
+        now: Instant,
+        server: ServerId,
+        running: bool,
+    },
+    PlaneStopped,
+    Untold,
+    Confirmed {
+        now: Instant,
+        evidence: Evidence,
+    },
+    InstallOvm {
+        now: Instant,
+        spec: ServerSpec,
+    },
+    Attach {
+        now: Instant,
+        spec: ServerSpec,
+        seeding: Seeding,
+    },
+    Seed {
+        now: Instant,
+        server: ServerId,
+        seeding: Seeding,
+    },
+    Detach {
+        now: Instant,
+        server: ServerId,
+    },
+    Switchover {
+        now: Instant,
+        to: Option<ServerId>,
+    },
+    Failover {
+        now: Instant,
+        to: Option<ServerId>,
+        force: bool,
+    },
+    /// Not the engine's: what a successor must know beside it follows.
+    Surroundings,
+}
+
+/// The protocol engine of one service, which can be followed by another process's.
+pub(crate) struct Engine {
+    service: Service,
+    journal: Option<Journal>,
+    surroundings: Vec<u8>,
+    /// The input at hand as it is written down.
+    record: Vec<u8>,
+}
+
+/// What an earlier process knew, and left.
+pub(crate) struct Left {
+    /// As it was.
+    pub(crate) engine: Engine,
+    /// Inputs repeated for that.
+    pub(crate) repeated: usize,
+}
+
+/// Stands for a configuration and for what is shared with the kernel: what was left under another can't be repeated.
+fn digest(config: &config::Service) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let config::Service { engine, .. } = config;
+    let unseeded = config::Service { engine: ServiceConfig { seed: 0, ..engine.clone() }, ..config.clone() };
+    (understudy_bpf::LAYOUT, format!("{unseeded:?}")).hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Engine {
+    /// An engine that nobody can follow.
+    pub(crate) fn new(config: ServiceConfig) -> Self {
+        Self::around(Service::new(config))
+    }
+
+    fn around(service: Service) -> Self {
+        Self { service, journal: None, surroundings: Vec::new(), record: Vec::new() }
+    }
+
+    /// The engine that an earlier process left in files named after `base`.
+    pub(crate) fn left(base: &Path, config: &config::Service) -> Result<Left, Lost> {
+        let journal = Journal::left(base, digest(config))?;
+        let service = Service::restore(config.engine.clone(), journal.snapshot()?);
+        let service = service.map_err(|_| Lost::Damaged)?;
+        let mut engine = Self::around(service);
+        let mut repeated = 0;
+        for record in journal.records()? {
+            let (input, packet) = postcard::take_from_bytes(record).map_err(|_| Lost::Damaged)?;
+            engine.repeat(input, packet);
+            repeated += 1;
+        }
+        engine.journal = Some(journal);
+        engine.turn();
+        Ok(Left { engine, repeated })
+    }
+
+    /// From now on another process can follow, by files named after `base`.
+    pub(crate) fn begin_journal(&mut self, base: &Path, config: &config::Service) -> io::Result<()> {
+        self.journal = Some(Journal::begin(base, digest(config), &self.service.save())?);
+        Ok(())
+    }
+
+    /// Whether another process can follow.
+    pub(crate) fn is_journaled(&self) -> bool {
+        self.journal.is_some()
+    }
+
+    /// What was last known beside the engine, as it was given.
+    pub(crate) fn surroundings(&self) -> &[u8] {
+        &self.surroundings
+    }
+
+    /// What a successor must know beside the engine from now on.
+    pub(crate) fn set_surroundings(&mut self, surroundings: Vec<u8>) {
+        if surroundings != self.surroundings {
+            self.surroundings = surroundings;
+            let surroundings = std::mem::take(&mut self.surroundings);
+            self.note(&Input::Surroundings, &surroundings);
+            self.surroundings = surroundings;
+        }
+    }
+
+    /// Writes an input down, before the engine has it.
+    fn note(&mut self, input: &Input, packet: &[u8]) {
+        if !self.add(input, packet) {
+            self.turn();
+            if !self.add(input, packet) {
+                self.give_up("an input is larger than the journal");
+            }
+        }
+    }
+
+    /// Whether there was room for it, or none was needed.
+    fn add(&mut self, input: &Input, packet: &[u8]) -> bool {
+        let Some(journal) = &mut self.journal else { return true };
+        self.record.clear();
+        self.record = postcard::to_extend(input, std::mem::take(&mut self.record)).unwrap_or_default();
+        journal.add(&self.record, packet)
+    }
+
+    /// Writes down all that is known now, in place of what led to it.
+    fn turn(&mut self) {
+        let Some(journal) = &mut self.journal else { return };
+        let turned = journal.turn(&self.service.save());
+        let surroundings = std::mem::take(&mut self.surroundings);
+        match turned {
+            Ok(()) if self.add(&Input::Surroundings, &surroundings) => {}
+            Ok(()) => self.give_up("the servers are larger than the journal"),
+            Err(error) => self.give_up(&error.to_string()),
+        }
+        self.surroundings = surroundings;
+    }
+
+    fn give_up(&mut self, error: &str) {
+        let service = &self.service.config().name;
+        tracing::error!(
+            service,
+            error,
+            "no successor can follow this dom0d: if it is killed, replicas must be seeded again; is there room in /run?"
+        );
+        self.journal = None;
+    }
+
+    fn repeat(&mut self, input: Input, packet: &[u8]) {
+        let service = &mut self.service;
+        match input {
+            Input::Client { now, link, passage } => service.handle_tapped_client(now, link, packet, passage),
+            Input::Server { now, server, passage } => {
+                service.handle_tapped_server(now, server, packet, passage)
+            }
+            Input::Timeout { now } => service.handle_timeout(now),
+            Input::Drained { now, packets } => {
+                while service.poll_effect().is_some() {}
+                for _ in 0..packets {
+                    let _ = service.poll_transmit(now);
+                }
+            }
+            Input::Handover => {
+                let _ = service.poll_handover();
+            }
+            Input::Evidence { now, server, evidence } => service.handle_evidence(now, server, evidence),
+            Input::Running { now, server, running } => service.handle_running(now, server, running),
+            Input::PlaneStopped => service.handle_plane_stopped(),
+            Input::Untold => service.handle_untold(),
+            Input::Confirmed { now, evidence } => service.handle_confirmed(now, evidence),
+            // What was refused then is refused now.
+            Input::InstallOvm { now, spec } => drop(service.install_ovm(now, spec)),
+            Input::Attach { now, spec, seeding } => drop(service.attach(now, spec, seeding)),
+            Input::Seed { now, server, seeding } => drop(service.seed(now, server, seeding)),
+            Input::Detach { now, server } => drop(service.detach(now, server)),
+            Input::Switchover { now, to } => drop(service.switchover(now, to)),
+            Input::Failover { now, to, force } => drop(service.failover(now, to, force)),
+            Input::Surroundings => packet.clone_into(&mut self.surroundings),
+        }
+    }
+
+    /// See [`Service::handle_tapped_client`].
+    pub(crate) fn handle_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8], passage: Passage) {
+        self.note(&Input::Client { now, link, passage }, packet);
+        self.service.handle_tapped_client(now, link, packet, passage);
+    }
+
+    /// See [`Service::handle_tapped_server`].
+    pub(crate) fn handle_server(&mut self, now: Instant, server: ServerId, packet: &[u8], passage: Passage) {
+        self.note(&Input::Server { now, server, passage }, packet);
+        self.service.handle_tapped_server(now, server, packet, passage);
+    }
+
+    /// See [`Service::handle_timeout`].
+    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+        self.note(&Input::Timeout { now }, &[]);
+        self.service.handle_timeout(now);
+    }
+
+    /// See [`Service::poll_effect`]; to be followed by [`Engine::drained`].
+    pub(crate) fn poll_effect(&mut self) -> Option<Effect> {
+        self.service.poll_effect()
+    }
+
+    /// See [`Service::poll_transmit`]; to be followed by [`Engine::drained`].
+    pub(crate) fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
+        self.service.poll_transmit(now)
+    }
+
+    /// All effects were carried out, and `packets` asked for.
+    pub(crate) fn drained(&mut self, now: Instant, packets: u32) {
+        if !self.add(&Input::Drained { now, packets }, &[]) {
+            // What is written down instead is how things are after that.
+            self.turn();
+        }
+    }
+
+    /// See [`Service::poll_handover`].
+    pub(crate) fn poll_handover(&mut self) -> Option<Handover> {
+        self.note(&Input::Handover, &[]);
+        self.service.poll_handover()
+    }
+
+    /// See [`Service::handle_evidence`].
+    pub(crate) fn handle_evidence(&mut self, now: Instant, server: ServerId, evidence: Evidence) {
+        self.note(&Input::Evidence { now, server, evidence }, &[]);
+        self.service.handle_evidence(now, server, evidence);
+    }
+
+    /// See [`Service::handle_running`].
+    pub(crate) fn handle_running(&mut self, now: Instant, server: ServerId, running: bool) {
+        self.note(&Input::Running { now, server, running }, &[]);
+        self.service.handle_running(now, server, running);
+    }
+
+    /// See [`Service::set_plane_passes`]; before anything else.
+    pub(crate) fn set_plane_passes(&mut self) {
+        self.service.set_plane_passes();
+    }
+
+    /// See [`Service::handle_plane_stopped`].
+    pub(crate) fn handle_plane_stopped(&mut self) {
+        self.note(&Input::PlaneStopped, &[]);
+        self.service.handle_plane_stopped();
+    }
+
+    /// See [`Service::handle_untold`].
+    pub(crate) fn handle_untold(&mut self) {
+        self.note(&Input::Untold, &[]);
+        self.service.handle_untold();
+    }
+
+    /// See [`Service::handle_confirmed`].
+    pub(crate) fn handle_confirmed(&mut self, now: Instant, evidence: Evidence) {
+        self.note(&Input::Confirmed { now, evidence }, &[]);
+        self.service.handle_confirmed(now, evidence);
+    }
+
+    /// See [`Service::install_ovm`].
+    pub(crate) fn install_ovm(&mut self, now: Instant, spec: ServerSpec) -> Result<(), OperatorError> {
+        self.note(&Input::InstallOvm { now, spec: spec.clone() }, &[]);
+        self.service.install_ovm(now, spec)
+    }
+
+    /// See [`Service::attach`].
+    pub(crate) fn attach(
+        &mut self,
+        now: Instant,
+        spec: ServerSpec,
+        seeding: Seeding,
+    ) -> Result<(), OperatorError> {
+        self.note(&Input::Attach { now, spec: spec.clone(), seeding }, &[]);
+        self.service.attach(now, spec, seeding)
+    }
+
+    /// See [`Service::seed`].
+    pub(crate) fn seed(
+        &mut self,
+        now: Instant,
+        server: ServerId,
+        seeding: Seeding,
+    ) -> Result<(), OperatorError> {
+        self.note(&Input::Seed { now, server, seeding }, &[]);
+        self.service.seed(now, server, seeding)
+    }
+
+    /// See [`Service::detach`].
+    pub(crate) fn detach(&mut self, now: Instant, server: ServerId) -> Result<(), OperatorError> {
+        self.note(&Input::Detach { now, server }, &[]);
+        self.service.detach(now, server)
+    }
+
+    /// See [`Service::switchover`].
+    pub(crate) fn switchover(
+        &mut self,
+        now: Instant,
+        to: Option<ServerId>,
+    ) -> Result<ServerId, OperatorError> {
+        self.note(&Input::Switchover { now, to }, &[]);
+        self.service.switchover(now, to)
+    }
+
+    /// See [`Service::failover`].
+    pub(crate) fn failover(
+        &mut self,
+        now: Instant,
+        to: Option<ServerId>,
+        force: bool,
+    ) -> Result<ServerId, OperatorError> {
+        self.note(&Input::Failover { now, to, force }, &[]);
+        self.service.failover(now, to, force)
+    }
+}
+
+impl Deref for Engine {
+    type Target = Service;
+
+    fn deref(&self) -> &Service {
+        &self.service
+    }
+}

@@ -228,11 +228,6 @@ impl DataPath {
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self) {
-        let now = clock::now();
-        for index in 0..self.services.len() {
-            let (service, mut around) = self.split(index);
-            service.succeed(now, &mut around);
-        }
         loop {
             let now = clock::now();
             self.around.heartbeat.store(now.as_micros(), Ordering::Relaxed);
@@ -244,6 +239,9 @@ impl DataPath {
             };
             for index in 0..self.services.len() {
                 let (service, mut around) = self.split(index);
+                if service.is_opening(now, &mut around) {
+                    continue;
+                }
                 busy |= service.forward(now, &mut around);
                 busy |= service.timeout(now, &mut around);
             }
@@ -283,7 +281,9 @@ impl DataPath {
                         jobs: &self.around.jobs,
                         next_server: &mut self.next_server,
                     };
-                    service.look(now, domains, starved, &mut around);
+                    if !service.is_opening(now, &mut around) {
+                        service.look(now, domains, starved, &mut around);
+                    }
                 }
                 None
             }

@@ -35,7 +35,16 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/un
 
 /// Where among an interface's filters the programs are: known, so that a successor's take their place.
 const PRIORITY: u16 = 40_000;
-const HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// Which of the filters there is this service's: its domains may serve others, too.
+fn handle(psc_mac: [u8; 6]) -> TcHandle {
+    let [_, _, a, b, c, d] = psc_mac;
+    match (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])) {
+        // That asks for any.
+        (0, 0) => TcHandle::new(0, 1),
+        (major, minor) => TcHandle::new(major, minor),
+    }
+}
 
 /// The rings of servers that are not the OVM, by slot.
 const RVM_RINGS: [&str; SLOTS] = [
@@ -126,6 +135,7 @@ pub enum LoadError {
 /// The programs of one service. Dropped, they leave the interfaces.
 pub struct Programs {
     ebpf: Ebpf,
+    handle: TcHandle,
     attached: Vec<(&'static str, String, SchedClassifierLinkId)>,
 }
 
@@ -193,7 +203,7 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
         HashMap::try_from(take("conversations")?)?,
         PerCpuArray::try_from(take("counters")?)?,
     );
-    Ok((Programs { ebpf, attached: Vec::new() }, tap))
+    Ok((Programs { ebpf, handle: handle(settings.psc_mac), attached: Vec::new() }, tap))
 }
 
 fn first_control(settings: &Settings) -> Control {
@@ -279,13 +289,13 @@ impl Programs {
         let made = qdisc_add_clsact(interface).is_ok();
         let program = classifier(&mut self.ebpf, name)?;
         // One that a killed dom0d left is replaced at once.
-        let left = SchedClassifierLink::attached(interface, side, PRIORITY, HANDLE, None);
+        let left = SchedClassifierLink::attached(interface, side, PRIORITY, self.handle, None);
         let replaced = left.ok().and_then(|left| program.attach_to_link(left).ok());
         let ours = made || replaced.is_some();
         let link = match replaced {
             Some(link) => link,
             None => {
-                let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+                let options = NlOptions { priority: PRIORITY, handle: self.handle, classid: None };
                 program
                     .attach_with_options(interface, side, TcAttachOptions::Netlink(options))
                     .map_err(|error| failed(error.to_string()))?

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use understudy_protocol::{Instant, ServerId};
 use uuid::Uuid;
 
 use super::{Service, Surroundings};
+use crate::clock;
 use crate::event::DaemonEvent;
 use crate::memory::ServiceMemory;
 use crate::plane;
@@ -19,6 +21,9 @@ use crate::succession::{Engine, Lost, remove};
 
 /// Where maps are pinned. Every dom0 under systemd has it.
 const BPFFS: &str = "/sys/fs/bpf";
+
+/// How long interfaces that another process had may take to be opened again; some may be gone.
+const OPENING: Duration = Duration::from_secs(1);
 
 /// What a successor must know beside the engine's state.
 #[derive(Default, Serialize, Deserialize)]
@@ -130,9 +135,10 @@ impl Service {
         });
         let mut service = Self::new(index, config, engine, memory, choice.plane);
         service.plane.succeed(&known.slots, service.engine.ovm(), known.untold);
-        service.succeeds = !known.servers.is_empty();
-        service.rules_changed = service.succeeds;
-        service.clients_seen = service.succeeds;
+        let succeeds = !known.servers.is_empty();
+        service.opening = succeeds.then(clock::now);
+        service.rules_changed = succeeds;
+        service.clients_seen = succeeds;
         service.first_server = known.next_server;
         for (id, mut server) in known.servers {
             if server.place == Place::Waiting || matches!(server.place, Place::Preparing(_)) {
@@ -149,11 +155,21 @@ impl Service {
         self.servers.values().map(Server::arrival).collect()
     }
 
-    /// Does what a predecessor may not have come to.
-    pub(crate) fn succeed(&mut self, now: Instant, around: &mut Surroundings<'_>) {
-        if !std::mem::take(&mut self.succeeds) {
-            return;
+    /// Whether nothing is to be done yet, since what is sent would be lost: interfaces are to be opened again. Once they
+    /// are, or it takes too long, does what a predecessor may not have come to.
+    pub(crate) fn is_opening(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
+        let Some(begun) = self.opening else { return false };
+        let mut queued = self.servers.iter().filter(|(_, server)| server.place == Place::Queued);
+        let is_open = self.plane.is_anchored() && queued.all(|(&id, _)| self.plane.has_server(id));
+        if !is_open && now.since(begun) < OPENING {
+            return true;
         }
+        self.opening = None;
+        self.succeed(now, around);
+        false
+    }
+
+    fn succeed(&mut self, now: Instant, around: &mut Surroundings<'_>) {
         // Whom the engine does not know, it will never ask for; whom only the engine knows is gone.
         let known: Vec<ServerId> = self.engine.status().servers.iter().map(|server| server.server).collect();
         for (id, server) in &mut self.servers {

@@ -64,8 +64,8 @@ pub(crate) struct Service {
     pub(crate) memory_changed: bool,
     /// What a successor must know changed since this was last cleared, other than with the rules.
     pub(crate) surroundings_changed: bool,
-    /// It goes on where another process was, and has not begun to.
-    succeeds: bool,
+    /// It goes on where another process was, and opens its interfaces again, since then.
+    opening: Option<Instant>,
     /// Server ids below this one were given out by another process.
     pub(crate) first_server: u32,
     bridge: Option<String>,
@@ -103,7 +103,7 @@ impl Service {
             // What a clean end left must not count again after an unclean one.
             memory_changed: in_step.is_some(),
             surroundings_changed: false,
-            succeeds: false,
+            opening: None,
             first_server: 1,
             in_step,
             suspicion: None,
@@ -438,12 +438,15 @@ impl Service {
     /// When [`Service::timeout`] or the plane must be called next.
     pub(crate) fn next_timeout(&mut self, now: Instant) -> Option<Instant> {
         let plane = self.plane.tick(now);
-        let engine = self.engine.poll_timeout();
+        let engine = self.engine.poll_timeout().filter(|_| self.opening.is_none());
         plane.into_iter().chain(engine).min()
     }
 
     /// Carries out what the engine wants; `true` if packets are left to send.
     pub(crate) fn drain(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
+        if self.opening.is_some() {
+            return false;
+        }
         while let Some(effect) = self.engine.poll_effect() {
             match effect {
                 Effect::Cutover { from, to, .. } => {

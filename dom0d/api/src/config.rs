@@ -171,9 +171,10 @@ impl Fence {
 #[serde(rename_all = "snake_case")]
 pub enum Plane {
     /// Everything goes through the daemon, by libpcap.
-    #[default]
     Pcap,
-    /// The kernel passes what it can between clients and OVM, by tc programs; needs kernel 6.1.
+    /// The kernel passes what it can between clients and OVM, by tc programs; where it can't (before 6.1), it
+    /// is [`Plane::Pcap`].
+    #[default]
     Bpf,
 }
 

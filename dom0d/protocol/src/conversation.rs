@@ -156,11 +156,15 @@ impl Recuperating {
 impl Conversation {
     /// Something is in flight anywhere: bytes that somebody has not acknowledged or produced.
     pub(crate) fn is_busy(&self) -> bool {
-        self.closed.is_none()
-            && (self.retained > 0
-                || self.recuperating.is_some()
-                || self.client.acked < self.down_end()
-                || self.suspicion.is_pending())
+        self.closed.is_none() && !self.is_settled()
+    }
+
+    /// Everybody has said and followed everything.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.retained == 0
+            && self.recuperating.is_none()
+            && self.client.acked >= self.down_end()
+            && !self.suspicion.is_pending()
     }
 
     /// Open for client and OVM.

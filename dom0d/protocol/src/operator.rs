@@ -186,8 +186,17 @@ impl Service {
 
     /// Snapshots of open conversations, the first `limit` in table order starting at `skip`.
     pub fn conversations(&self, skip: usize, limit: usize) -> Vec<ConversationStatus> {
-        let open = self.table.iter().filter(|conversation| conversation.is_open());
-        open.skip(skip).take(limit).map(|conversation| self.describe(conversation)).collect()
+        let (mut place, mut found) = (0, Vec::new());
+        self.table.visit(|conversation| {
+            if conversation.is_open() {
+                if place >= skip && found.len() < limit {
+                    found.push(self.describe(conversation));
+                }
+                place += 1;
+            }
+            found.len() < limit
+        });
+        found
     }
 
     fn describe(&self, conversation: &Conversation) -> ConversationStatus {

@@ -31,12 +31,12 @@ impl Service {
             return;
         }
         let known = self.table.find(&key).filter(|id| {
-            self.table.get(*id).is_some_and(|known| known.is_open() && known.client.iss == syn.seq)
+            self.table.get_mut(*id).is_some_and(|known| known.is_open() && known.client.iss == syn.seq)
         });
         if let Some(id) = known {
             return self.with(id, |conversation, ctx| conversation.handle_repeated_syn(syn, ctx));
         }
-        let former = self.table.find(&key).and_then(|id| self.table.get(id));
+        let former = self.table.find(&key).and_then(|id| self.table.get_mut(id)).map(|former| &*former);
         if former.is_some_and(|former| !former.is_open() && former.client.iss == syn.seq) {
             // A late duplicate of the SYN that began what has ended.
             self.ctx.counters.unacceptable += 1;

@@ -207,6 +207,7 @@ impl Service {
         if now >= self.next_tick {
             self.next_tick = now + TICK;
             self.check_limits();
+            self.table.calm(now, SWEEP);
         }
         self.handshakes.ask_witnesses(&mut self.ctx);
         self.end_drain();

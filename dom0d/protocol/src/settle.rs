@@ -38,7 +38,9 @@ impl Service {
             let moved = ctx.order.advance(
                 slot,
                 |id, position| {
-                    table.get(id).is_none_or(|conversation| conversation.has_produced(slot, server, position))
+                    table
+                        .get_awake(id)
+                        .is_none_or(|conversation| conversation.has_produced(slot, server, position))
                 },
                 |id| woken.push(id),
             );
@@ -99,7 +101,9 @@ impl Service {
         let Some(first) = self.sweep else { return };
         for index in first..first + SWEEP {
             match self.table.at(index) {
-                Some(Some(id)) if self.table.get(id).is_some_and(|known| known.epoch != self.ctx.epoch) => {
+                Some(Some(id))
+                    if self.table.get_mut(id).is_some_and(|known| known.epoch != self.ctx.epoch) =>
+                {
                     self.with(id, |_, _| {});
                 }
                 Some(_) => {}

@@ -1,17 +1,48 @@
-//! The conversation table: bounded, found by addresses or by id.
+//! The conversation table: bounded, found by addresses or by id. A conversation in which nothing happens sleeps: it is
+//! kept as the bytes that it would be saved as, a fraction of what it takes while awake.
 
+use core::time::Duration;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::Instant;
 use crate::conversation::Conversation;
 use crate::key::{ConversationId, Key};
 use crate::saved;
 
+/// How long nothing has happened in a conversation that falls asleep.
+const QUIET: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Place {
     generation: u32,
-    tenant: Option<Box<Conversation>>,
+    tenant: Tenant,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+enum Tenant {
+    #[default]
+    None,
+    Awake(Box<Conversation>),
+    Asleep(#[serde(with = "serde_bytes")] Box<[u8]>),
+}
+
+impl Tenant {
+    fn wake(&mut self) {
+        if let Self::Asleep(bytes) = self {
+            // What was written here reads back.
+            *self = postcard::from_bytes(bytes).map_or(Self::None, Self::Awake);
+        }
+    }
+
+    fn fall_asleep(&mut self) {
+        if let Self::Awake(conversation) = self
+            && let Ok(bytes) = postcard::to_stdvec(conversation)
+        {
+            *self = Self::Asleep(bytes.into_boxed_slice());
+        }
+    }
 }
 
 /// See the module.
@@ -25,6 +56,8 @@ pub(crate) struct Table {
     closed: VecDeque<ConversationId>,
     /// Those that have something in flight anywhere.
     busy: BTreeSet<ConversationId>,
+    /// Which place is looked at next for a conversation that may fall asleep.
+    drowsy: usize,
 }
 
 impl Table {
@@ -32,20 +65,34 @@ impl Table {
         self.by_key.get(key).copied()
     }
 
-    pub(crate) fn get(&self, id: ConversationId) -> Option<&Conversation> {
-        let place = self.places.get(id.index as usize)?;
-        place.tenant.as_deref().filter(|_| place.generation == id.generation)
+    /// A conversation, unless it is asleep: everybody has followed everything then.
+    pub(crate) fn get_awake(&self, id: ConversationId) -> Option<&Conversation> {
+        let place = self.places.get(id.index as usize).filter(|place| place.generation == id.generation)?;
+        match &place.tenant {
+            Tenant::Awake(conversation) => Some(conversation),
+            _ => None,
+        }
     }
 
     pub(crate) fn get_mut(&mut self, id: ConversationId) -> Option<&mut Conversation> {
-        let place = self.places.get_mut(id.index as usize)?;
-        place.tenant.as_deref_mut().filter(|_| place.generation == id.generation)
+        let place =
+            self.places.get_mut(id.index as usize).filter(|place| place.generation == id.generation)?;
+        place.tenant.wake();
+        match &mut place.tenant {
+            Tenant::Awake(conversation) => Some(conversation),
+            _ => None,
+        }
     }
 
     /// Takes a conversation out to work on it; it must be put back or removed.
     pub(crate) fn take(&mut self, id: ConversationId) -> Option<Box<Conversation>> {
-        let place = self.places.get_mut(id.index as usize)?;
-        if place.generation == id.generation { place.tenant.take() } else { None }
+        let place =
+            self.places.get_mut(id.index as usize).filter(|place| place.generation == id.generation)?;
+        place.tenant.wake();
+        match core::mem::take(&mut place.tenant) {
+            Tenant::Awake(conversation) => Some(conversation),
+            _ => None,
+        }
     }
 
     /// Puts back what [`Table::take`] took.
@@ -57,7 +104,7 @@ impl Table {
             self.busy.remove(&id);
         }
         if let Some(place) = self.places.get_mut(id.index as usize) {
-            place.tenant = Some(conversation);
+            place.tenant = Tenant::Awake(conversation);
         }
     }
 
@@ -126,10 +173,38 @@ impl Table {
     /// The id of whatever is in the `index`th place, and whether there are further places.
     pub(crate) fn at(&self, index: usize) -> Option<Option<ConversationId>> {
         let place = self.places.get(index)?;
-        Some(place.tenant.as_ref().map(|conversation| conversation.id))
+        let id = ConversationId { index: index as u32, generation: place.generation };
+        Some((!matches!(place.tenant, Tenant::None)).then_some(id))
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Conversation> + '_ {
-        self.places.iter().filter_map(|place| place.tenant.as_deref())
+    /// Lets conversations in up to `count` further places fall asleep, if nothing happens in them.
+    pub(crate) fn calm(&mut self, now: Instant, count: usize) {
+        for _ in 0..count.min(self.places.len()) {
+            self.drowsy = (self.drowsy + 1) % self.places.len();
+            let tenant = &mut self.places[self.drowsy].tenant;
+            if let Tenant::Awake(conversation) = tenant
+                && conversation.is_settled()
+                && !conversation.queued
+                && now.since(conversation.last_heard) >= QUIET
+            {
+                tenant.fall_asleep();
+            }
+        }
+    }
+
+    /// Shows every conversation, as long as `visit` wants more; those asleep sleep on.
+    pub(crate) fn visit(&self, mut visit: impl FnMut(&Conversation) -> bool) {
+        for place in &self.places {
+            let more = match &place.tenant {
+                Tenant::None => true,
+                Tenant::Awake(conversation) => visit(conversation),
+                Tenant::Asleep(bytes) => {
+                    postcard::from_bytes::<Conversation>(bytes).map_or(true, |asleep| visit(&asleep))
+                }
+            };
+            if !more {
+                return;
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
+use crate::client::redis::load::Running;
 use crate::host::{Fault, Service};
 use crate::scenarios::Scenario;
 use crate::xen::Kind;
@@ -23,23 +24,31 @@ fn traces() -> Result<String> {
     // A route that a router advertised gets older meanwhile.
     shell(
         "{ ip -br link; ip -br address; ip rule; ip route show table all; bridge -d link; nft list ruleset
-           tc qdisc; xenstore-ls /tool; xenstore-ls /libxl; find /etc/xen /var/lib/understudy 2>/dev/null || :
+           tc qdisc; xenstore-ls /tool; xenstore-ls /libxl; find /etc/xen /var/lib/understudy /sys/fs/bpf 2>/dev/null || :
+           find /run/understudy -name '*.journal.*' 2>/dev/null || :
          } | sed -E 's/ expires [0-9]+sec//'",
     )
 }
 
-/// SIGKILL under load: systemd starts it again, it serves the same queue, trusts no replica that may
-/// have missed something, and is as good as before once they are in step.
+/// SIGKILL under load: systemd starts it again, and clients notice nothing. On the plane that ends with it: it serves
+/// the same queue, trusts no replica that may have missed something, and is as good as before once they are in step.
 fn killed(_: &str) -> Result<()> {
     let stage = Stage::up(Kind::Pv, 1, &[Service::Redis])?;
     let load = stage.load("killed")?;
     let pid = stage.operator.status()?.pid;
+    let outlives = stage.operator.service("redis")?.plane == "bpf";
     run(&["systemctl", "kill", "--signal=KILL", "dom0d"])?;
     let Stage { guests, config, .. } = stage;
     let stage = after_restart(guests, config, pid)?;
     stage.operator.until("the restarted dom0d serves", ANSWERS, |status| {
         status.services[0].serving && status.services[0].servers.len() == 2
     })?;
+    if outlives {
+        stage
+            .operator
+            .until("the replica follows", ANSWERS, |status| status.services[0].promotable() == 1)?;
+        return survives_freeze(&stage, load);
+    }
     // Connections that the first one knew and the second does not may flow or be reset; they may
     // not answer wrong.
     let outcome = load.finish()?;
@@ -60,6 +69,11 @@ fn killed(_: &str) -> Result<()> {
     let stage = Stage::start(guests, config)?;
     stage.operator.wait_ready(&stage.config)?;
     let load = stage.load("after")?;
+    survives_freeze(&stage, load)
+}
+
+fn survives_freeze(stage: &Stage, load: Running) -> Result<()> {
+    load.wait_answers(40, ANSWERS)?;
     let at = stage.fault(Fault::Freeze, "guest-1")?;
     let failover = stage.failover(Service::Redis, Fault::Freeze, at)?;
     load.wait_answers(40, ANSWERS)?;

@@ -20,6 +20,8 @@ use crate::{Effect, Evidence, Instant, LinkAddress, ServerId, ServiceConfig, Sta
 
 /// Conversations looked at in one call after a promotion, so that new packets never wait for long.
 pub(crate) const SWEEP: usize = 128;
+/// Conversations looked at in one tick for whether they may fall asleep.
+const CALMED: usize = 512;
 /// How often limits on RVMs are checked.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -207,7 +209,7 @@ impl Service {
         if now >= self.next_tick {
             self.next_tick = now + TICK;
             self.check_limits();
-            self.table.calm(now, SWEEP);
+            self.table.calm(now, CALMED);
         }
         self.handshakes.ask_witnesses(&mut self.ctx);
         self.end_drain();

@@ -17,15 +17,20 @@ use crate::stage::pinning::{Pinning, pin_host, pin_process, release_host};
 use crate::stage::repair::repair;
 use crate::stage::{Stage, unhurried};
 
-const CROWDS: [usize; 3] = [1, 1_000, 10_000];
+const CROWDS: [usize; 4] = [1, 1_000, 10_000, 50_000];
+
+/// Until idle conversations have fallen asleep, and so many of them in a second.
+const CALM: Duration = Duration::from_secs(3);
+const CALMED_PER_SECOND: usize = 5_000;
 
 /// The daemon's memory for idle conversations.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Memory {
     pub(crate) conversations: u64,
     pub(crate) replicas: usize,
-    pub(crate) rss_without_bytes: u64,
-    pub(crate) rss_with_bytes: u64,
+    /// The daemon's own memory and the kernel's maps, before and with them; not the journal.
+    pub(crate) without_bytes: u64,
+    pub(crate) with_bytes: u64,
     pub(crate) bytes_per_conversation: f64,
     /// Of that, recorded bytes that some server still lacks.
     pub(crate) retained_bytes: u64,
@@ -51,6 +56,7 @@ pub(crate) fn measure(lab: &Lab, pinning: Pinning, quick: bool) -> Result<(Vec<M
     for crowd in CROWDS {
         let samples = match (quick, crowd) {
             (true, _) => 1,
+            (false, 50_000..) => 2,
             (false, 10_000..) => 5,
             (false, _) => 10,
         };
@@ -83,7 +89,7 @@ fn cost(
     let pid = stage.dom0d.as_ref().map(|dom0d| dom0d.pid()).unwrap_or_default();
     for sample in 0..samples {
         let target = stage.psc(Service::Redis)?;
-        let without = rss(pid)?;
+        let without = footprint(pid)?;
         let mut plan = Plan::new(target, "crowd");
         plan.connections = crowd;
         plan.busy = crowd.min(8);
@@ -91,13 +97,16 @@ fn cost(
         load.hold(Duration::from_secs(20))?;
         sleep(Duration::from_millis(500));
         if sample == 0 && crowd > 1 {
+            sleep(CALM + Duration::from_secs((crowd / CALMED_PER_SECOND) as u64));
+        }
+        if sample == 0 && crowd > 1 {
             let service = stage.operator.service(Service::Redis.name())?;
-            let with = rss(pid)?;
+            let with = footprint(pid)?;
             memory.push(Memory {
                 conversations: service.conversations,
                 replicas: service.servers.len().saturating_sub(1),
-                rss_without_bytes: without,
-                rss_with_bytes: with,
+                without_bytes: without,
+                with_bytes: with,
                 bytes_per_conversation: with.saturating_sub(without) as f64 / crowd as f64,
                 retained_bytes: service.retained_bytes,
             });
@@ -158,12 +167,22 @@ fn cost(
 }
 
 /// Resident memory of a process in bytes.
-fn rss(pid: u32) -> Result<u64> {
+/// A process's anonymous memory, and that of its BPF maps, in bytes.
+fn footprint(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib: u64 = line.context("no VmRSS")?.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib * 1_024)
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib: u64 = line.context("no RssAnon")?.trim().trim_end_matches(" kB").parse()?;
+    let mut bytes = kib * 1_024;
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // One that was closed meanwhile is none.
+        let about = fs::read_to_string(entry?.path()).unwrap_or_default();
+        if about.contains("map_type:") {
+            let line = about.lines().find_map(|line| line.strip_prefix("memlock:"));
+            bytes += line.context("a BPF map that does not tell its memory")?.trim().parse::<u64>()?;
+        }
+    }
+    Ok(bytes)
 }
 
 pub(crate) fn print(memory: &[Memory], costs: &[Cost]) {

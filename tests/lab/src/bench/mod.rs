@@ -94,7 +94,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     proxy::install()?;
     let planes = Plane::chosen().map_or(vec![Plane::Pcap, Plane::Bpf], |plane| vec![plane]);
-    let mut paths = vec![Path::Plain, Path::Proxy];
+    let mut paths = vec![Path::Plain, Path::PlainTwice, Path::Proxy];
     paths.extend(planes.iter().flat_map(|&plane| Path::with_up_to(Some(plane), 3)));
     if wanted(Part::Rtt) {
         println!("\nRound trips, 64-byte PING and transaction, against the plain bridge");
@@ -112,9 +112,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             "\nThroughput of one 300 MB transfer, against the plain bridge and, with 1 replica, the fair limit (plain,\n\
              with a second transfer meanwhile; to reach: 80 % of it)"
         );
-        let mut all = paths.clone();
-        all.insert(1, Path::PlainTwice);
-        report.throughput = throughput::measure(&lab, pinning, &all, rounds)?;
+        report.throughput = throughput::measure(&lab, pinning, &paths, rounds)?;
         throughput::print(&report.throughput);
         println!("\nThe same over a link of 1 Gbit/s (to reach: 99 % of plain)");
         let one = planes.iter().map(|&plane| Path::Replicated { plane: Some(plane), replicas: 1 });

@@ -15,7 +15,7 @@ use crate::stage::{own_address, unhurried, with_plane, with_replicas};
 pub(crate) enum Path {
     /// The bridge, without anything.
     Plain,
-    /// The same, while a second client moves as much to or from `guest-2`: what can fairly be asked of a machine
+    /// The same, while a second client does as much with `guest-2`: what can fairly be asked of a machine
     /// that carries every byte twice.
     PlainTwice,
     /// HAProxy in dom0 in front of the same server.

@@ -1,14 +1,17 @@
 //! Round trips of one client over each path in turn.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, ensure};
 use hdrhistogram::Histogram;
 
 use super::path::Path;
 use crate::client::pingpong::{PingPong, histogram};
-use crate::client::place::Place;
+use crate::client::place::{Place, join};
 use crate::host::{Domain, Lab, Service};
+use crate::stage::own_address;
 use crate::stage::pinning::{Pinning, pin_host};
 
 /// Times of one path, in nanoseconds.
@@ -91,8 +94,25 @@ fn sample(
     samples: usize,
     series: &mut Series,
 ) -> Result<()> {
-    let place = Place::new(lab.client().netns).pinned(Some(pinning.client_and_ovm));
-    let (pings, transactions) = place.run(move || {
+    let client = Place::new(lab.client().netns);
+    let done = Arc::new(AtomicBool::new(false));
+    let beside = match series.path {
+        Path::PlainTwice => {
+            let other = own_address(&lab.domain("guest-2")?, Service::Redis)?.1;
+            let place = client.pinned(Some(pinning.dom0d_and_rvms));
+            let done = Arc::clone(&done);
+            Some(place.spawn("beside", move || {
+                let mut connection = PingPong::connect(other, "beside")?;
+                while !done.load(Ordering::Relaxed) {
+                    connection.pings(100, &mut histogram()?)?;
+                }
+                Ok(())
+            })?)
+        }
+        _ => None,
+    };
+    let place = client.pinned(Some(pinning.client_and_ovm));
+    let sampled = place.run(move || {
         let mut warm = histogram()?;
         let (mut pings, mut transactions) = (histogram()?, histogram()?);
         let mut connection = PingPong::connect(target, "rtt")?;
@@ -101,7 +121,10 @@ fn sample(
         connection.transactions(samples / 10, &mut warm)?;
         connection.transactions(samples, &mut transactions)?;
         Ok((pings, transactions))
-    })?;
+    });
+    done.store(true, Ordering::Relaxed);
+    beside.map_or(Ok(()), join)?;
+    let (pings, transactions) = sampled?;
     series.pings.add(&pings)?;
     series.transactions.add(&transactions)?;
     Ok(())

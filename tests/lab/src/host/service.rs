@@ -94,7 +94,7 @@ impl Service {
         let line = match self {
             Service::Redis => format!(
                 "redis-server --port 6379 --bind * -::* --protected-mode no --save  \
-                 --appendonly no --enable-debug-command yes --maxclients 50000 \
+                 --appendonly no --enable-debug-command yes --maxclients 60000 \
                  --tcp-backlog 4096 --daemonize no --dir {path}"
             ),
             Service::Http => {

@@ -1,6 +1,8 @@
 //! A dom0d that is killed at any instant, or replaced by an upgrade, on the plane that outlives it: clients notice
 //! nothing, and its successor's replicas lack nothing.
 
+use std::io::ErrorKind;
+use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -25,6 +27,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("succession/hangup", hangup),
         Scenario::new("succession/domain-gone-meanwhile", gone_meanwhile),
         Scenario::new("succession/damaged-journal", damaged),
+        Scenario::new("succession/protect", protect),
     ]
 }
 
@@ -150,6 +153,29 @@ fn gone_meanwhile(lab: &str) -> Result<()> {
     load.wait_answers(300, Duration::from_secs(20))?;
     ensure!(stage.ovm(Service::Redis)?.name != "guest-1", "a domain that is gone serves");
     stage.expect_unharmed(&load.finish()?)
+}
+
+/// Longer than its grace, where the operator would rather wait than go on without replicas: what the kernel passes by
+/// itself goes on and is kept for the successor, nobody new comes in, and replicas lack nothing.
+fn protect(lab: &str) -> Result<()> {
+    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
+    let config = with_plane(&lab.default_config(), Plane::Bpf)
+        .replace("rvms = ", "daemon_grace_ms = 200\non_daemon_loss = \"protect\"\nrvms = ");
+    let mut stage = Stage::take(lab, &config)?;
+    let load = stage.load("protect")?;
+    let (client, target) = (stage.client(), stage.psc(Service::Redis)?);
+    stage = kill(stage, &config, |_| {
+        std::thread::sleep(Duration::from_millis(400));
+        load.wait_answers(300, Duration::from_secs(20))?;
+        let newcomer = client.run(move || {
+            Ok(TcpStream::connect_timeout(&target, Duration::from_millis(500)).map_err(|error| error.kind()))
+        })?;
+        ensure!(newcomer.is_err_and(|kind| kind == ErrorKind::TimedOut), "a client came in unprotected");
+        Ok(())
+    })?;
+    expect_promotable(&stage, "redis", 1)?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.survives_freeze(load)
 }
 
 /// What cannot be read is said, and clients notice nothing: only their replicas do not count any more.

@@ -64,10 +64,10 @@ static __always_inline int from_server(struct __sk_buff *skb)
 
 		next = *known;
 		outcome = server_to_client(skb, &segment, scratch, &next, bounds_of(service, known));
+		known->server_tsval = next.server_tsval;
 		if (outcome == PASSES) {
 			flags |= FORWARDED;
 			/* At once: the next one may be with another CPU while this one is copied. */
-			known->server_tsval = next.server_tsval;
 			known->told_tsval = next.told_tsval;
 			known->server_edge = next.server_edge;
 			known->told_acked = next.told_acked;

@@ -246,6 +246,13 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 		return ASIDE_FROM_NOW;
 	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
+	if (options->timestamps && next->timestamps && !moves) {
+		__u32 tsval = be32_at(old + (options->timestamps & 63) + 2);
+
+		/* Of a repetition, too: the client may echo it. */
+		if (later(tsval, next->server_tsval) || next->server_tsval == 0)
+			next->server_tsval = tsval;
+	}
 	if (later(next->down_nxt, seq) || later(ack, next->up_nxt) || later(next->told_acked, ack) ||
 	    (segment->payload > 0 && later(end, next->client_edge + 1)) ||
 	    (options->timestamps != 0) != (next->timestamps != 0))

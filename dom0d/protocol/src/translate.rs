@@ -173,6 +173,14 @@ impl Flow {
         let aside = Err(if moves { Aside::DaemonFromNow } else { Aside::Daemon });
         let mut new = old;
         let Some(found) = read_options(&mut new, layout.header) else { return aside };
+        if let Some(at) = found.timestamps
+            && self.timestamps
+            && !moves
+        {
+            // The client may echo a repetition, which the daemon sends on. Were an earlier TSval put in the echo's place,
+            // the server would take the repetition for needless (RFC 3522), and each one would take a timeout.
+            self.server_tsval = latest_tsval(self.server_tsval, be32(&old, at + 2));
+        }
         let ack = be32(&old, 8);
         if later(self.down_nxt, seq)
             || later(ack, self.up_nxt)

@@ -125,3 +125,22 @@ fn what_went_on_without_the_daemon_is_left_alone_and_no_replica_is_promotable() 
         story.events
     );
 }
+
+#[test]
+fn the_echo_of_a_repetition_that_the_daemon_sent_on_is_not_taken_for_that_of_the_original() {
+    let mut story = Story::new(1);
+    story.timestamps = true;
+    story.service.set_plane_passes();
+    story.establish(1);
+    let mut flow = story.service.poll_handover().expect("nothing is in flight").flow;
+    let psc = [10, 0, 0, 100].into();
+    let say = Say { seq: iss(0) + 1, ack: at(1), payload: b"answer", tsval: 2_000, ..Say::default() };
+    flow.server_to_client(&mut story.server_packet(0, &say), psc).unwrap();
+    let again = Say { tsval: 3_000, ..say };
+    assert_eq!(flow.server_to_client(&mut story.server_packet(0, &again), psc), Err(crate::Aside::Daemon));
+    let heard = Say { seq: at(1), ack: iss(0) + 7, tsval: 1_000, tsecr: 3_000, ..Say::default() };
+    let mut packet = story.client_packet(&heard);
+    flow.client_to_server(&mut packet, [10, 0, 0, 10].into()).unwrap();
+    let Ok(wire::Parsed::Tcp(segment)) = wire::parse(&packet) else { panic!("{packet:?}") };
+    assert_eq!(segment.options.timestamps.map(|(_, echo)| echo), Some(3_000));
+}

@@ -84,7 +84,7 @@ fn garbage_of_ovm(lab: &str) -> Result<()> {
 /// honest ones come; then a failover.
 fn flood(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 1, &[Service::Redis]);
-    let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nembryonic = 4096\n"))?;
+    let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nembryonic = 32768\n"))?;
     let target = stage.psc(Service::Redis)?;
     let mac = stage.psc_mac(Service::Redis)?;
     let load = Plan::new(target, "honest").start(&stage.client())?;
@@ -110,8 +110,8 @@ fn flood(lab: &str) -> Result<()> {
     );
     ensure!(sent > 10_000, "only {sent} SYNs were sent");
     ensure!(
-        service.embryonic <= 4_096,
-        "{} pending handshakes are kept, the limit is 4,096",
+        service.embryonic <= 32_768,
+        "{} pending handshakes are kept, the limit is 32,768",
         service.embryonic
     );
     load.wait_answers(300, Duration::from_secs(20))?;

@@ -93,11 +93,13 @@ static __always_inline void count(__u32 reason)
 		*counter += 1;
 }
 
-/* Whether the daemon has been away for so long that conversations go on without it. */
+/* Whether the daemon has been away for so long that conversations go on without it. It may write its heartbeat on
+ * another CPU at this very moment, so that it lies ahead of the time read here. */
 static __always_inline int is_deserted(struct control *service)
 {
-	return service->policy == SERVE &&
-	       bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns >= service->grace_ns;
+	__s64 away = bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns;
+
+	return service->policy == SERVE && away >= (__s64)service->grace_ns;
 }
 
 /* Whether the kernel must deal with a segment that the daemon is to deal with. */

@@ -209,7 +209,7 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
 fn first_control(settings: &Settings) -> Control {
     let mut control = Control {
         active: NO_SLOT,
-        grace_ns: u64::try_from(settings.daemon_grace.as_nanos()).unwrap_or(u64::MAX),
+        grace_ns: i64::try_from(settings.daemon_grace.as_nanos()).unwrap_or(i64::MAX).cast_unsigned(),
         policy: if settings.serve { SERVE } else { 0 },
         psc_mac: settings.psc_mac,
         ..Control::default()

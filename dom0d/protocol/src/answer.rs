@@ -493,6 +493,7 @@ impl Conversation {
         if !segment.flags.has(Flags::ACK) {
             return;
         }
+        leg.has_spoken = true;
         self.note_suppressed_acknowledgment(leg, segment, ctx);
         let before = leg.answers.end();
         // It was never told of a larger window: what it sends beyond is no answer, only memory.

@@ -293,6 +293,7 @@ impl Conversation {
         Leg {
             phase: Phase::Open,
             through: true,
+            has_spoken: true,
             iss: told.iss,
             shift: told.shift,
             mss: told.mss,

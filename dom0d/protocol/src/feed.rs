@@ -153,11 +153,16 @@ impl Conversation {
     fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) -> bool {
         let from = leg.sender.nxt;
         let reset = self.up_rst.map_or(u64::MAX, |(position, _)| position);
+        let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
+        let first = match leg.is_established() {
+            true => u64::MAX,
+            false if from == leg.rcv_nxt => from + room,
+            false => from,
+        };
         let limit = leg
             .edge
             .min(leg.sender.limit(leg.rcv_nxt, ctx.config.limits.inflight_bytes))
-            .min(self.up.end().min(reset));
-        let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
+            .min(self.up.end().min(reset).min(first));
         let stop = limit.min(from + LARGEST / room * room);
         let mut to = from;
         while to < stop {
@@ -199,6 +204,7 @@ impl Conversation {
         if refused
             || leg.sender.nxt != position
             || position != self.up.end()
+            || (position > leg.rcv_nxt && !leg.is_established())
             || !ctx.permits(slot, mark, self.id)
         {
             return;
@@ -239,10 +245,9 @@ impl Conversation {
 
     /// RFC 9293 §3.8.6.1, as Linux does it: an old sequence number asks for the present window.
     fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
-        let probe = Segment {
-            seq: seq_of(self.client.iss, leg.rcv_nxt).wrapping_sub(1),
-            ..self.segment_to_leg(leg, guest)
-        };
+        let present = self.segment_to_leg(leg, guest);
+        let old = seq_of(self.client.iss, leg.rcv_nxt).wrapping_sub(1);
+        let probe = Segment { seq: if leg.is_established() { old } else { present.seq }, ..present };
         ctx.send_to_server(leg.server, probe.emit());
         leg.sender.arm(ctx.now);
     }
@@ -270,10 +275,11 @@ impl Conversation {
     pub(crate) fn segment_to_leg(&self, leg: &Leg, guest: SocketAddr) -> Segment<'static> {
         let (ack, edge) = self.told_to(leg);
         let window = edge.saturating_sub(ack) >> self.client.shift.unwrap_or(0);
+        let nxt = if leg.is_established() { leg.sender.nxt.max(leg.rcv_nxt) } else { leg.rcv_nxt };
         Segment {
             src: self.key.client,
             dst: guest,
-            seq: seq_of(self.client.iss, leg.sender.nxt.max(leg.rcv_nxt)),
+            seq: seq_of(self.client.iss, nxt),
             ack: seq_of(leg.iss, ack),
             flags: Flags::ACK,
             window: u16::try_from(window).unwrap_or(u16::MAX),

@@ -69,6 +69,8 @@ pub(crate) struct Leg {
     pub(crate) handed_at: Instant,
     /// When and where it was while room for what it lacks ran out.
     pub(crate) paced: Option<(Instant, u64)>,
+    /// It has sent more than its SYN, or the client's own third segment reached it.
+    pub(crate) has_spoken: bool,
     /// Since when it owes an acknowledgment or handshake without progress.
     pub(crate) owes_since: Option<Instant>,
     /// Right edge of the OVM's window at that time.
@@ -102,6 +104,7 @@ impl Leg {
             answered_at: Instant::default(),
             handed_at: Instant::default(),
             paced: None,
+            has_spoken: false,
             owes_since: None,
             ovm_edge: 0,
         }
@@ -121,6 +124,13 @@ impl Leg {
     /// May be given segments.
     pub(crate) fn is_open(&self) -> bool {
         self.phase == Phase::Open && self.gone.is_none()
+    }
+
+    /// It has shown that it has the connection. A server that answered the SYN with a cookie (RFC 4987 §3.6) has no state
+    /// until it took the third segment, which it drops without a word while its service accepts too slowly; then
+    /// it knows the cookie only from a segment at the client's ISS + 1, and answers any other with a RST.
+    pub(crate) fn is_established(&self) -> bool {
+        self.through || self.has_spoken
     }
 
     /// Its SND.NXT as received, FIN counted.

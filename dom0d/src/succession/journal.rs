@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use understudy_bpf::Pages;
 
 /// Grows with each change of what is written here or in a snapshot.
-const MAGIC: u64 = u64::from_be_bytes(*b"undstdy1");
+const MAGIC: u64 = u64::from_be_bytes(*b"undstdy2");
 
 const WORD: usize = size_of::<u64>();
 
@@ -27,8 +27,11 @@ const PLACE_SNAPSHOT: usize = 4;
 const PLACE_LOG: usize = 5;
 const HEAD: usize = 6 * WORD;
 
-/// Room for the log in bytes, or as much as the snapshot takes: when it is full, a new snapshot is written.
-const LEAST: usize = 16 << 20;
+/// Size of the log in bytes, or as much as the snapshot takes, from which on a new snapshot is due.
+const LEAST: usize = 12 << 20;
+
+/// Room beyond, for when there is no time for one.
+const RESERVE: usize = 4 << 20;
 
 /// Daemons that may die over one file before it is taken for what kills them.
 const TRIES: u64 = 3;
@@ -40,8 +43,9 @@ pub(crate) struct Journal {
     turn: u64,
     /// By the parity of the turn.
     files: [Option<Pages>; 2],
-    /// Where the next record goes, in the file whose turn it is.
+    /// Where the next record goes, in the file whose turn it is, and from where on the next turn is due.
     at: usize,
+    due: usize,
 }
 
 /// Why a daemon can't go on where its predecessor was.
@@ -84,7 +88,7 @@ impl Journal {
     pub(crate) fn begin(base: &Path, digest: u64, snapshot: &[u8]) -> io::Result<Self> {
         remove(base)?;
         let files = [None, None];
-        let mut journal = Self { base: base.to_owned(), digest, turn: 0, files, at: 0 };
+        let mut journal = Self { base: base.to_owned(), digest, turn: 0, files, at: 0, due: usize::MAX };
         journal.turn(snapshot)?;
         Ok(journal)
     }
@@ -101,7 +105,7 @@ impl Journal {
         }
         let turns = files.iter().flatten().map(|pages| pages.word(PLACE_TURN));
         let turn = turns.max().ok_or(Lost::Nothing)?;
-        let mut journal = Self { base: base.to_owned(), digest, turn, files, at: 0 };
+        let mut journal = Self { base: base.to_owned(), digest, turn, files, at: 0, due: usize::MAX };
         let pages = journal.current().filter(|_| turn > 0).ok_or(Lost::Damaged)?;
         if (pages.word(PLACE_MAGIC), pages.word(PLACE_DIGEST)) != (MAGIC, digest) {
             return Err(Lost::Differs);
@@ -149,7 +153,8 @@ impl Journal {
     pub(crate) fn turn(&mut self, snapshot: &[u8]) -> io::Result<()> {
         let turn = self.turn + 1;
         let parity = (turn % 2) as usize;
-        let length = (HEAD + snapshot.len() + LEAST.max(snapshot.len())).next_multiple_of(WORD);
+        let due = HEAD + snapshot.len() + LEAST.max(snapshot.len());
+        let length = (due + RESERVE).next_multiple_of(WORD);
         if let Some(pages) = &mut self.files[parity] {
             // Whole no more.
             pages.set_word(PLACE_TURN, 0);
@@ -168,7 +173,13 @@ impl Journal {
         pages.set_word(PLACE_TURN, turn);
         self.turn = turn;
         self.at = HEAD + snapshot.len();
+        self.due = due;
         Ok(())
+    }
+
+    /// A new snapshot should be written.
+    pub(crate) fn is_due(&self) -> bool {
+        self.at >= self.due
     }
 
     /// Adds a record of these two parts; `false` if there is no room for it.
@@ -265,6 +276,10 @@ mod tests {
         let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
         let packet = vec![7; 1 << 20];
         let mut count = 0;
+        while !journal.is_due() && journal.add(b"x", &packet) {
+            count += 1;
+        }
+        assert!((11..=13).contains(&count), "{count}");
         while journal.add(b"x", &packet) {
             count += 1;
         }

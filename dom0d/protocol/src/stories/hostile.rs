@@ -263,6 +263,8 @@ fn a_tiny_mss_does_not_multiply_packets() {
         story.servers.iter_mut().for_each(VecDeque::clear);
     }
     story.client_sends(1, &[7; 880], 1);
+    // The rest once it has shown that it has the connection.
+    story.server_sends(1, 1, b"", 89);
     assert_eq!((story.servers[0].len(), story.servers[1].len()), (10, 10));
 }
 

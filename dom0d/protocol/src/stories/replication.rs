@@ -49,6 +49,27 @@ fn a_replica_that_answers_first_is_not_kept_waiting() {
 }
 
 #[test]
+fn a_replica_that_dropped_the_third_segment_is_sent_nothing_beyond_the_clients_iss() {
+    // It answered with a cookie, its service's queue is full, and any other sequence number it takes for forged.
+    let mut story = Story::established(1);
+    story.client_sends(1, b"a", 1);
+    story.client_sends(2, b"b", 1);
+    story.client_says(Say {
+        seq: at(3),
+        ack: iss(0) + 1,
+        flags: Flags::FIN.with(Flags::ACK),
+        ..Say::default()
+    });
+    story.server_sends(0, 1, b"A", 4);
+    story.wait(Duration::from_secs(1));
+    assert!(story.servers[1].len() > 1, "sent again");
+    assert!(story.servers[1].iter().all(|heard| heard.seq == at(1)), "{:?}", story.servers[1]);
+    story.servers[1].clear();
+    story.server_sends(1, 1, b"", 3);
+    assert_eq!((story.server_hears(1).seq, story.servers[1].len()), (at(3), 0), "the FIN");
+}
+
+#[test]
 fn a_different_answer_diverges_and_harms_nobody() {
     let mut story = Story::established(1);
     story.client_sends(1, b"q", 1);

@@ -246,8 +246,9 @@ impl DataPath {
                 busy |= service.timeout(now, &mut around);
             }
             self.pass_on();
-            let wait = if busy { Duration::ZERO } else { self.wait(now) };
-            self.sleep(wait);
+            // Asked for in any case: the heartbeat is in it, and a busy daemon is no absent one.
+            let wait = self.wait(now);
+            self.sleep(if busy { Duration::ZERO } else { wait });
         }
     }
 

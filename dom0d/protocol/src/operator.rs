@@ -155,6 +155,11 @@ impl Service {
         self.ctx.epoch
     }
 
+    /// A promotion is under way: not every conversation is known to go on, or not to.
+    pub fn is_recuperating(&self) -> bool {
+        self.sweep.is_some() || !self.ctx.recuperation.pending.is_empty()
+    }
+
     /// A snapshot for operators; cost grows with the number of servers, not of conversations.
     pub fn status(&self) -> ServiceStatus {
         let ctx = &self.ctx;

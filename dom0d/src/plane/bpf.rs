@@ -24,11 +24,10 @@ const LOOK: Duration = Duration::from_micros(250);
 /// For how long after the last record.
 const BUSY: Duration = Duration::from_millis(3);
 
-/// Bytes taken from the ring of clients and OVM before others have their turn.
-const TURN: usize = 1 << 20;
-
-/// The same for a replica's ring.
-const RVM_TURN: usize = 32_768;
+/// Bytes taken from the ring of clients and OVM, and from that of each replica, before others have their turn. As much
+/// for each: what a client says makes every replica say about as much, and what a full ring loses is an
+/// acknowledgment, whose bytes are then sent again after a timeout.
+const TURN: usize = 1 << 18;
 
 /// What the smallest packet counts for: its cost is not in its bytes.
 const LEAST_COST: usize = 1_024;
@@ -216,7 +215,7 @@ impl Plane for BpfPlane {
         // The rings are looked at in any case: that costs less than a poll, and most records wake nobody.
         let (_, captures) = ready.split_at(ready.len().min(1 + SLOTS));
         self.left = TURN;
-        self.rvms_left = [RVM_TURN; SLOTS];
+        self.rvms_left = [TURN; SLOTS];
         self.portable.set_ready(captures);
     }
 

@@ -233,6 +233,7 @@ impl Service {
         around: &mut Surroundings<'_>,
         act: impl FnOnce(&mut Engine) -> T,
     ) -> T {
+        self.engine.set_urgent(true);
         if self.plane.stop() {
             while let Some(inbound) = self.plane.rest() {
                 hear(&mut self.engine, now, &inbound);
@@ -246,6 +247,7 @@ impl Service {
             // Nobody else could serve.
             self.plane.set_ovm(self.engine.ovm());
         }
+        self.engine.set_urgent(false);
         result
     }
 

@@ -98,6 +98,8 @@ pub(crate) struct Engine {
     surroundings: Vec<u8>,
     /// The input at hand as it is written down.
     record: Vec<u8>,
+    /// A cutover is under way: see [`Engine::set_urgent`].
+    urgent: bool,
 }
 
 /// What an earlier process knew, and left.
@@ -124,7 +126,7 @@ impl Engine {
     }
 
     fn around(service: Service) -> Self {
-        Self { service, journal: None, surroundings: Vec::new(), record: Vec::new() }
+        Self { service, journal: None, surroundings: Vec::new(), record: Vec::new(), urgent: false }
     }
 
     /// The engine that an earlier process left in files named after `base`.
@@ -170,8 +172,21 @@ impl Engine {
         }
     }
 
+    /// While a cutover is under way, nothing is written down anew that can be put off: for many conversations that
+    /// takes longer than the cutover.
+    pub(crate) fn set_urgent(&mut self, urgent: bool) {
+        self.urgent = urgent;
+    }
+
+    fn has_time(&self) -> bool {
+        !self.urgent && !self.service.is_recuperating()
+    }
+
     /// Writes an input down, before the engine has it.
     fn note(&mut self, input: &Input, packet: &[u8]) {
+        if self.journal.as_ref().is_some_and(Journal::is_due) && self.has_time() {
+            self.turn();
+        }
         if !self.add(input, packet) {
             self.turn();
             if !self.add(input, packet) {

@@ -54,6 +54,9 @@ use crate::report::Reporter;
 use crate::service::{Service, leave_nothing};
 use crate::wake::Waker;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Where the lock and the memory are on a real host.
 const RUN_DIRECTORY: &str = "/run/understudy";
 

@@ -156,12 +156,16 @@ pub(crate) fn verb(words: &[&str], limit: Duration) -> Result<ExitCode> {
     })
 }
 
-/// Prepares a supervised process: it ends with its supervisor, and may open as many files as the
-/// machine lets it.
+/// More than the largest crowd of clients, or a server of it, has open.
+const FILES: u64 = 131_072;
+
+/// Prepares a supervised process: it ends with its supervisor, and may open as many files as it needs, or as
+/// many as the machine lets it.
 pub(crate) fn settle() -> Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    if soft < hard {
+    // Root may raise both.
+    if setrlimit(Resource::RLIMIT_NOFILE, hard.max(FILES), hard.max(FILES)).is_err() && soft < hard {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     }
     Ok(())

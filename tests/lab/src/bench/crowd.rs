@@ -1,14 +1,16 @@
 //! What the number of open conversations costs: memory, round trips, and the cutover.
 
 use std::fs;
+use std::net::SocketAddr;
+use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use super::failover::{Spread, redis_only};
-use super::rtt::{clear, hang_up};
+use super::rtt::hang_up;
 use crate::client::pingpong::{PingPong, histogram};
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, Lab, Service};
@@ -22,6 +24,14 @@ const CROWDS: [usize; 4] = [1, 1_000, 10_000, 50_000];
 /// Until idle conversations have fallen asleep, and so many of them in a second.
 const CALM: Duration = Duration::from_secs(3);
 const CALMED_PER_SECOND: usize = 5_000;
+
+/// A process may not open more files than some 20,000 on many machines, so 50,000 connections are spread over as many
+/// Redis servers as they need in each domU, and over as many threads with files of their own.
+const PORTS: [u16; 4] = [6379, 6380, 6381, 6382];
+const CONNECTIONS_PER_PORT: usize = 15_000;
+
+/// How long the end of all conversations may take.
+const QUIET: Duration = Duration::from_secs(60);
 
 /// The daemon's memory for idle conversations.
 #[derive(Clone, Debug, Serialize)]
@@ -51,6 +61,7 @@ pub(crate) struct Cost {
 }
 
 pub(crate) fn measure(lab: &Lab, pinning: Pinning, quick: bool) -> Result<(Vec<Memory>, Vec<Cost>)> {
+    let _more = more_servers(lab)?;
     let mut memory = Vec::new();
     let mut costs = Vec::new();
     for crowd in CROWDS {
@@ -80,22 +91,31 @@ fn cost(
     let (mut cutover, mut first_byte, mut recuperated) = (Vec::new(), Vec::new(), Vec::new());
     let mut client_errors = 0;
     hang_up(&lab.domains()?)?;
-    clear(lab)?;
+    empty(lab)?;
+    let ports = &PORTS[..crowd.div_ceil(CONNECTIONS_PER_PORT)];
     let config = format!(
         "{}\n[service.limits]\npromotions = 1000000\n",
         unhurried(&redis_only(&lab.default_config()))
+            .replace("ports = [6379]", &format!("ports = {ports:?}"))
     );
     let mut stage = Stage::take_identical(Lab::find(&lab.config().name)?, &config)?;
     let pid = stage.dom0d.as_ref().map(|dom0d| dom0d.pid()).unwrap_or_default();
     for sample in 0..samples {
         let target = stage.psc(Service::Redis)?;
         let without = footprint(pid)?;
+        let mut idle = Vec::new();
+        for &port in ports.iter().skip(1) {
+            let mut plan = Plan::new(SocketAddr::new(target.ip(), port), &format!("crowd-{port}"));
+            plan.connections = crowd / ports.len();
+            plan.busy = 0;
+            idle.push(plan.start(&stage.client())?);
+        }
         let mut plan = Plan::new(target, "crowd");
-        plan.connections = crowd;
+        plan.connections = crowd - idle.len() * (crowd / ports.len());
         plan.busy = crowd.min(8);
         let load = plan.start(&stage.client())?;
         load.hold(Duration::from_secs(20))?;
-        sleep(Duration::from_millis(500));
+        caught_up(&stage)?;
         if sample == 0 && crowd > 1 {
             sleep(CALM + Duration::from_secs((crowd / CALMED_PER_SECOND) as u64));
         }
@@ -147,11 +167,18 @@ fn cost(
         first_byte.push(first.saturating_sub(observed.fault_us));
         recuperated.push(observed.recuperated_us.saturating_sub(observed.fault_us));
         client_errors += outcome.troubles() + observed.reset;
+        for load in idle {
+            client_errors += load.finish()?.troubles();
+        }
         repair(lab, Fault::Freeze, &ovm.name)?;
         hang_up(&[ovm])?;
-        clear(lab)?;
+        quiet(&stage)?;
+        empty(lab)?;
         stage.operator.seed_all(&config)?;
     }
+    // However busy it was.
+    let unattended = stage.operator.service(Service::Redis.name())?.plane_counters.get("unattended").copied();
+    ensure!(unattended.unwrap_or(0) == 0, "{unattended:?} segments passed because dom0d seemed to be away");
     stage.stop_dom0d()?;
     Ok(Cost {
         conversations: crowd,
@@ -166,7 +193,67 @@ fn cost(
     })
 }
 
-/// Resident memory of a process in bytes.
+/// More Redis servers in each domU, at the other ports.
+fn more_servers(lab: &Lab) -> Result<Vec<Children>> {
+    lab.domains()?
+        .iter()
+        .map(|domain| {
+            let mut children = Children::default();
+            for port in &PORTS[1..] {
+                let mut server = domain.command("redis-server");
+                server.args(["--port", &port.to_string(), "--bind", "*", "-::*", "--protected-mode", "no"]);
+                server.args(["--save", "", "--maxclients", "60000", "--tcp-backlog", "4096", "--dir"]);
+                server.arg(&domain.data).stdout(Stdio::null());
+                children.0.push(domain.spawn(&mut server)?);
+            }
+            Ok(children)
+        })
+        .collect()
+}
+
+/// Makes every server's state the same again.
+fn empty(lab: &Lab) -> Result<()> {
+    for domain in lab.domains()? {
+        for port in PORTS {
+            domain.run(&["redis-cli", "-p", &port.to_string(), "FLUSHALL"])?;
+        }
+    }
+    Ok(())
+}
+
+/// Processes that end with this value.
+#[derive(Default)]
+struct Children(Vec<Child>);
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // They may have ended already, with their domU.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Waits until every connection is closed and every replica has done what clients asked: what it did after it was made
+/// empty would make its state another than the OVM's.
+fn quiet(stage: &Stage) -> Result<()> {
+    stage.operator.until("all conversations are closed", QUIET, |status| {
+        status.services.iter().all(|service| service.conversations == 0)
+    })?;
+    caught_up(stage)
+}
+
+/// Waits until every replica has followed: how long it takes the machine to open thousands of connections on four
+/// servers at once is not what is measured.
+fn caught_up(stage: &Stage) -> Result<()> {
+    let have_followed = |status: &understudy_api::Status| {
+        let servers = status.services.iter().flat_map(|service| &service.servers);
+        servers.map(|server| server.behind_bytes).sum::<u64>() == 0
+    };
+    stage.operator.until("every replica has caught up", QUIET, have_followed)
+}
+
 /// A process's anonymous memory, and that of its BPF maps, in bytes.
 fn footprint(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/status");

@@ -82,7 +82,7 @@ pub(crate) fn clear(lab: &Lab) -> Result<()> {
 /// somebody whom a new dom0d does not know.
 pub(crate) fn hang_up(servers: &[Domain]) -> Result<()> {
     for server in servers {
-        server.run(&["ss", "--kill", "--tcp", "sport", "=", ":6379"])?;
+        server.run(&["ss", "--kill", "--tcp", "sport", ">=", ":6379", "and", "sport", "<=", ":6389"])?;
     }
     Ok(())
 }

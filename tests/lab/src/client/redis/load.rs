@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use hdrhistogram::Histogram;
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::script::{Model, Op, Script};
@@ -68,6 +69,8 @@ impl Plan {
         let (opened, wait) = mpsc::channel();
         let shared = orders.clone();
         let handle = place.spawn("redis-load", move || {
+            // How many files may be open is counted by table.
+            unshare(CloneFlags::CLONE_FILES)?;
             let mut load = Load::open(self, shared)?;
             load.first_answers()?;
             // The starter gave up if nobody listens; the load then ends by its own error.

@@ -213,7 +213,7 @@ impl Part {
         for &address in &self.psc {
             rules.push(vec![matches(source(address), json!(address.to_string()))]);
             if address.is_ipv4() {
-                rules.push(vec![matches(payload("arp", "saddr ip"), json!(address.to_string()))]);
+                rules.push(vec![is_arp(), matches(payload("arp", "saddr ip"), json!(address.to_string()))]);
             }
         }
         for &address in &self.addresses {
@@ -255,6 +255,7 @@ impl Part {
             for address in &self.addresses {
                 rules.push(match address {
                     IpAddr::V4(v4) => vec![
+                        is_arp(),
                         matches(payload("arp", "operation"), json!("reply")),
                         matches(payload("arp", "saddr ip"), json!(v4.to_string())),
                     ],
@@ -274,6 +275,11 @@ impl Part {
 
 fn matches(left: Value, right: Value) -> Value {
     json!({"match": {"op": "==", "left": left, "right": right}})
+}
+
+/// For ARP, nft by itself looks at the EtherType in the frame, which is the tag's where there is one (nft 1.0.6).
+fn is_arp() -> Value {
+    matches(json!({"meta": {"key": "protocol"}}), json!("arp"))
 }
 
 fn payload(protocol: &str, field: &str) -> Value {

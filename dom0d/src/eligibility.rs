@@ -52,6 +52,21 @@ pub(crate) fn bridge<'a>(
         })
 }
 
+/// Since when the kernel cuts a large frame with a tag that a packet socket sends; older ones lose it, and say nothing.
+const CUTS_TAGGED: (u32, u32) = (5, 19);
+
+/// Whether a service's VLAN, if it is in one, can be served by the kernel of this release (`uname -r`).
+pub(crate) fn vlan(service: &config::Service, release: &str) -> Result<(), String> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    match service.vlan {
+        Some(_) if version < CUTS_TAGGED => Err(format!(
+            "a `vlan` needs Linux 5.19 or newer, and this is {release}; update dom0's kernel, or give the service an untagged bridge (one per VLAN)"
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// How `domain` can serve on `bridge`.
 pub(crate) fn usable(
     service: &config::Service,
@@ -233,6 +248,21 @@ mod tests {
         }
         let error = bridge(&service(""), &[], &links).unwrap_err();
         assert!(error.contains("set `bridge`"), "{error}");
+    }
+
+    #[test]
+    fn a_vlan_needs_a_kernel_that_does_not_lose_its_large_frames() {
+        for (release, works) in [
+            ("6.1.0-39-amd64", true),
+            ("5.19.0", true),
+            ("5.18.19-rt7", false),
+            ("5.10.0-30-amd64", false),
+            ("7.0", true),
+            ("", false),
+        ] {
+            assert_eq!(vlan(&service("vlan = 5"), release).is_ok(), works, "{release}");
+            assert_eq!(vlan(&service(""), release), Ok(()));
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::command::KnownDomain;
 use crate::datapath::{LostInterface, Message, Source};
 use crate::discovery::{Domain, Found, Snapshot, is_incoming, sent_away};
-use crate::eligibility::{bridge, rank, usable};
+use crate::eligibility::{bridge, rank, usable, vlan};
 use crate::hypervisor::DomainId;
 use crate::plane::anchor::{self, AnchorError, Link};
 use crate::plane::device::{Device, DeviceError, anchor_filter, odd_server_filter, server_filter};
@@ -41,6 +41,8 @@ const AFTER_LOSS: Duration = Duration::from_millis(200);
 
 /// How long a PSC whose address is taken by somebody else waits before it is tried again.
 const ADDRESS_TAKEN: Duration = Duration::from_secs(10);
+
+const KERNEL_RELEASE: &str = "/proc/sys/kernel/osrelease";
 
 /// See the module.
 pub(crate) struct Placement {
@@ -237,6 +239,7 @@ impl Placement {
         self.take_back(index, &domains);
         domains.retain(|domain| !self.is_left_behind(index, domain));
 
+        vlan(service, std::fs::read_to_string(KERNEL_RELEASE).unwrap_or_default().trim())?;
         let links = anchor::links(&self.netlink).await;
         let links = links.map_err(|error| error.to_string())?;
         let bridge = bridge(service, &domains, &links)?;
@@ -348,16 +351,16 @@ impl Placement {
         let far = if is_left {
             anchor::names(service.psc_mac).1
         } else {
-            anchor::create(&self.netlink, service.psc_mac, bridge).await.map_err(text)?
+            anchor::create(&self.netlink, service.psc_mac, service.vlan, bridge).await.map_err(text)?
         };
         let links = anchor::links(&self.netlink).await.map_err(text)?;
         let index = links.iter().find(|link| link.name == far);
         let index = index.ok_or_else(|| AnchorError::Vanished(far.clone()).to_string())?;
         let filter = anchor_filter(service.psc_mac);
         let buffer = self.config.capture_buffer;
-        let psc = Psc::new(&service.engine.psc, service.psc_mac);
+        let psc = Psc::of(service);
         let opened = blocking(move || {
-            let mut device = Device::open(&far, &filter, buffer)?;
+            let mut device = Device::open(&far, psc.vlan, &filter, buffer)?;
             let taken = if is_left { None } else { anchor::probe(&mut device, &psc) };
             Ok::<_, DeviceError>((device, taken))
         });
@@ -458,8 +461,8 @@ impl Placement {
                 odd_server_filter(&arrival.addresses)
             }
         };
-        let (vif, buffer) = (arrival.vif.clone(), self.config.capture_buffer);
-        let opened = blocking(move || Device::open(&vif, &filter, buffer)).await?;
+        let (vif, vlan, buffer) = (arrival.vif.clone(), service.vlan, self.config.capture_buffer);
+        let opened = blocking(move || Device::open(&vif, vlan, &filter, buffer)).await?;
         let device = opened.map_err(|error| format!("its vif can't be captured: {error}"))?;
         let came_from = self.given.get(&key).and_then(|given| given.came_from);
         self.given.insert(key, Given { came_from, ..Given::open(arrival.clone(), link_index) });

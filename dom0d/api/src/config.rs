@@ -54,6 +54,9 @@ pub struct Service {
     pub on_daemon_loss: OnDaemonLoss,
     /// The bridge that the PSC lives on; the OVM's vif tells when it is not given.
     pub bridge: Option<String>,
+    /// The VLAN (IEEE 802.1Q) that the service's frames are tagged with at the bridge's ports: 1 to 4094; `None` if
+    /// they have no tag.
+    pub vlan: Option<u16>,
     /// The domain that serves first.
     pub ovm: Selector,
     /// The domains that replicate it.

@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let settings = Settings {
         psc: vec![psc],
         psc_mac: MAC,
+        vlan: None,
         ports: vec![PORT],
         conversations: 1,
         daemon_grace: Duration::from_secs(1),

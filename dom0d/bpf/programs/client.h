@@ -29,6 +29,10 @@ static __always_inline int from_client(struct __sk_buff *skb)
 		count(COUNT_NOT_SERVICE_PORT);
 		return TC_ACT_UNSPEC;
 	}
+	if (!in_vlan(skb, service)) {
+		count(COUNT_OTHER_VLAN);
+		return TC_ACT_UNSPEC;
+	}
 	if (segment.ip_length > LONGEST) {
 		count(COUNT_TOO_LONG);
 		return TC_ACT_SHOT;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
 /* Is a frame a TCP segment right behind an IP header, whole, and where are its parts?
  *
- * What is not (fragments, extension headers, tags, truncated headers) is left to the daemon, which reads it
- * from a socket. Headers are copied out: netback leaves only 128 bytes in the linear area.
+ * What is not (fragments, extension headers, a tag within a tag, truncated headers) is left to the daemon, which
+ * reads it from a socket. Headers are copied out: netback leaves only 128 bytes in the linear area.
  */
 #pragma once
 
@@ -59,7 +59,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 	__u8 *header = scratch->old, *ip = scratch->frame + ETHERNET;
 
 	__builtin_memset(segment, 0, sizeof(*segment));
-	if (skb->vlan_present || bpf_skb_load_bytes(skb, 0, scratch->frame, ETHERNET + 20))
+	if (bpf_skb_load_bytes(skb, 0, scratch->frame, ETHERNET + 20))
 		return 0;
 	__builtin_memcpy(segment->source_mac, scratch->frame + 6, 6);
 	switch (be16_at(scratch->frame + 12)) {
@@ -98,6 +98,16 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 	segment->source_port = be16_at(header);
 	segment->destination_port = be16_at(header + 2);
 	return 1;
+}
+
+/* The outer tag is not in the frame but beside it: so the kernel hands frames on, however they came. One that names no
+ * VLAN but a priority is none.
+ */
+static __always_inline int in_vlan(struct __sk_buff *skb, const struct control *service)
+{
+	if (!skb->vlan_present)
+		return !service->vlan;
+	return skb->vlan_proto == bpf_htons(ETH_P_8021Q) && (skb->vlan_tci & 0xfff) == service->vlan;
 }
 
 static __always_inline int same(const __u8 *a, const __u8 *b, __u32 version)

@@ -36,6 +36,10 @@ static __always_inline int from_server(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (!has_port(service, segment.source_port))
 		return TC_ACT_UNSPEC;
+	if (!in_vlan(skb, service)) {
+		count(COUNT_OTHER_VLAN);
+		return TC_ACT_UNSPEC;
+	}
 	if (segment.ip_length > LONGEST) {
 		count(COUNT_TOO_LONG);
 		return TC_ACT_SHOT;

@@ -24,7 +24,17 @@ pub struct Cut {
 }
 
 /// See the module. What it sends is not seen by captures that [`ignore_outgoing`] was called for.
-pub struct Injector(OwnedFd);
+pub struct Injector {
+    socket: OwnedFd,
+    /// In each frame behind its addresses, if it is sent into a VLAN.
+    tag: Option<[u8; TAG]>,
+}
+
+/// Both addresses of an Ethernet frame; the tag is behind them.
+const ADDRESSES: usize = 12;
+/// A tag of IEEE 802.1Q.
+const TAG: usize = 4;
+const TAG_TYPE: u16 = 0x8100;
 
 /// struct virtio_net_hdr
 const HEADER: usize = 10;
@@ -39,8 +49,8 @@ const GSO_TCPV6: u8 = 4;
 const CHECKSUM: u16 = 16;
 
 impl Injector {
-    /// For an interface.
-    pub fn open(interface: &str) -> nix::Result<Self> {
+    /// For an interface; its frames are tagged with this VLAN, if there is one.
+    pub fn open(interface: &str, vlan: Option<u16>) -> nix::Result<Self> {
         // Of no protocol: it receives nothing.
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
@@ -54,21 +64,30 @@ impl Injector {
         // SAFETY: the address is of the length given, and the kernel only reads it.
         let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
         nix::errno::Errno::result(result)?;
-        Ok(Self(socket))
+        let tag = vlan.map(|vlan| {
+            let ([a, b], [c, d]) = (TAG_TYPE.to_be_bytes(), vlan.to_be_bytes());
+            [a, b, c, d]
+        });
+        Ok(Self { socket, tag })
     }
 
-    /// Sends a frame; a large one is cut, and its TCP checksum, that of the pseudo-header so far, filled in.
+    /// Sends a frame, given without a tag; a large one is cut, and its TCP checksum, that of the pseudo-header so far,
+    /// filled in.
     pub fn send(&self, frame: &[u8], cut: Option<Cut>) -> nix::Result<()> {
+        let tag = self.tag.as_ref().map_or(&[][..], |tag| tag);
+        let further = tag.len() as u16;
         let mut header = [0; HEADER];
         if let Some(cut) = cut {
             header[0] = NEEDS_CSUM;
             header[1] = if cut.is_ipv6 { GSO_TCPV6 } else { GSO_TCPV4 };
-            header[2..4].copy_from_slice(&cut.payload.to_ne_bytes());
+            header[2..4].copy_from_slice(&(cut.payload + further).to_ne_bytes());
             header[4..6].copy_from_slice(&cut.segment.to_ne_bytes());
-            header[6..8].copy_from_slice(&cut.tcp.to_ne_bytes());
+            header[6..8].copy_from_slice(&(cut.tcp + further).to_ne_bytes());
             header[8..10].copy_from_slice(&CHECKSUM.to_ne_bytes());
         }
-        writev(&self.0, &[IoSlice::new(&header), IoSlice::new(frame)]).map(|_| ())
+        let (addresses, rest) = frame.split_at_checked(ADDRESSES).ok_or(nix::Error::EINVAL)?;
+        let parts = [&header[..], addresses, tag, rest].map(IoSlice::new);
+        writev(&self.socket, &parts).map(|_| ())
     }
 }
 

@@ -10,7 +10,7 @@ pub const SLOTS: usize = 8;
 pub const PORTS: usize = 16;
 
 /// Why frames went which way; see [`COUNTERS`].
-pub const REASONS: usize = 20;
+pub const REASONS: usize = 21;
 
 /// In [`Control::active`] instead of a slot: nobody is the OVM.
 pub const NO_SLOT: u64 = 0xff;
@@ -34,7 +34,7 @@ pub const FROM_CLIENT: u16 = 4;
 pub const UNATTENDED: u16 = 8;
 
 /// In [`Control::policy`]: a daemon that stays away does not stop conversations.
-pub const SERVE: u32 = 1;
+pub const SERVE: u16 = 1;
 
 /// Mark of a server's frame that speaks for the PSC, translated.
 pub const MARK: u32 = 0x5553;
@@ -61,6 +61,7 @@ pub const COUNTERS: [&str; REASONS] = [
     "malformed_options",
     "late_fence",
     "unattended",
+    "other_vlan",
 ];
 
 /// One declaration for both languages.
@@ -110,7 +111,9 @@ shared! {
         /// Segments forwarded without a record, by the policy.
         unrecorded: u64,
         /// What to do when the ring is full and the daemon is gone.
-        policy: u32,
+        policy: u16,
+        /// The VLAN that the service's frames are tagged with; 0 if they have no tag.
+        vlan: u16,
         /// The PSC's MAC.
         psc_mac: [u8; 6],
         /// 1 if the PSC has an IPv4 address.

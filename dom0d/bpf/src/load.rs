@@ -80,6 +80,8 @@ pub struct Settings {
     pub psc: Vec<IpAddr>,
     /// The PSC's MAC.
     pub psc_mac: [u8; 6],
+    /// The VLAN that its frames are tagged with; `None` if they have no tag.
+    pub vlan: Option<u16>,
     /// Its ports.
     pub ports: Vec<u16>,
     /// Entries for conversations.
@@ -211,6 +213,7 @@ fn first_control(settings: &Settings) -> Control {
         active: NO_SLOT,
         grace_ns: i64::try_from(settings.daemon_grace.as_nanos()).unwrap_or(i64::MAX).cast_unsigned(),
         policy: if settings.serve { SERVE } else { 0 },
+        vlan: settings.vlan.unwrap_or(0),
         psc_mac: settings.psc_mac,
         ..Control::default()
     };

@@ -75,10 +75,11 @@ fn addresses(v6: bool) -> (IpAddr, IpAddr, SocketAddr) {
 
 /// Serves while the daemon is away. Where it is not, it has written its heartbeat while the segment was under way:
 /// the kernel read the time before.
-fn bench(away: bool) -> Bench {
+fn bench(away: bool, vlan: Option<u16>) -> Bench {
     let settings = Settings {
         psc: vec![addresses(false).0, addresses(true).0],
         psc_mac: PSC_MAC,
+        vlan,
         ports: vec![80, PORT],
         conversations: CONVERSATIONS,
         daemon_grace: Duration::from_secs(1),
@@ -318,6 +319,28 @@ fn so_it_does_while_the_daemon_is_away() {
     compare(cases, true);
 }
 
+/// The kernel's test-run takes no tags: what becomes of those the lab shows.
+#[test]
+fn what_has_no_tag_is_nothing_to_a_service_in_a_vlan() {
+    let Bench { mut programs, mut tap } = bench(false, Some(5));
+    let mut chance = Chance(1);
+    let mut out = Vec::new();
+    for case in 0..1_000 {
+        let (v6, from_client) = (case % 3 == 0, case % 2 == 0);
+        let flow = flow(&mut chance);
+        let packet = packet(&mut chance, &flow, from_client, v6);
+        let (source, destination) = if from_client { (CLIENT_MAC, PSC_MAC) } else { (GUEST_MAC, OTHER_MAC) };
+        let before = frame(&packet, source, destination, v6);
+        let key = Key::new(addresses(v6).2, PORT);
+        let bounds = Bounds { up: flow.bounds.up, down: flow.bounds.down };
+        tap.install(&key, Conversation::new(&flow, CLIENT_MAC, 0), bounds).unwrap();
+        let (verdict, _) = programs.rehearse(from_client, &before, &mut out, 1).unwrap();
+        assert_eq!((verdict, &out), (TC_ACT_UNSPEC, &before), "{packet:02x?}");
+        assert_eq!(tap.next(&mut out), None);
+    }
+    assert!(tap.counters()["other_vlan"] > 900, "{:?}", tap.counters());
+}
+
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|number| number.parse().ok())
 }
@@ -341,7 +364,7 @@ fn is_syn(packet: &[u8], v6: bool) -> bool {
 }
 
 fn compare(cases: u32, away: bool) {
-    let Bench { mut programs, mut tap } = bench(away);
+    let Bench { mut programs, mut tap } = bench(away, None);
     let seed = number("BPF_SEED").unwrap_or(1);
     let mut chance = Chance(seed);
     let (mut passed, mut aside, mut foreign) = (0, 0, 0);

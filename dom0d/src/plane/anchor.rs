@@ -9,13 +9,14 @@ use std::io;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
+use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{
-    BridgeMulticastRouterType, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
+    BridgeMulticastRouterType, BridgeVlanInfoFlags, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::packet_route::tc::TcHandle;
-use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVeth};
+use rtnetlink::{Handle, LinkBridgePort, LinkBridgeVlan, LinkUnspec, LinkVeth};
 
 use super::device::Device;
 use super::frame::{self, Content, Mac};
@@ -127,12 +128,17 @@ fn link(message: &LinkMessage) -> Link {
 }
 
 /// Makes a PSC's veth pair with its anchor on `bridge`, in place of one that a crash left.
-pub(crate) async fn create(netlink: &Handle, psc_mac: Mac, bridge: &Link) -> Result<String, AnchorError> {
+pub(crate) async fn create(
+    netlink: &Handle,
+    psc_mac: Mac,
+    vlan: Option<u16>,
+    bridge: &Link,
+) -> Result<String, AnchorError> {
     let (anchor, far) = names(psc_mac);
     remove(netlink, psc_mac).await?;
     let veth = LinkVeth::new(&anchor, &far).build();
     refused(format!("create the veth pair {anchor}"), netlink.link().add(veth).execute().await)?;
-    let result = set_up(netlink, (&anchor, &far), psc_mac, bridge).await;
+    let result = set_up(netlink, (&anchor, &far), psc_mac, vlan, bridge).await;
     if result.is_err() {
         // What is half made must not stay; the error of setting it up says more than one of removing it.
         let _ = remove(netlink, psc_mac).await;
@@ -144,6 +150,7 @@ async fn set_up(
     netlink: &Handle,
     (anchor, far): (&str, &str),
     psc_mac: Mac,
+    vlan: Option<u16>,
     bridge: &Link,
 ) -> Result<(), AnchorError> {
     // Before they are up: an interface that comes up with IPv6 speaks at once.
@@ -166,12 +173,28 @@ async fn set_up(
     if let Err(error) = netlink.link().set_port(port).execute().await {
         tracing::warn!(port = anchor, %error, "can't make the anchor a multicast router port; where a multicast querier runs, IPv6 clients may not find the PSC");
     }
+    // Before the PSC's MAC is tied to it, which counts for the VLANs that the port is in by then.
+    if let Some(vlan) = vlan {
+        join(netlink, (anchor, index), vlan).await?;
+    }
     let message = LinkUnspec::new_with_name(far).up().build();
     refused(format!("set {far} up"), netlink.link().set(message).execute().await)?;
     // Not learned: a merely static entry, too, would be moved by one frame of a guest with the PSC's MAC.
     let entry = netlink.neighbours().add_bridge(index, &psc_mac).state(NeighbourState::Noarp);
     let entry = entry.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
     refused(format!("tie the PSC's MAC to {anchor}"), entry.execute().await)
+}
+
+/// Makes a port a tagged member of a VLAN, which a bridge that filters by them asks for.
+async fn join(netlink: &Handle, (port, index): (&str, u32), vlan: u16) -> Result<(), AnchorError> {
+    let message = LinkBridgeVlan::new(index).vlan(vlan, BridgeVlanInfoFlags::empty()).build();
+    match netlink.link().set(message).execute().await {
+        // The kernel has no such bridges.
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -(Errno::EOPNOTSUPP as i32) => {
+            Ok(())
+        }
+        result => refused(format!("make {port} a member of VLAN {vlan}"), result),
+    }
 }
 
 async fn index_of(netlink: &Handle, name: &str) -> Result<u32, AnchorError> {
@@ -268,7 +291,8 @@ pub(crate) fn probe(device: &mut Device, psc: &Psc) -> Option<(std::net::IpAddr,
         }
         std::thread::sleep(PROBE_WAIT);
         while let Ok(true) = device.receive(&mut frame) {
-            match frame::parse(&frame).map(|frame| (frame.source, frame.content)) {
+            let frame = frame::parse(&frame).filter(|frame| frame.vlan == psc.vlan);
+            match frame.map(|frame| (frame.source, frame.content)) {
                 Some((_, Content::Arp(arp))) if psc.v4 == Some(arp.sender) => {
                     return Some((arp.sender.into(), arp.sender_mac));
                 }

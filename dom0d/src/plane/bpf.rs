@@ -64,6 +64,7 @@ pub(super) fn settings(service: &config::Service, pins: Option<&Path>) -> Settin
     Settings {
         psc: service.engine.psc.clone(),
         psc_mac: service.psc_mac,
+        vlan: service.vlan,
         ports: service.engine.ports.clone(),
         conversations: service.engine.limits.conversations,
         daemon_grace: service.daemon_grace,

@@ -45,8 +45,14 @@ pub(crate) enum SendError {
 }
 
 impl Device {
-    /// Opens an interface for what passes `filter` (in pcap's language) and comes from outside.
-    pub(crate) fn open(name: &str, filter: &str, buffer: u32) -> Result<Self, DeviceError> {
+    /// Opens an interface for what passes `filter` (in pcap's language) and comes from outside. What is sent is tagged
+    /// with the VLAN, if one is given; captured frames are as they are on the wire.
+    pub(crate) fn open(
+        name: &str,
+        vlan: Option<u16>,
+        filter: &str,
+        buffer: u32,
+    ) -> Result<Self, DeviceError> {
         let failed = |error: String| DeviceError { interface: name.to_owned(), error };
         let capture = Capture::from_device(name)
             .map_err(|error| failed(error.to_string()))?
@@ -60,7 +66,8 @@ impl Device {
         if capture.get_datalink() != Linktype::ETHERNET {
             return Err(failed("is no Ethernet interface".to_owned()));
         }
-        let injector = Injector::open(name).map_err(|error| failed(format!("can't be sent to: {error}")))?;
+        let injector = Injector::open(name, vlan);
+        let injector = injector.map_err(|error| failed(format!("can't be sent to: {error}")))?;
         // Else a copy of each frame that is injected would be captured, and dropped only then; as it is where the
         // kernel (before 4.20) does not know this.
         let _ = ignore_outgoing(&capture);
@@ -101,7 +108,7 @@ impl Device {
         }
     }
 
-    /// Sends a frame out of the interface; a large one in segments.
+    /// Sends a frame, given without a tag, out of the interface; a large one in segments.
     pub(crate) fn send(&mut self, frame: &[u8], cut: Option<Cut>) -> Result<(), SendError> {
         // It does not wait: the full queue of a frozen guest would stop everybody.
         self.injector.send(frame, cut).map_err(|error| match error {
@@ -130,8 +137,13 @@ pub(crate) struct Lost {
 
 /// What the anchor's far end must give: frames for the PSC, and neighbours' questions and answers.
 pub(crate) fn anchor_filter(psc_mac: Mac) -> String {
+    in_any_vlan(&format!("arp or icmp6 or ether dst {}", mac_text(psc_mac)))
+}
+
+/// With a tag or without. Which it must be is not for a filter to say: what has another is counted.
+fn in_any_vlan(filter: &str) -> String {
     // `vlan` moves the offsets of all that follows it, so it must come last.
-    format!("arp or icmp6 or ether dst {} or vlan", mac_text(psc_mac))
+    format!("({filter}) or (vlan and ({filter}))")
 }
 
 /// What a server's vif must give: the service's segments, and neighbours' questions.
@@ -140,20 +152,20 @@ pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
     let ports: Vec<String> = ports.iter().map(|port| format!("tcp src port {port}")).collect();
     // Beside plain segments: IPv4 fragments behind the first, and IPv6 with extension headers
     // (hop-by-hop, routing, fragment, destination), of which `tcp` sees nothing.
-    format!(
-        "arp or icmp6 or (({}) and ({} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60)) or vlan",
+    in_any_vlan(&format!(
+        "arp or icmp6 or (({}) and ({} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60))",
         hosts.join(" or "),
         ports.join(" or ")
-    )
+    ))
 }
 
 /// What is left to capture at a server's vif where the kernel takes the service's plain segments itself.
 pub(crate) fn odd_server_filter(addresses: &[IpAddr]) -> String {
     let hosts: Vec<String> = addresses.iter().map(|address| format!("src host {address}")).collect();
-    format!(
-        "arp or icmp6 or (({}) and (ip[6:2] & 0x3fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60)) or vlan",
+    in_any_vlan(&format!(
+        "arp or icmp6 or (({}) and (ip[6:2] & 0x3fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60))",
         hosts.join(" or ")
-    )
+    ))
 }
 
 /// A MAC as people write it.

@@ -1,5 +1,5 @@
 //! What does an Ethernet frame hold, and how is one built? Ethernet II, ARP (RFC 826, 5227) and IPv6
-//! neighbour discovery (RFC 4861).
+//! neighbour discovery (RFC 4861). What is built here has no VLAN tag: that is added where it is sent.
 //!
 //! Everything here comes from guests and from the network: no input may panic.
 
@@ -16,6 +16,7 @@ use pnet_packet::icmpv6::{Icmpv6Packet, Icmpv6Types, MutableIcmpv6Packet, checks
 use pnet_packet::ip::IpNextHeaderProtocols;
 use pnet_packet::ipv4::Ipv4Packet;
 use pnet_packet::ipv6::{Ipv6Packet, MutableIpv6Packet};
+use pnet_packet::vlan::VlanPacket;
 use understudy_bpf::Cut;
 
 /// An Ethernet address.
@@ -26,6 +27,9 @@ pub(crate) const BROADCAST: Mac = [0xff; 6];
 
 /// Length of an Ethernet II header.
 pub(crate) const ETHERNET_HEADER: usize = 14;
+
+/// Length of a VLAN tag (IEEE 802.1Q).
+const TAG: usize = 4;
 
 const IPV6_HEADER: usize = 40;
 const ARP_LENGTH: usize = 28;
@@ -41,6 +45,8 @@ pub(crate) struct Frame {
     pub(crate) destination: Mac,
     /// The sender.
     pub(crate) source: Mac,
+    /// The VLAN that it is tagged with; `None` if it has no tag, or one that names a priority only.
+    pub(crate) vlan: Option<u16>,
     /// What is inside.
     pub(crate) content: Content,
 }
@@ -56,8 +62,8 @@ pub(crate) enum Content {
     Solicitation(Solicitation),
     /// A neighbour advertisement.
     Advertisement(Advertisement),
-    /// A VLAN tag, whatever is behind it.
-    Tagged,
+    /// A provider's tag, or a tag within a tag (IEEE 802.1ad), whatever is behind it.
+    ManyTags,
     /// Some other protocol.
     Other,
     /// Cut off, or contradictory.
@@ -102,17 +108,29 @@ pub(crate) struct Advertisement {
 /// Takes a frame apart.
 pub(crate) fn parse(bytes: &[u8]) -> Option<Frame> {
     let ethernet = EthernetPacket::new(bytes)?;
-    let inside = bytes.get(ETHERNET_HEADER..)?;
-    let content = match ethernet.get_ethertype() {
+    let (mut at, mut kind, mut vlan) = (ETHERNET_HEADER, ethernet.get_ethertype(), None);
+    if kind == EtherTypes::Vlan {
+        let tag = VlanPacket::new(bytes.get(at..)?)?;
+        vlan = Some(tag.get_vlan_identifier()).filter(|vlan| *vlan != 0);
+        kind = tag.get_ethertype();
+        at += TAG;
+    }
+    let inside = bytes.get(at..)?;
+    let content = match kind {
         EtherTypes::Ipv4 => ipv4(inside),
         EtherTypes::Ipv6 => ipv6(inside),
         EtherTypes::Arp => arp(inside),
-        EtherTypes::Vlan | EtherTypes::QinQ | EtherTypes::PBridge => Content::Tagged,
+        EtherTypes::Vlan | EtherTypes::QinQ | EtherTypes::PBridge => Content::ManyTags,
         _ => Content::Other,
+    };
+    let content = match content {
+        Content::Ip(range) => Content::Ip(at + range.start..at + range.end),
+        other => other,
     };
     Some(Frame {
         destination: ethernet.get_destination().octets(),
         source: ethernet.get_source().octets(),
+        vlan,
         content,
     })
 }
@@ -122,18 +140,20 @@ pub(crate) fn is_unicast(mac: Mac) -> bool {
     mac[0] & 1 == 0 && mac != [0; 6]
 }
 
+/// With the packet's place inside.
 fn ipv4(inside: &[u8]) -> Content {
     let length = Ipv4Packet::new(inside).map(|ip| usize::from(ip.get_total_length()));
     match length {
         // A super-packet of 64 KiB and more says 0 (BIG TCP); then all of the frame is packet.
-        Some(0) => Content::Ip(ETHERNET_HEADER..ETHERNET_HEADER + inside.len()),
+        Some(0) => Content::Ip(0..inside.len()),
         Some(length) if (Ipv4Packet::minimum_packet_size()..=inside.len()).contains(&length) => {
-            Content::Ip(ETHERNET_HEADER..ETHERNET_HEADER + length)
+            Content::Ip(0..length)
         }
         _ => Content::Malformed,
     }
 }
 
+/// With the packet's place inside.
 fn ipv6(inside: &[u8]) -> Content {
     let Some(ip) = Ipv6Packet::new(inside) else {
         return Content::Malformed;
@@ -150,7 +170,7 @@ fn ipv6(inside: &[u8]) -> Content {
     {
         return content;
     }
-    Content::Ip(ETHERNET_HEADER..ETHERNET_HEADER + length)
+    Content::Ip(0..length)
 }
 
 /// `None` if the message is no solicitation or advertisement.
@@ -476,17 +496,38 @@ mod tests {
         assert_eq!(parse(&frame).unwrap().content, Content::Malformed);
     }
 
+    /// With these bytes as its tag.
+    fn tagged(frame: &[u8], tag: [u8; 4]) -> Vec<u8> {
+        [&frame[..12], &tag, &frame[12..]].concat()
+    }
+
     #[test]
-    fn a_tag_is_seen_whatever_it_hides() {
-        for kind in [0x8100_u16, 0x88a8, 0x9100] {
-            let mut frame = arp_request(A, v4(1), v4(2));
-            frame[12..14].copy_from_slice(&kind.to_be_bytes());
-            let content = parse(&frame).unwrap().content;
-            assert!(matches!(content, Content::Tagged | Content::Other), "{kind:x}: {content:?}");
+    fn a_tag_names_the_vlan_or_a_priority_only() {
+        let plain = arp_request(A, v4(1), v4(2));
+        let content = parse(&plain).unwrap().content;
+        for (tag, vlan) in
+            [([0x81, 0, 0, 5], Some(5)), ([0x81, 0, 0xef, 0xfe], Some(0xffe)), ([0x81, 0, 0xe0, 0], None)]
+        {
+            let frame = parse(&tagged(&plain, tag)).unwrap();
+            assert_eq!((frame.source, frame.destination), (A, BROADCAST));
+            assert_eq!((frame.vlan, &frame.content), (vlan, &content), "{tag:02x?}");
         }
-        let mut frame = arp_request(A, v4(1), v4(2));
-        frame[12..14].copy_from_slice(&[0x81, 0]);
-        assert_eq!(parse(&frame).unwrap().content, Content::Tagged);
+        let mut packet = vec![0x45, 0, 0, 20];
+        packet.resize(20, 0);
+        let mut frame = Vec::new();
+        wrap_ip(&mut frame, A, B, &packet);
+        assert_eq!(parse(&tagged(&frame, [0x81, 0, 0, 5])).unwrap().content, Content::Ip(18..38));
+    }
+
+    #[test]
+    fn a_tag_within_a_tag_is_seen_whatever_it_hides() {
+        let plain = arp_request(A, v4(1), v4(2));
+        for outer in [[0x81, 0, 0, 5], [0x88, 0xa8, 0, 5], [0x91, 0, 0, 5]] {
+            let frame = tagged(&tagged(&plain, [0x81, 0, 0, 5]), outer);
+            assert_eq!(parse(&frame).unwrap().content, Content::ManyTags, "{outer:02x?}");
+        }
+        let provider = parse(&tagged(&plain, [0x88, 0xa8, 0, 5])).unwrap();
+        assert_eq!(provider.content, Content::ManyTags);
     }
 
     #[test]
@@ -505,6 +546,7 @@ mod tests {
             arp_request(A, v4(1), v4(2)),
             advertisement(A, v6(1), false, None),
             solicitation(A, v6(1), v6(2)),
+            tagged(&advertisement(A, v6(1), false, None), [0x81, 0, 0, 5]),
         ] {
             for length in 0..frame.len() {
                 let _ = parse(&frame[..length]);

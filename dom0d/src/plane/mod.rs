@@ -185,7 +185,7 @@ pub(crate) struct Choice {
 /// Chooses a service's plane, whose maps, if it has any, are pinned there. May take a moment: the kernel verifies
 /// programs.
 pub(crate) fn choose(service: &config::Service, pins: Option<&Path>) -> Choice {
-    let portable = PcapPlane::new(Psc::new(&service.engine.psc, service.psc_mac));
+    let portable = PcapPlane::new(Psc::of(service));
     match service.plane {
         config::Plane::Pcap => Choice { plane: Box::new(portable), programs: None, reason: None },
         config::Plane::Bpf => match understudy_bpf::load(&bpf::settings(service, pins)) {

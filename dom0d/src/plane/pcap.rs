@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use understudy_api::config;
 use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use super::device::{Device, Lost, SendError, mac_text};
@@ -66,11 +67,14 @@ pub(crate) struct Psc {
     pub(crate) v6: Option<Ipv6Addr>,
     /// The MAC that answers for both.
     pub(crate) mac: Mac,
+    /// The VLAN that it is in; `None` if its frames have no tag.
+    pub(crate) vlan: Option<u16>,
 }
 
 impl Psc {
-    /// From a service's configured addresses: at most one per family.
-    pub(crate) fn new(addresses: &[IpAddr], mac: Mac) -> Self {
+    /// A service's, by its configuration.
+    pub(crate) fn of(service: &config::Service) -> Self {
+        let addresses = &service.engine.psc;
         let v4 = addresses.iter().find_map(|address| match address {
             IpAddr::V4(v4) => Some(*v4),
             IpAddr::V6(_) => None,
@@ -79,7 +83,7 @@ impl Psc {
             IpAddr::V6(v6) => Some(*v6),
             IpAddr::V4(_) => None,
         });
-        Self { v4, v6, mac }
+        Self { v4, v6, mac: service.psc_mac, vlan: service.vlan }
     }
 
     fn has(&self, address: IpAddr) -> bool {
@@ -119,7 +123,7 @@ struct Counters {
     send_failed: u64,
     no_interface: u64,
     no_link_address: u64,
-    tagged_refused: u64,
+    other_vlan_refused: u64,
     malformed: u64,
     neighbour_answers: u64,
     neighbour_questions: u64,
@@ -158,6 +162,7 @@ impl PcapPlane {
 
     /// Takes the next frame from one interface, if there is one.
     fn take(&mut self, from: Option<ServerId>) -> Option<Frame> {
+        let vlan = self.psc.vlan;
         let port = match from {
             None => self.anchor.as_mut(),
             Some(id) => self.servers.get_mut(&id).map(|server| &mut server.port),
@@ -169,6 +174,7 @@ impl PcapPlane {
                 Some(frame.unwrap_or(Frame {
                     destination: [0; 6],
                     source: [0; 6],
+                    vlan,
                     content: Content::Malformed,
                 }))
             }
@@ -182,6 +188,12 @@ impl PcapPlane {
     }
 
     fn network_frame(&mut self, now: Instant, frame: Frame) -> Meaning {
+        if self.is_of_another_vlan(&frame) {
+            if self.is_for_psc(&frame) {
+                self.refuse_vlan(&frame);
+            }
+            return Meaning::Done;
+        }
         match frame.content {
             Content::Ip(range) => {
                 if frame.destination != self.psc.mac {
@@ -213,22 +225,37 @@ impl PcapPlane {
                     self.learn(advertisement.target.into(), link, Some(advertisement.router));
                 }
             }
-            Content::Tagged => self.refuse_tagged(frame.source),
             Content::Malformed => self.counters.malformed += 1,
-            Content::Other => {}
+            Content::ManyTags | Content::Other => {}
         }
         Meaning::Done
     }
 
-    /// Counted always, told once: a service behind a VLAN tag would otherwise just not answer.
-    fn refuse_tagged(&mut self, sender: Mac) {
-        self.counters.tagged_refused += 1;
-        if self.counters.tagged_refused == 1 {
+    fn is_of_another_vlan(&self, frame: &Frame) -> bool {
+        frame.vlan != self.psc.vlan || frame.content == Content::ManyTags
+    }
+
+    /// Of what the bridge floods to all its VLANs, only this would be answered in the PSC's own.
+    fn is_for_psc(&self, frame: &Frame) -> bool {
+        frame.destination == self.psc.mac
+            || match &frame.content {
+                Content::Arp(arp) => self.psc.v4 == Some(arp.target),
+                Content::Solicitation(solicitation) => self.psc.v6 == Some(solicitation.target),
+                _ => false,
+            }
+    }
+
+    /// Counted always, told once: a service in another VLAN than its clients would otherwise just not answer.
+    fn refuse_vlan(&mut self, frame: &Frame) {
+        self.counters.other_vlan_refused += 1;
+        if self.counters.other_vlan_refused == 1 {
             tracing::warn!(
-                sender = mac_text(sender),
+                sender = mac_text(frame.source),
+                vlan = ?frame.vlan,
+                service_vlan = ?self.psc.vlan,
                 psc_v4 = ?self.psc.v4,
                 psc_v6 = ?self.psc.v6,
-                "VLAN-tagged frames are refused; give the service's bridge untagged ports (a bridge per VLAN)"
+                "frames of another VLAN than the service's are refused; where its clients or guests should be in that one, correct the service's `vlan`"
             );
         }
     }
@@ -271,6 +298,10 @@ impl PcapPlane {
     }
 
     fn server_frame(&mut self, now: Instant, server: ServerId, frame: Frame) -> Meaning {
+        if self.is_of_another_vlan(&frame) {
+            self.refuse_vlan(&frame);
+            return Meaning::Done;
+        }
         let is_rvm = self.ovm != Some(server);
         match frame.content {
             Content::Ip(range) => {
@@ -303,7 +334,6 @@ impl PcapPlane {
                     },
                 );
             }
-            Content::Tagged => self.refuse_tagged(frame.source),
             Content::Malformed => self.counters.malformed += 1,
             _ => {}
         }
@@ -554,7 +584,7 @@ impl Plane for PcapPlane {
             send_failed,
             no_interface,
             no_link_address,
-            tagged_refused,
+            other_vlan_refused,
             malformed,
             neighbour_answers,
             neighbour_questions,
@@ -573,7 +603,7 @@ impl Plane for PcapPlane {
             ("send_failed", send_failed),
             ("no_interface", no_interface),
             ("no_link_address", no_link_address),
-            ("tagged_refused", tagged_refused),
+            ("other_vlan_refused", other_vlan_refused),
             ("malformed", malformed),
             ("neighbour_answers", neighbour_answers),
             ("neighbour_questions", neighbour_questions),

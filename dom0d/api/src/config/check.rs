@@ -63,6 +63,11 @@ impl Problems {
                 format!("{bridge:?} is no interface name (1 to 15 characters, no '/' or space)"),
             );
         }
+        if let Some(vlan) = raw.vlan
+            && !(1..=4_094).contains(&vlan)
+        {
+            self.at("vlan", format!("is {vlan}; it must lie between 1 and 4094 (no `vlan`: no tag)"));
+        }
         let ovm = self.selector("ovm", &raw.ovm);
         let rvms = self.rvms(&ovm, raw.rvms.as_slice());
         let addresses = self.addresses(&psc, raw.addresses);
@@ -87,6 +92,7 @@ impl Problems {
             daemon_grace: self.wait("daemon_grace_ms", raw.daemon_grace_ms, DEFAULT_DAEMON_GRACE, 1),
             on_daemon_loss: raw.on_daemon_loss,
             bridge: raw.bridge,
+            vlan: raw.vlan,
             ovm,
             rvms,
             fence: raw.fence,

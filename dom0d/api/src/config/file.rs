@@ -25,6 +25,7 @@ pub(super) struct RawService {
     pub(super) psc: OneOrMany,
     pub(super) ports: Vec<u16>,
     pub(super) bridge: Option<String>,
+    pub(super) vlan: Option<u16>,
     pub(super) ovm: String,
     #[serde(default)]
     pub(super) rvms: OneOrMany,

@@ -87,6 +87,7 @@ name = "web"
 psc = ["10.77.0.101", "fd77::101"]
 ports = [80, 8080]
 bridge = "xenbr0"
+vlan = 5
 ovm = "web-1"
 rvms = ["web-?", "2f8b5f0e-3c53-4d0a-9d8e-1f2f3a4b5c6d"]
 psc_mac = "02:00:00:00:00:01"
@@ -116,6 +117,7 @@ unacked_limit_ms = 300
     assert_eq!(service.engine.psc.len(), 2);
     assert_eq!((service.plane, service.daemon_grace), (Plane::Bpf, Duration::from_millis(700)));
     assert_eq!(service.on_daemon_loss, OnDaemonLoss::Protect);
+    assert_eq!(service.vlan, Some(5));
     assert_eq!(service.engine.candidate, CandidatePolicy::Queue);
     assert_eq!(service.engine.on_lag, LagPolicy::Wait);
     assert_eq!(service.engine.limits.conversations, 10);
@@ -192,6 +194,8 @@ fn what_can_not_work_is_refused() {
         ("psc_mac = \"01:00:00:00:00:01\"", "psc_mac: "),
         ("psc_mac = \"02:00:00:00:01\"", "psc_mac: "),
         ("bridge = \"a-very-long-bridge-name\"", "bridge: "),
+        ("vlan = 0", "vlan: is 0"),
+        ("vlan = 4095", "vlan: is 4095"),
         ("allow = [\"everything\"]", "allow: "),
         ("allow = [\"udp/0\"]", "allow: "),
         ("masks = [{ prefix = \"\", length = 1 }]", "masks: "),

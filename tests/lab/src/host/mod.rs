@@ -27,6 +27,7 @@ pub(crate) mod network;
 mod plan;
 mod service;
 pub(crate) mod setup;
+mod vlan;
 
 pub(crate) use cgroup::Group;
 pub(crate) use daemon::Daemon;
@@ -41,6 +42,7 @@ pub(crate) use plan::{
     psc_addresses,
 };
 pub(crate) use service::Service;
+pub(crate) use vlan::Vlan;
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -112,6 +114,9 @@ impl Lab {
         let log = directory.join("log");
         fs::create_dir_all(&log).with_context(|| format!("making {}", log.display()))?;
         config.save()?;
+        if let Some(vlan) = config.vlan {
+            vlan.compile(directory)?;
+        }
 
         progress("namespaces: dom0 with xenbr0, client");
         let (dom0, client) = (self.dom0(), self.client());

@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use super::Host;
 use super::plan::{CLIENT_LAST, DOM0_LAST, LabConfig, lab_addresses};
+use super::{Host, Vlan};
 
 /// The bridge in dom0.
 pub(crate) const BRIDGE: &str = "xenbr0";
@@ -23,8 +23,9 @@ pub(crate) fn make_dom0_and_client(config: &LabConfig, dom0: &Host, client: &Hos
     make_namespace(dom0)?;
     make_namespace(client)?;
     dom0.enter(keep_bridge_from_netfilter)??;
+    let filtering = if config.vlan.is_some_and(|vlan| vlan.filtered) { " vlan_filtering 1" } else { "" };
     ip(&format!(
-        "link add {BRIDGE} netns {dom0} type bridge stp_state 0 forward_delay 0\n\
+        "link add {BRIDGE} netns {dom0} type bridge stp_state 0 forward_delay 0{filtering}\n\
          link add {UPLINK} netns {dom0} type veth peer name {GUEST_INTERFACE} netns {client}\n",
         dom0 = dom0.netns,
         client = client.netns,
@@ -38,11 +39,17 @@ pub(crate) fn make_dom0_and_client(config: &LabConfig, dom0: &Host, client: &Hos
     let mut script =
         format!("link set {GUEST_INTERFACE} address 00:16:3e:77:00:01\nlink set {GUEST_INTERFACE} up\n");
     script.push_str(&addresses(GUEST_INTERFACE, &lab_addresses(CLIENT_LAST, config.ipv6)));
-    ip_inside(client, &script)
+    ip_inside(client, &script)?;
+    if let Some(vlan) = config.vlan {
+        vlan.admit(dom0, UPLINK)?;
+        vlan.put_on(client, &config.directory())?;
+    }
+    Ok(())
 }
 
 /// Makes a domU's namespace and interface, and its vif in dom0, not yet on the bridge.
 pub(crate) fn make_guest(
+    config: &LabConfig,
     dom0: &Host,
     guest: &Host,
     vif: &str,
@@ -58,14 +65,18 @@ pub(crate) fn make_guest(
     let mut script = format!("link set {GUEST_INTERFACE} address {mac}\nlink set {GUEST_INTERFACE} up\n");
     script.push_str(&addresses(GUEST_INTERFACE, own_addresses));
     ip_inside(guest, &script)?;
+    if let Some(vlan) = config.vlan {
+        vlan.put_on(guest, &config.directory())?;
+    }
     // As Xen's vif-bridge script does it.
     dom0.enter(|| set("net/ipv6/conf", vif, "disable_ipv6", "1"))??;
     ip_inside(dom0, &format!("link set {vif} address fe:ff:ff:ff:ff:ff arp off\n"))
 }
 
 /// Makes a vif a port of the bridge, and up.
-pub(crate) fn plug(dom0: &Host, vif: &str) -> Result<()> {
-    ip_inside(dom0, &format!("link set {vif} master {BRIDGE}\nlink set {vif} up\n"))
+pub(crate) fn plug(dom0: &Host, vif: &str, vlan: Option<Vlan>) -> Result<()> {
+    ip_inside(dom0, &format!("link set {vif} master {BRIDGE}\nlink set {vif} up\n"))?;
+    vlan.map_or(Ok(()), |vlan| vlan.admit(dom0, vif))
 }
 
 /// Removes a vif, and with it the guest's interface. Nothing there is no error.

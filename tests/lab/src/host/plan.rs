@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::Service;
+use super::{Service, Vlan};
 
 /// The file that [`LabConfig::save`] writes.
 const SAVED: &str = "lab.json";
@@ -64,6 +64,8 @@ pub(crate) struct LabConfig {
     pub(crate) services: Vec<Service>,
     /// Gives hosts and PSCs IPv6 addresses besides IPv4.
     pub(crate) ipv6: bool,
+    /// The VLAN that client and guests are in; else their frames have no tag.
+    pub(crate) vlan: Option<Vlan>,
     /// Size of `/large.bin`, which every domU's HTTP server offers with the same contents.
     pub(crate) large_file_bytes: u64,
     /// Whether to build `dom0d` and `understudy` first (off when the caller just did).
@@ -78,6 +80,7 @@ impl LabConfig {
             replicas: 2,
             services: Service::ALL.to_vec(),
             ipv6: true,
+            vlan: None,
             large_file_bytes: 300_000_000,
             build: true,
         }
@@ -185,6 +188,9 @@ pub(crate) fn default_config(config: &LabConfig) -> String {
         );
         if let Some(plane) = Plane::chosen() {
             let _ = writeln!(toml, "plane = \"{}\"", plane.name());
+        }
+        if let Some(vlan) = config.vlan {
+            let _ = writeln!(toml, "vlan = {}", vlan.id);
         }
         match service {
             Service::Redis => {}

@@ -83,7 +83,7 @@ impl Hypervisor {
         nodes::create(&lock(&self.xenstored), record, &format!("{start_time:.2}"))?;
         host.processes.create()?;
         let Record { vif, mac, addresses, .. } = record;
-        network::make_guest(&self.dom0, host, vif, mac, addresses)?;
+        network::make_guest(&self.config, &self.dom0, host, vif, mac, addresses)?;
         let guest = Guest::new(record, host.clone(), self.config.ipv6)?;
         {
             let mut domains = lock(&self.domains);
@@ -92,7 +92,7 @@ impl Hypervisor {
             self.publish(&domains)?;
         }
         lock(&self.xenstored).introduce(record.domid);
-        network::plug(&self.dom0, vif)?;
+        network::plug(&self.dom0, vif, self.config.vlan)?;
         nodes::connect(&lock(&self.xenstored), record)
     }
 

@@ -1,4 +1,4 @@
-//! Every fault of the OVM, in every situation, with one replica and with three.
+//! Every fault of the OVM, in every situation, with one replica and with three; one of them over IPv6, and in a VLAN.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::Scenario;
 use super::transfer::{Direction, HalfClosed, Large};
 use crate::client::redis::load::Plan;
-use crate::host::{Fault, Service};
+use crate::host::{Fault, LabConfig, Service, Vlan};
 use crate::stage::Stage;
 use crate::stage::failover::Failover;
 
@@ -34,6 +34,23 @@ const SITUATIONS: [(Situation, &str); 6] = [
     (Situation::Thousand, "thousand"),
 ];
 
+/// How clients and servers are connected.
+#[derive(Clone, Copy, Debug, Default)]
+struct Network {
+    ipv6: bool,
+    vlan: Option<Vlan>,
+}
+
+const TAGGED: Vlan = Vlan { id: 5, filtered: false };
+const FILTERED: Vlan = Vlan { id: 5, filtered: true };
+
+const NETWORKS: [(Network, &str); 4] = [
+    (Network { ipv6: true, vlan: None }, "ipv6"),
+    (Network { ipv6: false, vlan: Some(TAGGED) }, "vlan"),
+    (Network { ipv6: true, vlan: Some(TAGGED) }, "vlan-ipv6"),
+    (Network { ipv6: false, vlan: Some(FILTERED) }, "vlan-filtered"),
+];
+
 pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     for (situation, name) in SITUATIONS {
@@ -42,7 +59,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 let fault_name = format!("{fault:?}").to_lowercase();
                 all.push(
                     Scenario::new(format!("failover/{name}/{fault_name}/{replicas}"), move |lab| {
-                        play(lab, situation, fault, replicas, false)
+                        play(lab, situation, fault, replicas, Network::default())
                     })
                     .within(Duration::from_secs(180)),
                 );
@@ -55,31 +72,42 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         (Situation::Download, "download"),
         (Situation::Upload, "upload"),
     ] {
-        all.push(
-            Scenario::new(format!("failover/{name}/freeze/1/ipv6"), move |lab| {
-                play(lab, situation, Fault::Freeze, 1, true)
-            })
-            .within(Duration::from_secs(180)),
-        );
+        for (network, network_name) in NETWORKS {
+            all.push(
+                Scenario::new(format!("failover/{name}/freeze/1/{network_name}"), move |lab| {
+                    play(lab, situation, Fault::Freeze, 1, network)
+                })
+                .within(Duration::from_secs(180)),
+            );
+        }
     }
     all
 }
 
-fn play(lab: &str, situation: Situation, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
+fn play(lab: &str, situation: Situation, fault: Fault, replicas: usize, network: Network) -> Result<()> {
+    if network.vlan.is_some_and(|vlan| vlan.filtered) && !Vlan::can_be_filtered()? {
+        println!("  not played: this kernel's bridges can't tell VLANs apart");
+        return Ok(());
+    }
     match situation {
-        Situation::Idle => idle(lab, fault, replicas, ipv6),
-        Situation::Pipeline => pipeline(lab, fault, replicas, ipv6),
-        Situation::Download => large(lab, fault, replicas, Direction::Download, ipv6),
-        Situation::Upload => large(lab, fault, replicas, Direction::Upload, ipv6),
+        Situation::Idle => idle(lab, fault, replicas, network),
+        Situation::Pipeline => pipeline(lab, fault, replicas, network),
+        Situation::Download => large(lab, fault, replicas, Direction::Download, network),
+        Situation::Upload => large(lab, fault, replicas, Direction::Upload, network),
         Situation::HalfClosed => half_closed(lab, fault, replicas),
         Situation::Thousand => thousand(lab, fault, replicas),
     }
 }
 
+fn stage(lab: &str, replicas: usize, service: Service, network: Network) -> Result<Stage> {
+    let plan = LabConfig { vlan: network.vlan, ..Stage::plan(lab, replicas, &[service]) };
+    Stage::up_with(plan, |config| config)
+}
+
 /// Eight connections that asked, and then are silent when the fault strikes.
-fn idle(lab: &str, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
-    let stage = Stage::up(lab, replicas, &[Service::Redis])?;
-    let target = stage.psc_of_family(Service::Redis, ipv6)?;
+fn idle(lab: &str, fault: Fault, replicas: usize, network: Network) -> Result<()> {
+    let stage = stage(lab, replicas, Service::Redis, network)?;
+    let target = stage.psc_of_family(Service::Redis, network.ipv6)?;
     let load = Plan::new(target, "idle").start(&stage.client())?;
     load.wait_answers(200, Duration::from_secs(20))?;
     load.hold(Duration::from_secs(10))?;
@@ -97,9 +125,9 @@ fn idle(lab: &str, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
 }
 
 /// Eight connections with 32 requests outstanding each.
-fn pipeline(lab: &str, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> {
-    let stage = Stage::up(lab, replicas, &[Service::Redis])?;
-    let mut plan = Plan::new(stage.psc_of_family(Service::Redis, ipv6)?, "pipeline");
+fn pipeline(lab: &str, fault: Fault, replicas: usize, network: Network) -> Result<()> {
+    let stage = stage(lab, replicas, Service::Redis, network)?;
+    let mut plan = Plan::new(stage.psc_of_family(Service::Redis, network.ipv6)?, "pipeline");
     plan.depth = 32;
     plan.pace = Some(Duration::from_millis(20));
     let load = plan.start(&stage.client())?;
@@ -113,9 +141,9 @@ fn pipeline(lab: &str, fault: Fault, replicas: usize, ipv6: bool) -> Result<()> 
 }
 
 /// A transfer of 300 MB, a third of which is done when the fault strikes.
-fn large(lab: &str, fault: Fault, replicas: usize, direction: Direction, ipv6: bool) -> Result<()> {
-    let stage = Stage::up(lab, replicas, &[Service::Http])?;
-    let large = Large::begin(&stage, direction, ipv6)?;
+fn large(lab: &str, fault: Fault, replicas: usize, direction: Direction, network: Network) -> Result<()> {
+    let stage = stage(lab, replicas, Service::Http, network)?;
+    let large = Large::begin(&stage, direction, network.ipv6)?;
     large.wait_part(0.33)?;
     let at = stage.lab.fault(fault, "guest-1")?;
     let failover = Failover::observe(&stage, Service::Http, fault, at)?;

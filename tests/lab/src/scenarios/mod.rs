@@ -15,6 +15,7 @@ mod runner;
 mod stale;
 mod succession;
 mod transfer;
+mod vlan;
 
 pub(crate) use runner::{Options, play_one, run};
 
@@ -65,6 +66,7 @@ fn all() -> Vec<Scenario> {
     all.extend(numbering::scenarios());
     all.extend(hostile::scenarios());
     all.extend(refusals::scenarios());
+    all.extend(vlan::scenarios());
     all.extend(daemon::scenarios());
     all
 }

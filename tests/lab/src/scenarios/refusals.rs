@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::Scenario;
 use crate::client::redis::load::Plan;
-use crate::host::{Fault, Lab, Service};
+use crate::host::{Fault, Lab, LabConfig, Service, Vlan};
 use crate::stage::Stage;
 use crate::stage::operator::{explains, program};
 
@@ -18,7 +18,10 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("refusals/orders", orders),
         Scenario::new("refusals/nothing-left", nothing_left),
         Scenario::new("refusals/configuration", configuration),
-        Scenario::new("refusals/address-in-use", address_in_use),
+        Scenario::new("refusals/address-in-use", |lab| address_in_use(lab, None)),
+        Scenario::new("refusals/address-in-use/vlan", |lab| {
+            address_in_use(lab, Some(Vlan { id: 5, filtered: false }))
+        }),
         Scenario::new("refusals/unknown-domain", unknown_domain),
         Scenario::new("refusals/no-bridge", no_bridge),
         Scenario::new("refusals/no-root", no_root),
@@ -98,8 +101,9 @@ fn configuration(lab: &str) -> Result<()> {
 }
 
 /// The PSC is an address that somebody on the network has, or that a guest of the service has.
-fn address_in_use(lab: &str) -> Result<()> {
-    let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
+fn address_in_use(lab: &str, vlan: Option<Vlan>) -> Result<()> {
+    let plan = LabConfig { vlan, ..Stage::plan(lab, 1, &[Service::Redis]) };
+    let lab = Lab::up(plan, &|line| println!("  {line}"))?;
     for (whose, address) in [("the client's", "10.77.0.1"), ("a guest's", "10.77.0.12")] {
         let config = lab.default_config().replacen("10.77.0.100", address, 1);
         match lab.start_dom0d(&config) {

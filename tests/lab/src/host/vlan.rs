@@ -60,7 +60,7 @@ impl Vlan {
 
     /// Whether this kernel's bridges can tell VLANs apart.
     pub(crate) fn can_be_filtered() -> Result<bool> {
-        let script = "ip link add b type bridge && ip -details link show b";
+        let script = "ip link add type bridge && ip -details link";
         let output = Command::new("unshare").args(["--net", "sh", "-c", script]).output()?;
         Ok(String::from_utf8_lossy(&output.stdout).contains("vlan_filtering"))
     }

@@ -2,29 +2,23 @@
 //! byte for byte. Needs root.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+mod common;
 
-use understudy_bpf::layout::{ALONE, Bounds, Conversation, Key, Server};
-use understudy_bpf::{Copied, Programs, Settings, Tap, load};
+use std::net::{IpAddr, SocketAddr};
+
+use understudy_bpf::Copied;
+use understudy_bpf::layout::{ALONE, Bounds, Conversation, Key};
 use understudy_protocol::{Aside, Flow};
+
+use common::{
+    Bench, CLIENT_MAC, CONVERSATIONS, Daemon, GUEST_MAC, PORT, PSC_MAC, SLOT, TC_ACT_OK, TC_ACT_REDIRECT,
+    TC_ACT_SHOT, TC_ACT_UNSPEC, addresses, fold, frame, sum,
+};
 
 /// Another number is what BPF_CASES says: in an emulated machine each takes long.
 const CASES: u32 = 1_000_000;
 
-/// linux/pkt_cls.h
-const TC_ACT_UNSPEC: i32 = -1;
-const TC_ACT_OK: i32 = 0;
-const TC_ACT_SHOT: i32 = 2;
-const TC_ACT_REDIRECT: i32 = 7;
-
-const PSC_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 4];
-const PORT: u16 = 6379;
-const CONVERSATIONS: u32 = 16;
-const LOOPBACK: u32 = 1;
 
 /// SplitMix64.
 struct Chance(u64);
@@ -58,44 +52,6 @@ impl Chance {
             _ => value,
         }
     }
-}
-
-struct Bench {
-    programs: Programs,
-    tap: Tap,
-}
-
-fn addresses(v6: bool) -> (IpAddr, IpAddr, SocketAddr) {
-    if v6 {
-        ("fd77::100".parse().unwrap(), "fd77::11".parse().unwrap(), "[fd77::1]:40000".parse().unwrap())
-    } else {
-        ("10.77.0.100".parse().unwrap(), "10.77.0.11".parse().unwrap(), "10.77.0.1:40000".parse().unwrap())
-    }
-}
-
-/// Serves while the daemon is away. Where it is not, it has written its heartbeat while the segment was under way:
-/// the kernel read the time before.
-fn bench(away: bool, vlan: Option<u16>) -> Bench {
-    let settings = Settings {
-        psc: vec![addresses(false).0, addresses(true).0],
-        psc_mac: PSC_MAC,
-        vlan,
-        ports: vec![80, PORT],
-        conversations: CONVERSATIONS,
-        daemon_grace: Duration::from_secs(1),
-        serve: true,
-        pins: None,
-    };
-    let (programs, mut tap) = load(&settings).expect("the programs load (root, CONFIG_BPF_SYSCALL)");
-    let (IpAddr::V4(v4), IpAddr::V6(v6)) = (addresses(false).1, addresses(true).1) else { unreachable!() };
-    let guest =
-        Server { ifindex: LOOPBACK, has_v4: 1, has_v6: 1, mac: GUEST_MAC, v4: v4.octets(), v6: v6.octets() };
-    tap.set_server(3, guest);
-    if !away {
-        tap.beat(u64::MAX >> 1);
-    }
-    tap.activate(Some(3));
-    Bench { programs, tap }
 }
 
 fn flow(chance: &mut Chance) -> Flow {
@@ -174,17 +130,6 @@ fn options(chance: &mut Chance, flow: &Flow, from_client: bool) -> Vec<u8> {
         bytes[at] = chance.next() as u8;
     }
     bytes
-}
-
-fn sum(bytes: &[u8]) -> u64 {
-    bytes.chunks(2).map(|word| u64::from(word[0]) << 8 | u64::from(*word.get(1).unwrap_or(&0))).sum()
-}
-
-fn fold(mut sum: u64) -> u16 {
-    while sum > 0xffff {
-        sum = (sum >> 16) + (sum & 0xffff);
-    }
-    sum as u16
 }
 
 /// An IP packet, mostly sound, and near what `flow` takes next.
@@ -276,13 +221,6 @@ fn length(packet: &[u8], v6: bool) -> usize {
     }
 }
 
-fn frame(packet: &[u8], source: [u8; 6], destination: [u8; 6], v6: bool) -> Vec<u8> {
-    let mut frame = [destination, source].concat();
-    frame.extend(if v6 { [0x86, 0xdd] } else { [8, 0] });
-    frame.extend(packet);
-    frame
-}
-
 /// Whether the packet is still one of this conversation, so that the programs look at it.
 fn belongs(
     packet: &[u8],
@@ -322,7 +260,7 @@ fn so_it_does_while_the_daemon_is_away() {
 /// The kernel's test-run takes no tags: what becomes of those the lab shows.
 #[test]
 fn what_has_no_tag_is_nothing_to_a_service_in_a_vlan() {
-    let Bench { mut programs, mut tap } = bench(false, Some(5));
+    let Bench { mut programs, mut tap } = common::bench_in_vlan(Daemon::Present, Some(5));
     let mut chance = Chance(1);
     let mut out = Vec::new();
     for case in 0..1_000 {
@@ -364,7 +302,8 @@ fn is_syn(packet: &[u8], v6: bool) -> bool {
 }
 
 fn compare(cases: u32, away: bool) {
-    let Bench { mut programs, mut tap } = bench(away, None);
+    let daemon = if away { Daemon::AwayServe } else { Daemon::Present };
+    let Bench { mut programs, mut tap } = common::bench(daemon);
     let seed = number("BPF_SEED").unwrap_or(1);
     let mut chance = Chance(seed);
     let (mut passed, mut aside, mut foreign) = (0, 0, 0);
@@ -403,7 +342,7 @@ fn compare(cases: u32, away: bool) {
         if outcome != Err(Aside::Foreign) && !belongs(&packet, offsets, psc, guest, client, from_client) {
             // Somebody else's: only that it is not touched. While the daemon is away it is another client's.
             assert!(away || out == before, "{about}");
-            while tap.next_of(3, &mut recorded).is_some() {}
+            while tap.next_of(SLOT, &mut recorded).is_some() {}
             continue;
         }
         match outcome {
@@ -446,7 +385,7 @@ fn compare(cases: u32, away: bool) {
                 aside += 1;
                 assert_eq!(verdict, TC_ACT_SHOT, "{about}");
                 assert_eq!(out, before, "{about}");
-                let slot = (!from_client).then_some(3);
+                let slot = (!from_client).then_some(SLOT);
                 let handed_over = why == Aside::DaemonFromNow;
                 let epoch = tap.epoch();
                 let expected = Copied {

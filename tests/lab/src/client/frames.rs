@@ -1,6 +1,6 @@
 //! Ethernet frames with IP and TCP inside, built field by field so that each can be wrong on purpose.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// TCP flag bits.
 pub(crate) const FIN: u8 = 0x01;
@@ -12,6 +12,49 @@ pub(crate) const URG: u8 = 0x20;
 
 /// A MAC address.
 pub(crate) type Mac = [u8; 6];
+
+/// To everybody.
+pub(crate) const BROADCAST: Mac = [0xff; 6];
+
+/// A frame that says nothing but who it is from and for: of a type that is free for experiments (IEEE 802).
+pub(crate) fn bare(source: Mac, destination: Mac) -> Vec<u8> {
+    let mut frame = [destination, source].concat();
+    frame.extend_from_slice(&[0x88, 0xb5]);
+    frame.resize(60, 0);
+    frame
+}
+
+/// An ARP announcement (RFC 5227 section 3) that `address` is at `mac`, to everybody.
+pub(crate) fn arp_announcement(mac: Mac, address: Ipv4Addr) -> Vec<u8> {
+    let mut frame = [BROADCAST, mac].concat();
+    frame.extend_from_slice(&[0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 2]);
+    for part in [mac.as_slice(), &address.octets(), &BROADCAST, &address.octets()] {
+        frame.extend_from_slice(part);
+    }
+    frame.resize(60, 0);
+    frame
+}
+
+/// An unsolicited neighbour advertisement (RFC 4861 section 4.4) that `address` is at `mac`, to all nodes, with the
+/// override flag.
+pub(crate) fn advertisement(mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+    let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let mut icmp = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
+    icmp.extend_from_slice(&address.octets());
+    icmp.extend_from_slice(&[2, 1]);
+    icmp.extend_from_slice(&mac);
+    let length = (icmp.len() as u32).to_be_bytes();
+    let sum = checksum(&[&address.octets(), &all_nodes.octets(), &length, &[0, 0, 0, 58], &icmp]);
+    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = [[0x33, 0x33, 0, 0, 0, 1], mac].concat();
+    frame.extend_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0]);
+    frame.extend_from_slice(&(icmp.len() as u16).to_be_bytes());
+    frame.extend_from_slice(&[58, 255]);
+    frame.extend_from_slice(&address.octets());
+    frame.extend_from_slice(&all_nodes.octets());
+    frame.extend_from_slice(&icmp);
+    frame
+}
 
 /// One TCP segment in one frame; [`Segment::frame`] gives its bytes, correct unless changed after.
 #[derive(Clone, Debug)]

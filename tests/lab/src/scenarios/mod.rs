@@ -1,5 +1,6 @@
 //! `cargo lab test`: stories that the whole of Understudy must pass, with real services.
 
+mod bridge;
 mod daemon;
 pub(crate) mod database;
 mod hostile;
@@ -62,6 +63,7 @@ fn all() -> Vec<Scenario> {
     all.extend(stale::scenarios());
     all.extend(succession::scenarios());
     all.extend(replica::scenarios());
+    all.extend(bridge::scenarios());
     all.extend(links::scenarios());
     all.extend(numbering::scenarios());
     all.extend(hostile::scenarios());

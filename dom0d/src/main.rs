@@ -51,7 +51,7 @@ use crate::notify::Notifier;
 use crate::placement::Placement;
 use crate::plane::{anchor, rules};
 use crate::report::Reporter;
-use crate::service::{Service, leave_nothing};
+use crate::service::{Service, leave_nothing, remove_strays};
 use crate::wake::Waker;
 
 #[global_allocator]
@@ -199,6 +199,13 @@ async fn run(
         beginnings.push((programs, service.arrivals()));
         services.push(service);
     }
+    // Of a dom0d that was killed: its programs would go on in the name of services that this one does not have, or has
+    // on the other plane.
+    let begun = macs.iter().zip(&beginnings).filter(|(_, (programs, _))| programs.is_some());
+    let begun: Vec<_> = begun.map(|(&mac, _)| mac).collect();
+    let left = anchor::remove_programs(&netlink, &begun).await?;
+    anchor::remove_clsact(&netlink, &left).await?;
+    remove_strays(&config.services, directory);
     let can_be_followed = services.iter().all(|service| service.engine.is_journaled());
     let mut threads = start_threads(&config, hypervisor, &events, lost, (memory_path, memory), services)?;
     let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
@@ -359,7 +366,13 @@ async fn clean_up(netlink: &Handle, macs: &[plane::Mac]) {
             tracing::error!(%error, "an anchor stays; the next dom0d removes it");
         }
     }
-    if let Err(error) = anchor::remove_clsact(netlink, &understudy_bpf::prepared_interfaces()).await {
+    // What a killed one left on interfaces that this one did not come to, too.
+    let mut interfaces = anchor::remove_programs(netlink, &[]).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "programs may stay; the next dom0d removes them");
+        Vec::new()
+    });
+    interfaces.extend(understudy_bpf::prepared_interfaces());
+    if let Err(error) = anchor::remove_clsact(netlink, &interfaces).await {
         tracing::error!(%error, "a clsact qdisc stays; remove it with: tc qdisc del dev INTERFACE clsact");
     }
     if let Err(error) = rules::remove() {

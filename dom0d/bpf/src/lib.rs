@@ -39,7 +39,9 @@ mod shared;
 mod tap;
 
 pub use inject::{Cut, Injector, ignore_outgoing};
-pub use load::{LoadError, Programs, Settings, is_pinned, load, prepared_interfaces, unpin};
+pub use load::{
+    LoadError, PRIORITY, Programs, Settings, is_pinned, load, number, prepared_interfaces, take_off, unpin,
+};
 pub use pages::Pages;
 pub use tap::{Copied, Tap};
 

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, RingBuf};
+use aya::programs::links::Link as _;
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle, qdisc_add_clsact,
 };
@@ -33,8 +34,9 @@ unsafe impl Pod for Conversation {}
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/understudy.bpf.o"));
 
-/// Where among an interface's filters the programs are: known, so that a successor's take their place.
-const PRIORITY: u16 = 40_000;
+/// Where among an interface's filters the programs are: known, so that a successor's take their place, and what nobody
+/// succeeds is found.
+pub const PRIORITY: u16 = 40_000;
 
 /// Which of the filters there is this service's: its domains may serve others, too.
 fn handle(psc_mac: [u8; 6]) -> TcHandle {
@@ -43,6 +45,21 @@ fn handle(psc_mac: [u8; 6]) -> TcHandle {
         // That asks for any.
         (0, 0) => TcHandle::new(0, 1),
         (major, minor) => TcHandle::new(major, minor),
+    }
+}
+
+/// The number by which the kernel tells one service's programs on an interface from another's.
+pub fn number(psc_mac: [u8; 6]) -> u32 {
+    handle(psc_mac).into()
+}
+
+/// Takes the program of this number from one side of an interface, whichever dom0d has put it there. One that is gone is
+/// fine.
+pub fn take_off(interface: &str, is_ingress: bool, number: u32) {
+    let side = if is_ingress { TcAttachType::Ingress } else { TcAttachType::Egress };
+    if let Ok(link) = SchedClassifierLink::attached(interface, side, PRIORITY, number.into(), None) {
+        // It may have gone with its interface.
+        let _ = link.detach();
     }
 }
 

@@ -15,7 +15,7 @@ use rtnetlink::packet_route::link::{
     BridgeMulticastRouterType, BridgeVlanInfoFlags, InfoKind, LinkAttribute, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
-use rtnetlink::packet_route::tc::TcHandle;
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 use rtnetlink::{Handle, LinkBridgePort, LinkBridgeVlan, LinkUnspec, LinkVeth};
 
 use super::device::Device;
@@ -223,9 +223,52 @@ pub(crate) async fn remove(netlink: &Handle, psc_mac: Mac) -> Result<(), AnchorE
     }
 }
 
-/// Takes the place for programs (the clsact qdisc) from interfaces; one that is gone took it along.
+/// Takes from all interfaces the programs that dom0ds have put there, but for those of the services with these MACs.
+/// Gives where there were any.
+pub(crate) async fn remove_programs(netlink: &Handle, kept: &[Mac]) -> Result<Vec<String>, AnchorError> {
+    let kept: Vec<u32> = kept.iter().map(|&mac| understudy_bpf::number(mac)).collect();
+    let mut found = Vec::new();
+    for link in links(netlink).await? {
+        for is_ingress in [true, false] {
+            for filter in filters(netlink, &link, is_ingress).await? {
+                let number =
+                    (u32::from(filter.header.handle.major) << 16) | u32::from(filter.header.handle.minor);
+                let is_bpf =
+                    filter.attributes.iter().any(|part| *part == TcAttribute::Kind("bpf".to_owned()));
+                let priority = filter.header.info >> 16;
+                // The kernel lists the place of a filter, too, under number 0.
+                if is_bpf
+                    && priority == u32::from(understudy_bpf::PRIORITY)
+                    && number != 0
+                    && !kept.contains(&number)
+                {
+                    understudy_bpf::take_off(&link.name, is_ingress, number);
+                    found.push(link.name.clone());
+                }
+            }
+        }
+    }
+    found.dedup();
+    Ok(found)
+}
+
+/// The filters on one side of an interface; none if it has no place for them.
+async fn filters(netlink: &Handle, link: &Link, is_ingress: bool) -> Result<Vec<TcMessage>, AnchorError> {
+    let mut filters = netlink.traffic_filter(link.index.cast_signed());
+    let request = if is_ingress { filters.get().ingress() } else { filters.get().egress() };
+    let found = request.execute().try_collect().await;
+    refused(format!("list the filters of {}", link.name), found)
+}
+
+/// Takes the place for programs (the clsact qdisc) from interfaces, unless somebody else's are there; one that is gone
+/// took it along.
 pub(crate) async fn remove_clsact(netlink: &Handle, interfaces: &[String]) -> Result<(), AnchorError> {
     for link in links(netlink).await?.iter().filter(|link| interfaces.contains(&link.name)) {
+        let mut others = filters(netlink, link, true).await?;
+        others.extend(filters(netlink, link, false).await?);
+        if !others.is_empty() {
+            continue;
+        }
         let mut request = netlink.qdisc().del(link.index.cast_signed());
         let header = &mut request.message_mut().header;
         header.parent = TcHandle::CLSACT;

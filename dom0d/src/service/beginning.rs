@@ -45,7 +45,10 @@ struct Places {
 
 impl Places {
     fn of(service: &config::Service, directory: &Path) -> Self {
-        let mac: String = service.psc_mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self::named(&mac_name(service), directory)
+    }
+
+    fn named(mac: &str, directory: &Path) -> Self {
         Self { pins: Path::new(BPFFS).join(format!("understudy-{mac}")), journal: directory.join(mac) }
     }
 
@@ -76,25 +79,44 @@ impl Places {
                 tracing::error!(service = name, %error, "a dom0d did not end in order, and its conversations go on without replicas; seed the replicas anew");
             }
         }
-        self.remove(service);
+        self.remove(name);
         None
     }
 
-    fn remove(&self, service: &config::Service) {
+    fn remove(&self, service: &str) {
         let removed = remove(&self.journal).map_err(|error| error.to_string());
         if let Err(error) = removed.and_then(|()| unpin(&self.pins).map_err(|error| error.to_string())) {
-            tracing::error!(
-                service = service.engine.name,
-                error,
-                "what an earlier dom0d left can't be removed"
-            );
+            tracing::error!(service, error, "what an earlier dom0d left can't be removed");
+        }
+    }
+}
+
+/// Removes what killed dom0ds left of services that there are no more: nobody will succeed those.
+pub(crate) fn remove_strays(services: &[config::Service], directory: &Path) {
+    let names: Vec<String> = services.iter().map(mac_name).collect();
+    for (place, prefix) in [(Path::new(BPFFS), "understudy-"), (directory, "")] {
+        let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
+        for name in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
+            let Some(mac) = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next()) else {
+                continue;
+            };
+            let is_mac = mac.len() == 12 && mac.bytes().all(|byte| byte.is_ascii_hexdigit());
+            if is_mac && !names.iter().any(|name| name == mac) {
+                tracing::info!(mac, "removing what was left of a service that is not configured any more");
+                Places::named(mac, directory).remove(mac);
+            }
         }
     }
 }
 
 /// A clean end leaves nothing for a successor.
 pub(crate) fn leave_nothing(service: &config::Service, directory: &Path) {
-    Places::of(service, directory).remove(service);
+    Places::of(service, directory).remove(&service.engine.name);
+}
+
+/// The PSC's MAC, by which what belongs to a service is named.
+fn mac_name(service: &config::Service) -> String {
+    service.psc_mac.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Service {

@@ -26,7 +26,7 @@ use crate::report::Reporter;
 use crate::server::{Arrival, Place, Server};
 use crate::succession::Engine;
 
-pub(crate) use beginning::leave_nothing;
+pub(crate) use beginning::{leave_nothing, remove_strays};
 
 /// Packets sent in one go before others have their turn.
 const BURST: u32 = 256;

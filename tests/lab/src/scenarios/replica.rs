@@ -5,6 +5,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::Scenario;
 use crate::client::frames::{ACK, RST, Segment};
@@ -12,9 +13,9 @@ use crate::client::hostile::malformed;
 use crate::client::redis::load::Plan;
 use crate::client::redis::session::Session;
 use crate::client::sniff::Wire;
-use crate::host::{Domain, Fault, Link, Service};
+use crate::host::{Domain, Fault, Lab, Link, Plane, Service};
 use crate::stage::failover::Failover;
-use crate::stage::{Stage, own_address};
+use crate::stage::{Stage, own_address, with_plane};
 
 /// What the replica does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     }
     all.push(Scenario::new("replica/slow/never-waited-for", slow));
     all.push(Scenario::new("replica/evicted/goes-on", evicted));
+    all.push(Scenario::new("replica/floods/own-ring", own_ring));
     all
 }
 
@@ -292,6 +294,37 @@ fn slow(lab: &str) -> Result<()> {
     // The replica's round trip is 400 ms: whoever waited for it even once in ten would show it.
     ensure!(slow < 200_000_000, "clients waited for the slow replica");
     Ok(())
+}
+
+/// Nobody reads the rings while a replica floods: it fills its own, and clients go on in theirs. What was lost of it are
+/// its own answers, which it repeats; the other replica is as good as before.
+fn own_ring(lab: &str) -> Result<()> {
+    let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis]), &|line| println!("  {line}"))?;
+    let config =
+        with_plane(&lab.default_config(), Plane::Bpf).replace("rvms = ", "daemon_grace_ms = 60000\nrvms = ");
+    let stage = Stage::take(lab, &config)?;
+    let load = stage.load("floods")?;
+    let dom0d = stage.dom0d.as_ref().context("no dom0d")?;
+    dom0d.signal(Signal::SIGSTOP)?;
+    let flooded =
+        flood(&stage.lab.domain("guest-2")?).and_then(|()| load.wait_answers(300, Duration::from_secs(10)));
+    dom0d.signal(Signal::SIGCONT)?;
+    flooded?;
+    let service = stage.operator.service("redis")?;
+    let counted = |name: &str| service.plane_counters.get(name).copied().unwrap_or_default();
+    println!("  {} of the replica's frames found its ring full", counted("rvm_ring_full"));
+    ensure!(counted("rvm_ring_full") > 0, "the replica did not fill its ring");
+    for name in ["ring_full", "ring_share_full", "unrecorded"] {
+        ensure!(counted(name) == 0, "{name} is {}: a replica filled what clients depend on", counted(name));
+    }
+    let guest = |name: &str| {
+        let named = |server: &&understudy_api::Server| {
+            server.domain.as_ref().is_some_and(|domain| domain.name == name)
+        };
+        service.servers.iter().find(named).is_some_and(|server| server.promotable)
+    };
+    ensure!(guest("guest-3"), "the other replica was hurt: {:#?}", service.servers);
+    stage.survives_freeze(load)
 }
 
 /// Evicted under load, its memory released, while the clients and the other replica go on.

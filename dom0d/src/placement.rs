@@ -295,18 +295,24 @@ impl Placement {
     ) -> Result<(), String> {
         let (name, far) = anchor::names(service.psc_mac);
         let by_name = |wanted: &str| links.iter().find(|link| link.name == wanted);
-        let in_place = by_name(&name).is_some_and(|link| link.master == Some(bridge.index));
+        let in_place = by_name(&name).filter(|link| link.master == Some(bridge.index));
         let far_index = by_name(&far).map(|link| link.index);
         let has = self.anchors[index].on;
-        if in_place && has.is_some() && has == far_index.map(|far| (bridge.index, far)) {
-            return Ok(());
+        if let Some(anchor) = in_place
+            && has.is_some()
+            && has == far_index.map(|far| (bridge.index, far))
+        {
+            // An operator who flushes the bridge (`bridge fdb flush`) unties it.
+            return anchor::tie(&self.netlink, service.psc_mac, anchor.index)
+                .await
+                .map_err(|error| error.to_string());
         }
         if let Some((until, reason)) = &self.anchors[index].blocked
             && Instant::now() < *until
         {
             return Err(reason.clone());
         }
-        let is_left = in_place && self.anchors[index].is_left;
+        let is_left = in_place.is_some() && self.anchors[index].is_left;
         self.anchors[index] = Anchor::default();
         let mut placed = self.place(service, bridge, is_left).await;
         if placed.is_ok()

@@ -179,10 +179,15 @@ async fn set_up(
     }
     let message = LinkUnspec::new_with_name(far).up().build();
     refused(format!("set {far} up"), netlink.link().set(message).execute().await)?;
+    tie(netlink, psc_mac, index).await
+}
+
+/// Has the bridge send what is for the PSC's MAC to its anchor, whose number this is.
+pub(crate) async fn tie(netlink: &Handle, psc_mac: Mac, index: u32) -> Result<(), AnchorError> {
     // Not learned: a merely static entry, too, would be moved by one frame of a guest with the PSC's MAC.
     let entry = netlink.neighbours().add_bridge(index, &psc_mac).state(NeighbourState::Noarp);
     let entry = entry.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
-    refused(format!("tie the PSC's MAC to {anchor}"), entry.execute().await)
+    refused(format!("tie the PSC's MAC to {}", names(psc_mac).0), entry.execute().await)
 }
 
 /// Makes a port a tagged member of a VLAN, which a bridge that filters by them asks for.

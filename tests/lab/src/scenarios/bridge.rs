@@ -45,6 +45,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<_> = liars.into();
     all.extend([
         Scenario::new("bridge/churn", churn).within(Duration::from_secs(120)),
+        Scenario::new("bridge/flushed", flushed),
         Scenario::new("bridge/vif-vanishes/ovm", ovm_unplugged),
         Scenario::new("bridge/vif-vanishes/replica", replica_unplugged),
     ]);
@@ -226,6 +227,24 @@ fn churn(lab: &str) -> Result<()> {
     large.expect_whole(&stage)?;
     load.wait_answers(1_000, Duration::from_secs(20))?;
     stage.expect_unharmed(&load.finish()?)
+}
+
+/// An operator has the bridge forget everything, what was written into its table by hand included: clients wait until
+/// dom0d has looked after it, and no longer.
+fn flushed(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 1, &[Service::Redis])?;
+    let (dom0, psc) = (stage.lab.dom0(), Psc::of(&stage)?);
+    let load = stage.load("flushed")?;
+    dom0.run(&["bridge", "fdb", "flush", "dev", BRIDGE])?;
+    ensure!(psc.expect_at_home(&dom0).is_err(), "the bridge has not forgotten the PSC");
+    let begun = Instant::now();
+    while let Err(error) = psc.expect_at_home(&dom0) {
+        ensure!(begun.elapsed() < Duration::from_secs(15), "it stays so: {error:#}");
+        sleep(Duration::from_millis(20));
+    }
+    println!("  back where it belongs after {} ms", begun.elapsed().as_millis());
+    load.wait_answers(300, Duration::from_secs(30))?;
+    stage.survives_freeze(load)
 }
 
 /// Gives how many frames the others sent.

@@ -33,16 +33,28 @@ pub(crate) struct Scenario {
     pub(crate) name: String,
     /// After this long it has failed.
     pub(crate) limit: Duration,
+    /// Why it can't be played on this machine, if it can't.
+    pub(crate) obstacle: fn() -> Result<Option<&'static str>>,
     play: Story,
 }
 
 impl Scenario {
     pub(crate) fn new(name: impl Into<String>, play: impl Fn(&str) -> Result<()> + 'static) -> Self {
-        Self { name: name.into(), limit: Duration::from_secs(60), play: Box::new(play) }
+        Self {
+            name: name.into(),
+            limit: Duration::from_secs(60),
+            obstacle: || Ok(None),
+            play: Box::new(play),
+        }
     }
 
     pub(crate) fn within(mut self, limit: Duration) -> Self {
         self.limit = limit;
+        self
+    }
+
+    pub(crate) fn unless(mut self, obstacle: fn() -> Result<Option<&'static str>>) -> Self {
+        self.obstacle = obstacle;
         self
     }
 

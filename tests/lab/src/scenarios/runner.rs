@@ -52,9 +52,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     setup::install(&Service::ALL, &|line| println!("{line}"))?;
     setup::build(&|line| println!("{line}"))?;
     let directory = log_directory(&instance_name()?)?;
-    let total = wanted.len();
     // Names only: a story can't be sent to another thread, and it is played in another process.
-    let queue = wanted.into_iter().map(|s| (s.name, s.limit)).collect();
+    let mut queue = VecDeque::new();
+    for scenario in wanted {
+        match (scenario.obstacle)()? {
+            Some(obstacle) => println!("NOT PLAYED {}: {obstacle}", scenario.name),
+            None => queue.push_back((scenario.name, scenario.limit)),
+        }
+    }
+    let total = queue.len();
     let (mut tally, failed) = play_all(queue, options, &directory, &interrupts);
     if options.second_try && !tally.interrupted && !failed.is_empty() {
         println!("{} failed; once more:", failed.len());

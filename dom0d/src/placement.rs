@@ -36,7 +36,7 @@ const IMPATIENT: Duration = Duration::from_secs(1);
 /// be moved between bridges without xenstore's notice.
 const PATIENT: Duration = Duration::from_secs(10);
 
-/// How long an interface that is lost again and again waits before it is opened again.
+/// How long a lost interface waits before it is opened again.
 const AFTER_LOSS: Duration = Duration::from_millis(200);
 
 /// How long a PSC whose address is taken by somebody else waits before it is tried again.
@@ -143,7 +143,6 @@ impl Placement {
         mut found: watch::Receiver<Found>,
         mut lost: UnboundedReceiver<LostInterface>,
     ) {
-        let mut lost_before: Option<Instant> = None;
         loop {
             let now = found.borrow_and_update().clone();
             self.complain(Source::Xenstore, now.problem.into_iter().collect());
@@ -156,11 +155,8 @@ impl Placement {
                 changed = found.changed() => if changed.is_err() { return },
                 interface = lost.recv() => match interface {
                     Some(interface) => if self.forget(interface) {
-                        // The vif may be gone, of which nothing else tells. One that is down opens, and is lost again.
-                        let before = lost_before.replace(Instant::now());
-                        if before.is_some_and(|before| before.elapsed() < 2 * AFTER_LOSS) {
-                            tokio::time::sleep(AFTER_LOSS).await;
-                        }
+                        // An interface that is down opens, and is lost again at once.
+                        tokio::time::sleep(AFTER_LOSS).await;
                     }
                     None => return,
                 },

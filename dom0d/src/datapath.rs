@@ -479,7 +479,9 @@ impl DataPath {
         polled.push(PollFd::new(self.waker.fd(), PollFlags::POLLIN));
         // Interrupted or out of memory: the flags are stale at worst, and the next round looks again.
         let woken = ppoll(&mut polled, Some(TimeSpec::from_duration(wait)), None).is_ok();
-        let ready: Vec<bool> = polled.iter().map(|fd| woken && fd.any().unwrap_or(true)).collect();
+        let flags = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::POLLIN);
+        let ready: Vec<PollFlags> =
+            polled.iter().map(|fd| if woken { flags(fd) } else { PollFlags::empty() }).collect();
         let counts: Vec<usize> = captures.iter().map(Vec::len).collect();
         drop(polled);
         drop(captures);
@@ -489,7 +491,7 @@ impl DataPath {
             service.plane.set_ready(own);
             rest = others;
         }
-        if rest.first() == Some(&true) {
+        if rest.first().is_some_and(|flags| !flags.is_empty()) {
             self.waker.clear();
         }
     }

@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::poll::PollFlags;
 use understudy_api::config::{self, OnDaemonLoss};
 use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
 use understudy_bpf::{Copied, Settings, Tap};
@@ -212,7 +213,7 @@ impl Plane for BpfPlane {
         self.tap.fds().chain(self.portable.fds()).collect()
     }
 
-    fn set_ready(&mut self, ready: &[bool]) {
+    fn set_ready(&mut self, ready: &[PollFlags]) {
         // The rings are looked at in any case: that costs less than a poll, and most records wake nobody.
         let (_, captures) = ready.split_at(ready.len().min(1 + SLOTS));
         self.left = TURN;

@@ -16,6 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
+use nix::poll::PollFlags;
 use understudy_api::config;
 use understudy_bpf::Programs;
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
@@ -92,7 +93,7 @@ pub(crate) trait Plane: Send {
     fn fds(&self) -> Vec<BorrowedFd<'_>>;
 
     /// Which of [`Plane::fds`] have something; the others are left alone until the next poll.
-    fn set_ready(&mut self, ready: &[bool]);
+    fn set_ready(&mut self, ready: &[PollFlags]);
 
     /// The next packet of this round, fairly from all that are ready. Gives a bounded number of packets
     /// after each [`Plane::set_ready`]. Answers neighbours' questions on the way.

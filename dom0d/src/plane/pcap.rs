@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use nix::poll::PollFlags;
 use understudy_api::config;
 use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Transmit};
 
@@ -48,8 +49,8 @@ pub(crate) struct PcapPlane {
     announced: usize,
     announce_at: Option<Instant>,
     defended: Option<Instant>,
-    /// Whose turns are left until the next poll, with what each may still take; `None` is the anchor.
-    turns: VecDeque<(Option<ServerId>, usize)>,
+    /// Whose turns are left until the next poll.
+    turns: VecDeque<Turn>,
     /// The frame at hand.
     received: Vec<u8>,
     /// The frame being built.
@@ -97,6 +98,17 @@ impl Psc {
 struct Server {
     port: Port,
     mac: Mac,
+}
+
+/// An interface that has something to be taken.
+#[derive(Clone, Copy)]
+struct Turn {
+    /// Whose; `None` is the anchor.
+    from: Option<ServerId>,
+    /// What may still be taken, in bytes.
+    left: usize,
+    /// When what it has is taken, it is lost.
+    is_down: bool,
 }
 
 /// An interface; without a device once that was lost.
@@ -166,9 +178,8 @@ impl PcapPlane {
         let port = match from {
             None => self.anchor.as_mut(),
             Some(id) => self.servers.get_mut(&id).map(|server| &mut server.port),
-        }?;
-        let device = port.device.as_mut()?;
-        match device.receive(&mut self.received) {
+        };
+        match port?.device.as_mut()?.receive(&mut self.received) {
             Ok(true) => {
                 let frame = frame::parse(&self.received);
                 Some(frame.unwrap_or(Frame {
@@ -180,10 +191,21 @@ impl PcapPlane {
             }
             Ok(false) => None,
             Err(error) => {
-                port.device = None;
-                self.losses.push(Loss { server: from, error: error.to_string() });
+                self.lose(from, error.to_string());
                 None
             }
+        }
+    }
+
+    /// An interface gives nothing any more. The socket says so once, and libpcap, which then asks whether the interface
+    /// is still there, keeps that to itself where it is about to go.
+    fn lose(&mut self, from: Option<ServerId>, error: String) {
+        let port = match from {
+            None => self.anchor.as_mut(),
+            Some(id) => self.servers.get_mut(&id).map(|server| &mut server.port),
+        };
+        if port.and_then(|port| port.device.take()).is_some() {
+            self.losses.push(Loss { server: from, error });
         }
     }
 
@@ -477,29 +499,33 @@ impl Plane for PcapPlane {
         self.anchor.iter().chain(servers).filter_map(|port| port.device.as_ref().map(Device::fd)).collect()
     }
 
-    fn set_ready(&mut self, ready: &[bool]) {
+    fn set_ready(&mut self, ready: &[PollFlags]) {
         let anchor = self.anchor.iter().map(|port| (None, port));
         let servers = self.servers.iter().map(|(&id, server)| (Some(id), &server.port));
         let open = anchor.chain(servers).filter(|(_, port)| port.device.is_some());
         self.turns.clear();
-        for ((from, _), _) in open.zip(ready).filter(|(_, ready)| **ready) {
+        for ((from, _), ready) in open.zip(ready).filter(|(_, ready)| !ready.is_empty()) {
+            let is_down = ready.contains(PollFlags::POLLERR);
             if from.is_none() || from == self.ovm {
-                self.turns.push_front((from, TURN));
+                self.turns.push_front(Turn { from, left: TURN, is_down });
             } else {
-                self.turns.push_back((from, RVM_TURN));
+                self.turns.push_back(Turn { from, left: RVM_TURN, is_down });
             }
         }
     }
 
     fn receive(&mut self, now: Instant) -> Option<Inbound<'_>> {
         let (origin, range) = loop {
-            let &(from, left) = self.turns.front()?;
+            let &Turn { from, left, is_down } = self.turns.front()?;
             let Some(frame) = self.take(from) else {
+                if is_down {
+                    self.lose(from, "the interface is down, or gone".to_owned());
+                }
                 self.turns.pop_front();
                 continue;
             };
             match left.checked_sub(self.received.len().max(LEAST_COST)) {
-                Some(left) => self.turns[0].1 = left,
+                Some(left) => self.turns[0].left = left,
                 None => drop(self.turns.pop_front()),
             }
             let meaning = match from {

@@ -49,8 +49,11 @@ impl Daemon {
             program.display()
         );
         let dom0 = lab.dom0();
-        let mut command = dom0.command(&program.to_string_lossy());
+        let mut command = dom0.command("nice");
         command
+            // As its unit has it.
+            .args(["-n", "-10"])
+            .arg(&program)
             .arg("--config")
             .arg(&config)
             .arg("--lab")

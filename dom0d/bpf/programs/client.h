@@ -64,7 +64,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 			known->up_nxt = next.up_nxt;
 			known->client_acked = next.client_acked;
 			known->client_edge = next.client_edge;
-			__builtin_memcpy(known->client_mac, segment.source_mac, 6);
+			__builtin_memcpy(HALF(known->client_mac), HALF(segment.source_mac), 6);
 		}
 		if (outcome == ASIDE_FROM_NOW) {
 			known->passing = 0;
@@ -104,7 +104,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 		count(COUNT_UNRECORDED);
 	}
 	server = &service->servers[slot & (SLOTS - 1)];
-	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 16 : 24, segment.destination,
+	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 16 : 24,
 		    segment.version == 4 ? server->v4 : server->v6, server->mac, service->psc_mac)) {
 		count(COUNT_REWRITE_FAILED);
 		return TC_ACT_SHOT;

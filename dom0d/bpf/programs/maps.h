@@ -65,19 +65,22 @@ struct options {
 	__u32 sack, sack_length;
 	__u32 malformed;
 	__u32 to_fill; /* bytes of an option without translation that are left */
-	__u32 padding;
+	__u32 filled; /* bytes were overwritten */
 };
 
 /* A TCP header before and after; too big for the stack beside all else. */
 struct scratch {
 	struct options options;
-	/* Ethernet and IP header, without options. */
-	__u8 frame[56];
+	/* What the new header adds to the old one's checksum, as long as no byte was overwritten. */
+	__u64 changed;
+	__u8 padding[2];
+	/* Ethernet and IP header, without options; the latter at a multiple of four. */
+	__u8 frame[62];
 	__u8 old[64];
 	__u8 new[64];
 	/* Room for reads that begin within the header. */
 	__u8 beyond[64];
-};
+} __attribute__((aligned(8)));
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

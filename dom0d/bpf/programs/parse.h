@@ -2,7 +2,7 @@
 /* Is a frame a TCP segment right behind an IP header, whole, and where are its parts?
  *
  * What is not (fragments, extension headers, a tag within a tag, truncated headers) is left to the daemon, which
- * reads it from a socket. Headers are copied out: netback leaves only 128 bytes in the linear area.
+ * reads it from a socket. Headers are copied out: they lie wherever their sender likes, beyond the linear area too.
  */
 #pragma once
 
@@ -16,39 +16,52 @@ struct segment {
 	__u32 payload;
 	__u32 version;
 	__u16 source_port, destination_port;
-	__u8 source[16], destination[16]; /* an IPv4 address in the first four bytes */
-	__u8 source_mac[6];
+	/* An IPv4 address in the first four bytes. */
+	__u8 source[16] __attribute__((aligned(8))), destination[16];
+	__u8 source_mac[6] __attribute__((aligned(2)));
 	__u32 edge; /* right edge of the window that the receiver is told */
 };
 
+/* BPF reads and writes words wherever they lie; without being told that they are aligned, clang does it by the byte. */
+#define WORD(at) __builtin_assume_aligned(at, 4)
+#define HALF(at) __builtin_assume_aligned(at, 2)
+
+static __always_inline __u32 word_at(const __u8 *at)
+{
+	__u32 value;
+
+	__builtin_memcpy(&value, WORD(at), 4);
+	return value;
+}
+
 static __always_inline __u16 be16_at(const __u8 *at)
 {
-	return (__u16)at[0] << 8 | at[1];
+	__u16 value;
+
+	__builtin_memcpy(&value, HALF(at), 2);
+	return bpf_ntohs(value);
 }
 
 static __always_inline __u32 be32_at(const __u8 *at)
 {
-	return (__u32)at[0] << 24 | (__u32)at[1] << 16 | (__u32)at[2] << 8 | at[3];
-}
-
-static __always_inline void put_be32(__u8 *at, __u32 value)
-{
-	at[0] = value >> 24;
-	at[1] = value >> 16;
-	at[2] = value >> 8;
-	at[3] = value;
-}
-
-static __always_inline void put_be16(__u8 *at, __u16 value)
-{
-	at[0] = value >> 8;
-	at[1] = value;
+	return bpf_ntohl(word_at(at));
 }
 
 /* RFC 1982: a is later than b on a 32-bit circle. */
 static __always_inline int later(__u32 a, __u32 b)
 {
 	return (__s32)(a - b) > 0;
+}
+
+/* Copies `length` bytes, a constant, from the frame; they begin within its first 128. */
+static __always_inline int read_frame(struct __sk_buff *skb, __u32 from, void *to, __u32 length)
+{
+	const __u8 *at = (const __u8 *)(long)skb->data + (from & 127);
+
+	if (at + length > (const __u8 *)(long)skb->data_end)
+		return bpf_skb_load_bytes(skb, from, to, length);
+	__builtin_memcpy(WORD(to), WORD(at), length);
+	return 0;
 }
 
 /* Fills `segment`, the Ethernet and IP headers and the first 20 bytes of the TCP header; 0 if the frame is no such
@@ -59,9 +72,9 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 	__u8 *header = scratch->old, *ip = scratch->frame + ETHERNET;
 
 	__builtin_memset(segment, 0, sizeof(*segment));
-	if (bpf_skb_load_bytes(skb, 0, scratch->frame, ETHERNET + 20))
+	if (read_frame(skb, 0, scratch->frame, ETHERNET + 20))
 		return 0;
-	__builtin_memcpy(segment->source_mac, scratch->frame + 6, 6);
+	__builtin_memcpy(segment->source_mac, HALF(scratch->frame + 6), 6);
 	switch (be16_at(scratch->frame + 12)) {
 	case 0x0800: {
 		__u32 ihl = (ip[0] & 0x0f) * 4;
@@ -71,25 +84,25 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 		segment->version = 4;
 		segment->l4 = ETHERNET + ihl;
 		segment->ip_length = be16_at(ip + 2);
-		__builtin_memcpy(segment->source, ip + 12, 4);
-		__builtin_memcpy(segment->destination, ip + 16, 4);
+		__builtin_memcpy(segment->source, WORD(ip + 12), 4);
+		__builtin_memcpy(segment->destination, WORD(ip + 16), 4);
 		break;
 	}
 	case 0x86dd:
-		if (ip[0] >> 4 != 6 || ip[6] != 6 || bpf_skb_load_bytes(skb, ETHERNET + 20, ip + 20, 20))
+		if (ip[0] >> 4 != 6 || ip[6] != 6 || read_frame(skb, ETHERNET + 20, ip + 20, 20))
 			return 0;
 		segment->version = 6;
 		segment->l4 = ETHERNET + 40;
 		segment->ip_length = 40 + be16_at(ip + 4);
-		__builtin_memcpy(segment->source, ip + 8, 16);
-		__builtin_memcpy(segment->destination, ip + 24, 16);
+		__builtin_memcpy(segment->source, WORD(ip + 8), 16);
+		__builtin_memcpy(segment->destination, WORD(ip + 24), 16);
 		break;
 	default:
 		return 0;
 	}
 	if (ETHERNET + segment->ip_length > skb->len ||
 	    segment->l4 + TCP_LEAST > ETHERNET + segment->ip_length ||
-	    bpf_skb_load_bytes(skb, segment->l4, header, TCP_LEAST))
+	    read_frame(skb, segment->l4, header, TCP_LEAST))
 		return 0;
 	segment->header = (header[12] >> 4) * 4;
 	if (segment->header < TCP_LEAST || segment->l4 + segment->header > ETHERNET + segment->ip_length)

@@ -10,7 +10,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 	struct control *service;
 	struct scratch *scratch;
 	struct conversation *known, next;
-	__u8 to_mac[6];
+	__u8 to_mac[6] __attribute__((aligned(2)));
 	struct key key;
 	__u64 active;
 	__u32 zero = 0, slot = SLOTS, flags = 0;
@@ -111,8 +111,8 @@ static __always_inline int from_server(struct __sk_buff *skb)
 		count(COUNT_UNRECORDED);
 	}
 	/* Who is not known: as the server has it. */
-	__builtin_memcpy(to_mac, known ? known->client_mac : scratch->frame, 6);
-	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 12 : 8, segment.source,
+	__builtin_memcpy(to_mac, HALF(known ? known->client_mac : scratch->frame), 6);
+	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 12 : 8,
 		    segment.version == 4 ? service->psc_v4 : service->psc_v6, to_mac, service->psc_mac)) {
 		count(COUNT_REWRITE_FAILED);
 		return TC_ACT_SHOT;

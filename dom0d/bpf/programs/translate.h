@@ -26,6 +26,7 @@ static long next_option(__u32 index, void *context)
 	(void)index;
 
 	if (options->to_fill) {
+		options->filled = 1;
 		bytes[0] = 1;
 		options->to_fill -= 1;
 		options->at += 1;
@@ -52,6 +53,7 @@ static long next_option(__u32 index, void *context)
 		options->malformed = 1;
 		return 1;
 	} else {
+		options->filled = 1;
 		bytes[0] = 1;
 		options->to_fill = length - 1;
 		options->at += 1;
@@ -67,12 +69,58 @@ static __always_inline int copy_header(struct __sk_buff *skb, const struct segme
 {
 	__u32 more = segment->header - TCP_LEAST;
 
-	__builtin_memset(scratch->old + TCP_LEAST, 0, sizeof(scratch->old) - TCP_LEAST);
+	scratch->changed = 0;
+	scratch->options.filled = 0;
+	__builtin_memset(WORD(scratch->old + TCP_LEAST), 0, sizeof(scratch->old) - TCP_LEAST);
+	if (more == 12) {
+		if (read_frame(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, 12))
+			return 0;
 	/* Masked, then added: the 6.1 verifier forgets a lower bound. There are 40 at most. */
-	if (more && bpf_skb_load_bytes(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, ((more - 1) & 63) + 1))
+	} else if (more && bpf_skb_load_bytes(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, ((more - 1) & 63) + 1)) {
 		return 0;
-	__builtin_memcpy(scratch->new, scratch->old, sizeof(scratch->new));
+	}
+	__builtin_memcpy(WORD(scratch->new), WORD(scratch->old), sizeof(scratch->new));
 	return 1;
+}
+
+/* Sums for a checksum (RFC 1624, on words as they lie in memory), of what took the place of what was there. */
+static __always_inline __u64 exchanged(__u32 before, __u32 after)
+{
+	return (__u64)~before + after;
+}
+
+static __always_inline __u32 folded(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return (sum & 0xffffffff) + (sum >> 32);
+}
+
+/* Writes a word of the new header. */
+static __always_inline void put_be32(struct scratch *scratch, __u32 at, __u32 value)
+{
+	__u32 before = word_at(scratch->old + at), after = bpf_htonl(value);
+
+	if (before == after)
+		return;
+	__builtin_memcpy(WORD(scratch->new + at), &after, 4);
+	/* Behind an odd number of bytes each counts in the other place. */
+	if (at & 1) {
+		before = before << 8 | before >> 24;
+		after = after << 8 | after >> 24;
+	}
+	scratch->changed += exchanged(before, after);
+}
+
+/* Writes the window from `ack` to `edge`. */
+static __always_inline void put_window(struct scratch *scratch, __u32 edge, __u32 ack, __u32 shift)
+{
+	__u32 room = later(ack, edge) ? 0 : (edge - ack) >> (shift & 15);
+	__u16 before = *(__u16 *)HALF(scratch->old + 14), after = bpf_htons(room > 0xffff ? 0xffff : room);
+
+	if (before == after)
+		return;
+	*(__u16 *)HALF(scratch->new + 14) = after;
+	scratch->changed += exchanged(before, after);
 }
 
 /* The same, and reads the options in the new one. */
@@ -131,14 +179,6 @@ static __always_inline __u32 bounded(__u32 edge, __u32 bound)
 	return later(edge, bound) ? bound : edge;
 }
 
-/* Writes the window from `ack` to `edge`. */
-static __always_inline void put_window(__u8 *header, __u32 edge, __u32 ack, __u32 shift)
-{
-	__u32 room = later(ack, edge) ? 0 : (edge - ack) >> (shift & 15);
-
-	put_be16(header + 14, room > 0xffff ? 0xffff : room);
-}
-
 static __always_inline void move_sack(struct scratch *scratch, __u32 seq_delta)
 {
 	struct options *options = &scratch->options;
@@ -147,7 +187,7 @@ static __always_inline void move_sack(struct scratch *scratch, __u32 seq_delta)
 		__u32 at = (options->sack + 2 + 4 * edge) & 63;
 
 		if (options->sack && 2 + 4 * edge < options->sack_length)
-			put_be32(scratch->new + at, be32_at(scratch->old + at) - seq_delta);
+			put_be32(scratch, at, be32_at(scratch->old + at) - seq_delta);
 	}
 }
 
@@ -157,13 +197,12 @@ static __always_inline void move_sack(struct scratch *scratch, __u32 seq_delta)
 static __noinline int translate_alone(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch,
 				      struct conversation *known, __u32 from_client)
 {
-	__u8 *old, *new;
+	__u8 *old;
 	__u32 at;
 
 	if (!segment || !scratch)
 		return ASIDE;
 	old = scratch->old;
-	new = scratch->new;
 	if (!known)
 		return copy_header(skb, segment, scratch) ? PASSES : ASIDE;
 	if (!read_header(skb, segment, scratch))
@@ -171,14 +210,14 @@ static __noinline int translate_alone(struct __sk_buff *skb, struct segment *seg
 	at = scratch->options.timestamps & 63;
 	if (from_client) {
 		if (old[13] & ACK)
-			put_be32(new + 8, be32_at(old + 8) - known->seq_delta);
+			put_be32(scratch, 8, be32_at(old + 8) - known->seq_delta);
 		if (at)
-			put_be32(new + at + 6, be32_at(old + at + 6) - known->ts_delta);
+			put_be32(scratch, at + 6, be32_at(old + at + 6) - known->ts_delta);
 		move_sack(scratch, known->seq_delta);
 	} else {
-		put_be32(new + 4, be32_at(old + 4) + known->seq_delta);
+		put_be32(scratch, 4, be32_at(old + 4) + known->seq_delta);
 		if (at)
-			put_be32(new + at + 2, be32_at(old + at + 2) + known->ts_delta);
+			put_be32(scratch, at + 2, be32_at(old + at + 2) + known->ts_delta);
 	}
 	return PASSES;
 }
@@ -188,7 +227,7 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 					    struct scratch *scratch, struct conversation *next,
 					    struct bounds bounds)
 {
-	__u8 *old = scratch->old, *new = scratch->new;
+	__u8 *old = scratch->old;
 	__u32 seq = be32_at(old + 4), ack = be32_at(old + 8);
 	__u32 end = seq + segment->payload;
 	int moves = segment->payload > 0 && later(end, next->up_nxt);
@@ -214,11 +253,11 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 			echo = next->server_tsval;
 		else if (later(next->ts_floor, echo))
 			echo = next->ts_floor;
-		put_be32(new + at + 6, echo);
+		put_be32(scratch, at + 6, echo);
 		if (!later(seq, next->told_acked) && later(tsval, next->ts_recent))
 			next->ts_recent = tsval;
 	}
-	put_be32(new + 8, ack - next->seq_delta);
+	put_be32(scratch, 8, ack - next->seq_delta);
 	move_sack(scratch, next->seq_delta);
 	if (segment->payload > 0)
 		next->up_nxt = end;
@@ -226,7 +265,7 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 	next->client_edge = ack + ((__u32)be16_at(old + 14) << (next->client_shift & 15));
 	segment->edge = bounded(next->client_edge, bounds.down);
 	if (segment->edge != next->client_edge)
-		put_window(new, segment->edge, ack, next->client_shift);
+		put_window(scratch, segment->edge, ack, next->client_shift);
 	return PASSES;
 }
 
@@ -235,7 +274,7 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 					    struct scratch *scratch, struct conversation *next,
 					    struct bounds bounds)
 {
-	__u8 *old = scratch->old, *new = scratch->new;
+	__u8 *old = scratch->old;
 	__u32 seq = be32_at(old + 4) + next->seq_delta, ack = be32_at(old + 8);
 	__u32 end = seq + segment->payload;
 	int moves = segment->payload > 0 && later(end, next->down_nxt);
@@ -265,57 +304,60 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 			next->server_tsval = tsval;
 		if (later(tsval + next->ts_delta, next->told_tsval))
 			next->told_tsval = tsval + next->ts_delta;
-		put_be32(new + at + 2, next->told_tsval);
+		put_be32(scratch, at + 2, next->told_tsval);
 	}
-	put_be32(new + 4, seq);
+	put_be32(scratch, 4, seq);
 	edge = ack + ((__u32)be16_at(old + 14) << (next->server_shift & 15));
 	if (later(edge, next->server_edge))
 		next->server_edge = edge;
 	next->told_acked = ack;
 	segment->edge = bounded(next->server_edge, bounds.up);
-	put_window(new, segment->edge, ack, next->told_shift);
+	put_window(scratch, segment->edge, ack, next->told_shift);
 	if (segment->payload > 0)
 		next->down_nxt = end;
 	return PASSES;
 }
 
-/* Writes the new header, `address` in place of `before`, at `at` in the IP header, and both MACs. The helpers know a
+/* Writes the new header, `address` in place of the one at `at` in the IP header, and both MACs. The helpers know a
  * partial checksum: there only the address counts. -1 if the frame can't be written.
  */
 static __always_inline int rewrite(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch,
-				   __u32 at, __u8 *before, __u8 *address, const __u8 *to_mac,
-				   const __u8 *from_mac)
+				   __u32 at, const __u8 *address, const __u8 *to_mac, const __u8 *from_mac)
 {
 	__u32 header = segment->header - TCP_LEAST;
 	__u32 checksum = segment->l4 + 16;
 	__u8 *ip = scratch->frame + ETHERNET;
-	__s64 changed, moved;
+	__u64 moved = 0;
 
-	changed = bpf_csum_diff((__be32 *)scratch->old, 60, (__be32 *)scratch->new, 60, 0);
-	__builtin_memcpy(scratch->frame, to_mac, 6);
-	__builtin_memcpy(scratch->frame + 6, from_mac, 6);
+	__builtin_memcpy(HALF(scratch->frame), HALF(to_mac), 6);
+	__builtin_memcpy(HALF(scratch->frame + 6), HALF(from_mac), 6);
 	/* Constant lengths in each family. */
 	if (segment->version == 4) {
 		__u32 sum;
 
-		moved = bpf_csum_diff((__be32 *)before, 4, (__be32 *)address, 4, 0);
-		__builtin_memcpy(ip + (at & 31), address, 4);
-		/* RFC 1624, on words as they lie in memory, as bpf_csum_diff has them. */
-		sum = (__u16) ~*(__u16 *)(ip + 10) + ((__u32)moved & 0xffff) + ((__u32)moved >> 16);
+		moved = exchanged(word_at(ip + (at & 31)), word_at(address));
+		__builtin_memcpy(WORD(ip + (at & 31)), WORD(address), 4);
+		sum = (__u16)~*(__u16 *)(ip + 10) + ((__u32)moved & 0xffff) + ((__u32)moved >> 16) + (__u32)(moved >> 32);
 		sum = (sum & 0xffff) + (sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
 		*(__u16 *)(ip + 10) = ~sum;
 		if (bpf_skb_store_bytes(skb, 0, scratch->frame, ETHERNET + 20, 0))
 			return -1;
 	} else {
-		moved = bpf_csum_diff((__be32 *)before, 16, (__be32 *)address, 16, 0);
-		__builtin_memcpy(ip + (at & 31), address, 16);
+		for (__u32 word = 0; word < 16; word += 4)
+			moved += exchanged(word_at(ip + (at & 31) + word), word_at(address + word));
+		__builtin_memcpy(WORD(ip + (at & 31)), WORD(address), 16);
 		if (bpf_skb_store_bytes(skb, 0, scratch->frame, ETHERNET + 40, 0))
 			return -1;
 	}
-	if (bpf_skb_store_bytes(skb, segment->l4, scratch->new, (header & 63) + TCP_LEAST, 0) ||
-	    bpf_l4_csum_replace(skb, checksum, 0, changed, 0) ||
-	    bpf_l4_csum_replace(skb, checksum, 0, moved, BPF_F_PSEUDO_HDR))
-		return -1;
-	return 0;
+	if (scratch->changed || scratch->options.filled) {
+		__u32 changed = folded(scratch->changed);
+
+		if (scratch->options.filled)
+			changed = bpf_csum_diff((__be32 *)scratch->old, 60, (__be32 *)scratch->new, 60, 0);
+		if (bpf_skb_store_bytes(skb, segment->l4, scratch->new, (header & 63) + TCP_LEAST, 0) ||
+		    bpf_l4_csum_replace(skb, checksum, 0, changed, 0))
+			return -1;
+	}
+	return bpf_l4_csum_replace(skb, checksum, 0, folded(moved), BPF_F_PSEUDO_HDR) ? -1 : 0;
 }

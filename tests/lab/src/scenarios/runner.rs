@@ -17,8 +17,8 @@ use crate::tally::{Played, Tally, list, log_directory};
 /// How `cargo lab test` is called.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Play only scenarios whose name contains this
-    filter: Option<String>,
+    /// Play only scenarios whose name contains one of these
+    filters: Vec<String>,
     /// Print the names and play nothing
     #[arg(long)]
     list: bool,
@@ -28,7 +28,7 @@ pub(crate) struct Options {
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
-    /// Play those that failed once more: for a machine that is busy with other things
+    /// Play those that failed once more, one at a time: for a machine that is busy with other things
     #[arg(long, requires = "keep_going")]
     second_try: bool,
 }
@@ -37,7 +37,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let wanted: VecDeque<Scenario> = all()
         .into_iter()
-        .filter(|s| options.filter.as_ref().is_none_or(|f| s.name.contains(f.as_str())))
+        .filter(|s| options.filters.is_empty() || options.filters.iter().any(|part| s.name.contains(part)))
         .collect();
     if options.list {
         return list(wanted.iter().map(|scenario| scenario.name.as_str()));
@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     ensure!(
         !wanted.is_empty(),
         "no scenario's name contains \"{}\"; `cargo lab test --list` shows them",
-        options.filter.as_deref().unwrap_or_default()
+        options.filters.join("\" or \"")
     );
     let interrupts = Interrupts::take()?;
     // Once for all: the scenarios' labs take what is there.
@@ -61,10 +61,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
     }
     let total = queue.len();
-    let (mut tally, failed) = play_all(queue, options, &directory, &interrupts);
+    let (mut tally, failed) = play_all(queue, options.jobs, options, &directory, &interrupts);
     if options.second_try && !tally.interrupted && !failed.is_empty() {
         println!("{} failed; once more:", failed.len());
-        let (again, _) = play_all(failed, options, &directory, &interrupts);
+        let (again, _) = play_all(failed, 1, options, &directory, &interrupts);
         tally = Tally { passed: tally.passed + again.passed, ..again };
     }
     Ok(tally.conclude(total))
@@ -73,19 +73,20 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Plays what is in `queue`; gives also what failed.
 fn play_all(
     queue: VecDeque<(String, Duration)>,
+    jobs: usize,
     options: &Options,
     directory: &Path,
     interrupts: &Interrupts,
 ) -> (Tally, VecDeque<(String, Duration)>) {
     let (queue, tally) = (Mutex::new(queue), Mutex::new((Tally::default(), VecDeque::new())));
     std::thread::scope(|scope| {
-        for job in 0..options.jobs.max(1) {
+        for job in 0..jobs.max(1) {
             let (queue, tally) = (&queue, &tally);
             scope.spawn(move || {
                 loop {
                     let next = lock(queue).pop_front();
                     let Some((name, limit)) = next else { break };
-                    let verdict = lab_name(options.jobs, job)
+                    let verdict = lab_name(jobs, job)
                         .and_then(|lab| play(&name, limit, &lab, directory, interrupts));
                     let mut tally = lock(tally);
                     let before = tally.0.failed;

@@ -86,8 +86,8 @@ fn play_all(
                 loop {
                     let next = lock(queue).pop_front();
                     let Some((name, limit)) = next else { break };
-                    let verdict = lab_name(jobs, job)
-                        .and_then(|lab| play(&name, limit, &lab, directory, interrupts));
+                    let verdict =
+                        lab_name(jobs, job).and_then(|lab| play(&name, limit, &lab, directory, interrupts));
                     let mut tally = lock(tally);
                     let before = tally.0.failed;
                     let go_on = tally.0.count(&name, verdict, options.keep_going);

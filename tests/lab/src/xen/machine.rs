@@ -174,6 +174,11 @@ impl Machine {
         self.owned = false;
     }
 
+    /// Whether it ends with this handle.
+    pub(super) fn is_ours_to_end(&self) -> bool {
+        self.owned
+    }
+
     /// Where its logs are.
     pub(super) fn log(&self) -> PathBuf {
         self.directory.join("log")

@@ -11,13 +11,17 @@ use super::dom0::Dom0;
 use super::inside::stories;
 use super::machine::Machine;
 use super::patience::Patience;
-use super::{find_or_boot, product};
+use super::{boot, find_or_boot, product};
 use crate::scenarios::Scenario;
+use crate::stage::logs;
 use crate::supervise::Ending;
 use crate::tally::{Played, Tally, list, log_directory};
 
-/// How often a story is played at most if the emulator lost one of its guests each time.
+/// How often a story is played at most if the emulator lost one of its guests, or its machine, each time.
 const PLAYS: usize = 4;
+
+/// How long dom0 may take to do nothing.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Names the latest guest that ended in a triple fault, to which nothing brings a guest that dom0 does: QEMU entered
 /// it with wrong registers (`vm-images/README.md`).
@@ -60,50 +64,59 @@ pub(super) fn run(name: &str, options: &Options) -> Result<ExitCode> {
     let progress = |line: &str| println!("[{:5.1} s] {line}", begun.elapsed().as_secs_f64());
     product::prepare(&progress)?;
     let patience = Patience::begin()?;
-    let machine = find_or_boot(name, &patience, &progress)?;
+    let mut machine = find_or_boot(name, &patience, &progress)?;
+    let again = || boot(name, &patience, &progress);
     let directory = log_directory(&format!("{name}.xen"))?;
-    let (mut tally, failed) = play_all(&wanted, options, &machine, &patience, &directory);
+    let (mut tally, failed) = play_all(&wanted, options, (&mut machine, &again), &patience, &directory);
     if options.second_try && !tally.interrupted && !failed.is_empty() {
         println!("{} failed; once more:", failed.len());
-        let (again, _) = play_all(failed, options, &machine, &patience, &directory);
+        let (again, _) = play_all(failed, options, (&mut machine, &again), &patience, &directory);
         tally = Tally { passed: tally.passed + again.passed, ..again };
     }
     progress("played");
     Ok(tally.conclude(wanted.len()))
 }
 
-/// Plays some; gives also those that failed.
+/// Plays some; gives also those that failed. What the emulator is to blame for is said and played again.
 fn play_all<'a>(
     stories: impl IntoIterator<Item = &'a Scenario>,
     options: &Options,
-    machine: &Machine,
+    (machine, boot): (&mut Machine, &dyn Fn() -> Result<Machine>),
     patience: &Patience,
     directory: &Path,
 ) -> (Tally, Vec<&'a Scenario>) {
     let (mut tally, mut failures) = (Tally::default(), Vec::new());
-    let lost = || machine.dom0().run(patience, "asking Xen", LOST_GUEST, Duration::from_secs(60)).ok();
-    let mut lost_before = lost();
+    let mut lost_before = lost_guest(machine, patience);
     for story in stories {
         let failed = tally.failed;
-        let play = || {
-            Played::of(&story.name, directory, |logs, output| {
-                let ending =
-                    machine.dom0().order(patience, &["play", &story.name], Some(output), story.limit)?;
-                if matches!(ending, Ending::Failed | Ending::TimedOut) {
-                    keep_host_log(machine.dom0(), patience, logs);
-                }
-                Ok(ending)
-            })
-        };
-        let mut played = play();
+        let mut played = play(story, machine, patience, directory);
         for _ in 1..PLAYS {
-            let lost_now = lost();
-            if !played.as_ref().is_ok_and(Played::has_failed) || lost_now == lost_before {
+            if !played.as_ref().is_ok_and(Played::has_failed) {
                 break;
             }
-            println!("{}: QEMU lost a guest in a triple fault; once more", story.name);
-            lost_before = lost_now;
-            played = play();
+            if machine.is_ours_to_end() && !answers(machine, patience) {
+                println!("{}: dom0 answers no more; QEMU boots anew, and once more", story.name);
+                let lost = directory.join("lost-machine");
+                if let Err(error) = logs::keep(&machine.log(), &lost) {
+                    eprintln!("its logs could not be kept in {}: {error}", lost.display());
+                }
+                match boot() {
+                    Ok(new) => std::mem::replace(machine, new).leave_running(),
+                    Err(error) => {
+                        println!("{error:#}");
+                        break;
+                    }
+                }
+                lost_before = lost_guest(machine, patience);
+            } else {
+                let lost = lost_guest(machine, patience);
+                if lost == lost_before {
+                    break;
+                }
+                println!("{}: QEMU lost a guest in a triple fault; once more", story.name);
+                lost_before = lost;
+            }
+            played = play(story, machine, patience, directory);
         }
         let goes_on = tally.count(&story.name, played, options.keep_going);
         if tally.failed > failed {
@@ -114,6 +127,24 @@ fn play_all<'a>(
         }
     }
     (tally, failures)
+}
+
+fn play(story: &Scenario, machine: &Machine, patience: &Patience, directory: &Path) -> Result<Played> {
+    Played::of(&story.name, directory, |logs, output| {
+        let ending = machine.dom0().order(patience, &["play", &story.name], Some(output), story.limit)?;
+        if matches!(ending, Ending::Failed | Ending::TimedOut) {
+            keep_host_log(machine.dom0(), patience, logs);
+        }
+        Ok(ending)
+    })
+}
+
+fn answers(machine: &Machine, patience: &Patience) -> bool {
+    machine.dom0().run(patience, "asking dom0", "true", ANSWER_LIMIT).is_ok() || patience.is_over()
+}
+
+fn lost_guest(machine: &Machine, patience: &Patience) -> Option<String> {
+    machine.dom0().run(patience, "asking Xen", LOST_GUEST, ANSWER_LIMIT).ok()
 }
 
 /// What dom0d, the hypervisor, dom0's kernel and the guests said.

@@ -116,7 +116,7 @@ fn sample(
         let mut warm = histogram()?;
         let (mut pings, mut transactions) = (histogram()?, histogram()?);
         let mut connection = PingPong::connect(target, "rtt")?;
-        connection.pings(samples / 10, &mut warm)?;
+        connection.pings(samples, &mut warm)?;
         connection.pings(samples, &mut pings)?;
         connection.transactions(samples / 10, &mut warm)?;
         connection.transactions(samples, &mut transactions)?;

@@ -23,8 +23,6 @@ use super::script::{Model, Op, Script};
 use crate::client::clock::now_ns;
 use crate::client::place::{Place, join};
 
-/// How long the last answers are waited for.
-const LAST_ANSWERS: Duration = Duration::from_secs(20);
 /// Receipts kept; a longer run keeps its first ones and says that it dropped some.
 const RECEIPTS: usize = 8_000_000;
 /// What one failing connection may say.
@@ -47,6 +45,8 @@ pub(crate) struct Plan {
     pub(crate) prefix: String,
     /// Same seed, same requests.
     pub(crate) seed: u64,
+    /// How long the first and the last answers are waited for.
+    pub(crate) patience: Duration,
 }
 
 impl Plan {
@@ -59,6 +59,7 @@ impl Plan {
             pace: Some(Duration::from_millis(2)),
             prefix: prefix.to_owned(),
             seed: 1,
+            patience: Duration::from_secs(20),
         }
     }
 
@@ -344,7 +345,7 @@ impl Load {
         for index in 0..self.connections.len() {
             self.ask(index, 1);
         }
-        let deadline = Instant::now() + LAST_ANSWERS;
+        let deadline = Instant::now() + self.plan.patience;
         while self.outstanding() > 0 && Instant::now() < deadline {
             self.turn(10)?;
         }
@@ -380,7 +381,7 @@ impl Load {
                 self.ask_last();
                 let pending =
                     self.connections.iter().any(|c| !c.broken && (!c.last_sent || !c.waiting.is_empty()));
-                if !pending || since.elapsed() > LAST_ANSWERS {
+                if !pending || since.elapsed() > self.plan.patience {
                     break;
                 }
             }

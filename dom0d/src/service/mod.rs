@@ -354,12 +354,15 @@ impl Service {
             if !self.is_queued(id) {
                 continue;
             }
+            // What is told of a domain may be what leads to a cutover.
+            self.engine.set_urgent(true);
             if let Some(running) = verdict.running {
                 self.engine.handle_running(now, id, running);
             }
             if let Some(evidence) = verdict.evidence {
                 self.accuse(now, id, evidence, around);
             }
+            self.engine.set_urgent(false);
             self.drain(now, around);
         }
     }

@@ -399,3 +399,54 @@ impl Deref for Engine {
         &self.service
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const NOW: Instant = Instant::from_micros(1_000_000);
+
+    /// An engine whose journal is so full that a new snapshot is due, and the files' base.
+    fn due(name: &str) -> (Engine, std::path::PathBuf) {
+        let text = "[[service]]\nname = \"s\"\npsc = \"10.77.0.100\"\nports = [80]\novm = \"a\"\nrvms = [\"b\"]\n";
+        let config = text.parse::<config::Config>().unwrap().services.remove(0);
+        let base = std::env::temp_dir().join(format!("dom0d-{name}-{}", std::process::id()));
+        let mut engine = Engine::new(config.engine.clone());
+        engine.begin_journal(&base, &config).unwrap();
+        // Not one of the service: nothing comes of it but a record.
+        let packet = vec![0; 60_000];
+        while !engine.journal.as_ref().unwrap().is_due() {
+            engine.handle_client(NOW, LinkAddress([2; 6]), &packet, Passage::Kept);
+        }
+        (engine, base)
+    }
+
+    #[test]
+    fn a_snapshot_that_is_due_waits_for_the_end_of_a_cutover() {
+        let (mut engine, base) = due("urgent");
+        engine.set_urgent(true);
+        engine.handle_timeout(NOW);
+        engine.drained(NOW, 0);
+        assert!(engine.journal.as_ref().unwrap().is_due());
+        engine.set_urgent(false);
+        engine.handle_timeout(NOW);
+        assert!(!engine.journal.as_ref().unwrap().is_due());
+        remove(&base).unwrap();
+    }
+
+    #[test]
+    fn without_room_for_another_input_the_snapshot_comes_all_the_same() {
+        let (mut engine, base) = due("full");
+        engine.set_urgent(true);
+        let packet = vec![0; 60_000];
+        for _ in 0..200 {
+            engine.handle_client(NOW, LinkAddress([2; 6]), &packet, Passage::Kept);
+        }
+        // More than the reserve: it was written in between, and a successor can follow.
+        assert!(engine.is_journaled());
+        assert!(!engine.journal.as_ref().unwrap().is_due());
+        remove(&base).unwrap();
+    }
+}

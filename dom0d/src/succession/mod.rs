@@ -410,7 +410,8 @@ mod tests {
 
     /// An engine whose journal is so full that a new snapshot is due, and the files' base.
     fn due(name: &str) -> (Engine, std::path::PathBuf) {
-        let text = "[[service]]\nname = \"s\"\npsc = \"10.77.0.100\"\nports = [80]\novm = \"a\"\nrvms = [\"b\"]\n";
+        let text =
+            "[[service]]\nname = \"s\"\npsc = \"10.77.0.100\"\nports = [80]\novm = \"a\"\nrvms = [\"b\"]\n";
         let config = text.parse::<config::Config>().unwrap().services.remove(0);
         let base = std::env::temp_dir().join(format!("dom0d-{name}-{}", std::process::id()));
         let mut engine = Engine::new(config.engine.clone());

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use super::Scenario;
 use super::daemon::traces;
 use super::transfer::{Direction, Large};
-use crate::host::{Fault, Lab, Plane, Service};
+use crate::host::{Fault, Lab, LabConfig, Plane, Service, Vlan};
 use crate::stage::failover::Failover;
 use crate::stage::{Stage, with_plane};
 
@@ -23,7 +23,10 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("succession/download", |lab| transfer(lab, Direction::Download)),
         Scenario::new("succession/upload", |lab| transfer(lab, Direction::Upload)),
         Scenario::new("succession/at-the-cutover", at_the_cutover),
-        Scenario::new("succession/after-a-failover", after_a_failover),
+        Scenario::new("succession/after-a-failover", |lab| after_a_failover(lab, None)),
+        Scenario::new("succession/after-a-failover/vlan", |lab| {
+            after_a_failover(lab, Some(Vlan { id: 5, filtered: false }))
+        }),
         Scenario::new("succession/hangup", hangup),
         Scenario::new("succession/domain-gone-meanwhile", gone_meanwhile),
         Scenario::new("succession/damaged-journal", damaged),
@@ -32,7 +35,11 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 fn begin(lab: &str, replicas: usize, services: &[Service]) -> Result<(Stage, String)> {
-    let lab = Lab::up(Stage::plan(lab, replicas, services), &|line| println!("  {line}"))?;
+    begin_with(Stage::plan(lab, replicas, services))
+}
+
+fn begin_with(plan: LabConfig) -> Result<(Stage, String)> {
+    let lab = Lab::up(plan, &|line| println!("  {line}"))?;
     let config = with_plane(&lab.default_config(), Plane::Bpf);
     Ok((Stage::take(lab, &config)?, config))
 }
@@ -102,20 +109,22 @@ fn transfer(lab: &str, direction: Direction) -> Result<()> {
 fn at_the_cutover(lab: &str) -> Result<()> {
     let (mut stage, config) = begin(lab, 3, &[Service::Redis])?;
     let load = stage.load("cutover")?;
-    for (guest, moment_us) in [("guest-1", 700), ("guest-2", 1_500), ("guest-3", 0)] {
+    for moment_us in [700, 1_500, 0] {
         load.wait_answers(300, Duration::from_secs(20))?;
-        stage.lab.fault(Fault::Freeze, guest)?;
+        let ovm = stage.ovm(Service::Redis)?.name;
+        stage.lab.fault(Fault::Freeze, &ovm)?;
         std::thread::sleep(Duration::from_micros(moment_us));
         stage = kill(stage, &config, |_| Ok(()))?;
         load.wait_answers(300, Duration::from_secs(20))?;
-        ensure!(stage.ovm(Service::Redis)?.name != guest, "{guest} is frozen and serves");
+        ensure!(stage.ovm(Service::Redis)?.name != ovm, "{ovm} is frozen and serves");
     }
     stage.expect_unharmed(&load.finish()?)
 }
 
 /// After a promotion, when clients are told other numbers than their server uses; then that server freezes too.
-fn after_a_failover(lab: &str) -> Result<()> {
-    let (mut stage, config) = begin(lab, 2, &[Service::Redis])?;
+fn after_a_failover(lab: &str, vlan: Option<Vlan>) -> Result<()> {
+    let plan = LabConfig { vlan, ..Stage::plan(lab, 2, &[Service::Redis]) };
+    let (mut stage, config) = begin_with(plan)?;
     let load = stage.load("after")?;
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
@@ -123,7 +132,7 @@ fn after_a_failover(lab: &str) -> Result<()> {
     stage = kill(stage, &config, |_| Ok(()))?;
     expect_promotable(&stage, "redis", 1)?;
     load.wait_answers(300, Duration::from_secs(20))?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-2")?;
+    let at = stage.lab.fault(Fault::Freeze, &stage.ovm(Service::Redis)?.name)?;
     Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
     load.wait_answers(300, Duration::from_secs(20))?;
     stage.expect_unharmed(&load.finish()?)

@@ -5,11 +5,17 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use nix::unistd::geteuid;
+
+/// How long a lock that another holds is tried. A dom0d that was killed while it started nft leaves a child that has not
+/// become nft yet, and holds the lock until then.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why dom0d does not start; nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +87,7 @@ pub(crate) fn lock(directory: &Path) -> Result<Lock, Refusal> {
     let path = directory.join("dom0d.lock");
     let failed = |error: io::Error| Refusal::NoLock { path: path.clone(), error };
     std::fs::create_dir_all(directory).map_err(failed)?;
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
@@ -89,18 +95,23 @@ pub(crate) fn lock(directory: &Path) -> Result<Lock, Refusal> {
         .mode(0o600)
         .open(&path)
         .map_err(failed)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(file) => {
-            let pid = std::process::id().to_string();
-            // Only for the message that a second dom0d gives.
-            let _ = std::fs::write(&path, pid);
-            Ok(Lock { _file: file })
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => {
+                let pid = std::process::id().to_string();
+                // Only for the message that a second dom0d gives.
+                let _ = std::fs::write(&path, pid);
+                return Ok(Lock { _file: file });
+            }
+            Err((same, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = same,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                let pid = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+                return Err(Refusal::AlreadyRunning { path, pid });
+            }
+            Err((_, errno)) => return Err(failed(errno.into())),
         }
-        Err((_, Errno::EWOULDBLOCK)) => Err(Refusal::AlreadyRunning {
-            pid: std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok()),
-            path,
-        }),
-        Err((_, errno)) => Err(failed(errno.into())),
+        sleep(LOCK_PATIENCE / 100);
     }
 }
 
@@ -134,6 +145,19 @@ mod tests {
         assert!(text.contains(&format!("process {}", std::process::id())), "{text}");
         drop(first);
         lock(&directory).unwrap();
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_held_for_a_moment_is_waited_for() {
+        let directory = std::env::temp_dir().join(format!("dom0d-lock-held-{}", std::process::id()));
+        let first = lock(&directory).unwrap();
+        let holder = std::thread::spawn(move || {
+            sleep(LOCK_PATIENCE / 10);
+            drop(first);
+        });
+        lock(&directory).unwrap();
+        holder.join().unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
     }
 }

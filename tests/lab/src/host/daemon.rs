@@ -8,7 +8,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::{Lab, setup};
@@ -154,6 +154,12 @@ impl Daemon {
         self.keep = true;
         self.child.kill().context("killing dom0d")?;
         self.child.wait().context("waiting for dom0d's end")?;
+        // An nft that it was about to start still has its control socket. Of a unit, systemd ends such too.
+        let group = Pid::from_raw(i32::try_from(self.pid())?);
+        let deadline = Instant::now() + STOP_LIMIT;
+        while killpg(group, Signal::SIGKILL).is_ok() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         Ok(())
     }
 

@@ -71,7 +71,7 @@ struct options {
 /* A TCP header before and after; too big for the stack beside all else. */
 struct scratch {
 	struct options options;
-	/* What the new header adds to the old one's checksum, as long as no byte was overwritten. */
+	/* What the new header adds to the old one's checksum, as long as no byte was overwritten. Never 0 if a word changed. */
 	__u64 changed;
 	__u8 padding[2];
 	/* Ethernet and IP header, without options; the latter at a multiple of four. */

@@ -26,20 +26,17 @@ struct segment {
 #define WORD(at) __builtin_assume_aligned(at, 4)
 #define HALF(at) __builtin_assume_aligned(at, 2)
 
+typedef __u32 __attribute__((__may_alias__)) word;
+typedef __u16 __attribute__((__may_alias__)) half;
+
 static __always_inline __u32 word_at(const __u8 *at)
 {
-	__u32 value;
-
-	__builtin_memcpy(&value, WORD(at), 4);
-	return value;
+	return *(const word *)at;
 }
 
 static __always_inline __u16 be16_at(const __u8 *at)
 {
-	__u16 value;
-
-	__builtin_memcpy(&value, HALF(at), 2);
-	return bpf_ntohs(value);
+	return bpf_ntohs(*(const half *)at);
 }
 
 static __always_inline __u32 be32_at(const __u8 *at)

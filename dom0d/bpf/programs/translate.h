@@ -83,10 +83,12 @@ static __always_inline int copy_header(struct __sk_buff *skb, const struct segme
 	return 1;
 }
 
-/* Sums for a checksum (RFC 1624, on words as they lie in memory), of what took the place of what was there. */
+/* What a checksum gains where a word took another's place (RFC 1624, on words as they lie in memory). Never 0, which all
+ * ones in place of none would be: 0xffffffff counts for nothing.
+ */
 static __always_inline __u64 exchanged(__u32 before, __u32 after)
 {
-	return (__u64)~before + after;
+	return 0xffffffffull + ~before + after;
 }
 
 static __always_inline __u32 folded(__u64 sum)
@@ -102,7 +104,7 @@ static __always_inline void put_be32(struct scratch *scratch, __u32 at, __u32 va
 
 	if (before == after)
 		return;
-	__builtin_memcpy(WORD(scratch->new + at), &after, 4);
+	*(word *)(scratch->new + at) = after;
 	/* Behind an odd number of bytes each counts in the other place. */
 	if (at & 1) {
 		before = before << 8 | before >> 24;
@@ -115,11 +117,11 @@ static __always_inline void put_be32(struct scratch *scratch, __u32 at, __u32 va
 static __always_inline void put_window(struct scratch *scratch, __u32 edge, __u32 ack, __u32 shift)
 {
 	__u32 room = later(ack, edge) ? 0 : (edge - ack) >> (shift & 15);
-	__u16 before = *(__u16 *)HALF(scratch->old + 14), after = bpf_htons(room > 0xffff ? 0xffff : room);
+	__u16 before = *(half *)(scratch->old + 14), after = bpf_htons(room > 0xffff ? 0xffff : room);
 
 	if (before == after)
 		return;
-	*(__u16 *)HALF(scratch->new + 14) = after;
+	*(half *)(scratch->new + 14) = after;
 	scratch->changed += exchanged(before, after);
 }
 
@@ -337,15 +339,15 @@ static __always_inline int rewrite(struct __sk_buff *skb, struct segment *segmen
 
 		moved = exchanged(word_at(ip + (at & 31)), word_at(address));
 		__builtin_memcpy(WORD(ip + (at & 31)), WORD(address), 4);
-		sum = (__u16)~*(__u16 *)(ip + 10) + ((__u32)moved & 0xffff) + ((__u32)moved >> 16) + (__u32)(moved >> 32);
+		sum = (__u16)~*(half *)(ip + 10) + ((__u32)moved & 0xffff) + ((__u32)moved >> 16) + (__u32)(moved >> 32);
 		sum = (sum & 0xffff) + (sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
-		*(__u16 *)(ip + 10) = ~sum;
+		*(half *)(ip + 10) = ~sum;
 		if (bpf_skb_store_bytes(skb, 0, scratch->frame, ETHERNET + 20, 0))
 			return -1;
 	} else {
-		for (__u32 word = 0; word < 16; word += 4)
-			moved += exchanged(word_at(ip + (at & 31) + word), word_at(address + word));
+		for (__u32 part = 0; part < 16; part += 4)
+			moved += exchanged(word_at(ip + (at & 31) + part), word_at(address + part));
 		__builtin_memcpy(WORD(ip + (at & 31)), WORD(address), 16);
 		if (bpf_skb_store_bytes(skb, 0, scratch->frame, ETHERNET + 40, 0))
 			return -1;

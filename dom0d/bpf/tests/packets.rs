@@ -367,6 +367,22 @@ fn numbers_wrap_around() {
     fixture.passes(&answer, &Segment { seq: 4, window: 500, ..answer.clone() });
 }
 
+/// To a checksum all ones are none, and so no change.
+#[test]
+fn all_ones_that_become_none_are_written() {
+    let flow = Flow {
+        seq_delta: 1,
+        down_nxt: 0,
+        client_acked: 0,
+        client_edge: 500,
+        bounds: understudy_protocol::Bounds { up: 1_000_000, down: 1_000_000 },
+        ..FLOW
+    };
+    let mut fixture = Fixture::new(flow);
+    let answer = Segment { seq: u32::MAX, window: 500, ..from_server() };
+    fixture.passes(&answer, &Segment { seq: 0, ..answer.clone() });
+}
+
 #[test]
 fn sack_edges_move_to_the_servers_numbers() {
     let mut fixture = Fixture::new(FLOW);

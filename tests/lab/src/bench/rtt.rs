@@ -27,7 +27,7 @@ pub(crate) struct Series {
 pub(crate) struct Effort {
     /// Every path is measured once per round, so that drift of the machine meets all alike.
     pub(crate) rounds: usize,
-    /// Samples of each kind per path and round, after as many again tenfold fewer to warm up.
+    /// Samples of each kind per path and round: pings after as many again to warm up, then transactions after a tenth.
     pub(crate) samples: usize,
 }
 

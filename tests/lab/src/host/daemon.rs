@@ -152,14 +152,10 @@ impl Daemon {
     /// SIGKILL, so that it can clean nothing up.
     pub(crate) fn kill9(mut self) -> Result<()> {
         self.keep = true;
-        self.child.kill().context("killing dom0d")?;
-        self.child.wait().context("waiting for dom0d's end")?;
-        // An nft that it was about to start still has its control socket. Of a unit, systemd ends such too.
+        // With it an nft that it is about to start, which still has its control socket: so does systemd with a unit.
         let group = Pid::from_raw(i32::try_from(self.pid())?);
-        let deadline = Instant::now() + STOP_LIMIT;
-        while killpg(group, Signal::SIGKILL).is_ok() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        killpg(group, Signal::SIGKILL).context("killing dom0d")?;
+        self.child.wait().context("waiting for dom0d's end")?;
         Ok(())
     }
 

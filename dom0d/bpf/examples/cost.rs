@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use understudy_bpf::layout::{Bounds, Conversation, Key, Server};
-use understudy_bpf::{Settings, load};
+use understudy_bpf::{Settings, Source, load};
 use understudy_protocol::Flow;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -55,11 +55,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         Ok::<_, Box<dyn std::error::Error>>(time)
     };
-    let mut copy = Vec::new();
     let mut recorded = Vec::with_capacity(ROUNDS);
     for _ in 0..ROUNDS {
         recorded.push(run()?);
-        while tap.next(&mut copy).is_some() {}
+        while tap.next(Source::Service).is_some() {}
     }
     // Nobody reads any more.
     while tap.unrecorded() == 0 {

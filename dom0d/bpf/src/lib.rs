@@ -43,7 +43,7 @@ pub use load::{
     LoadError, PRIORITY, Programs, Settings, is_pinned, load, number, prepared_interfaces, take_off, unpin,
 };
 pub use pages::Pages;
-pub use tap::{Copied, Tap};
+pub use tap::{Copied, Packet, Source, Tap};
 
 /// What programs, maps and daemon agree on, as text: maps that were made for another can't be used.
 pub const LAYOUT: &str =

@@ -1,8 +1,11 @@
 //! The maps of one service, for the thread that everything passes through: nothing here waits.
 
 use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use aya::maps::ring_buf::RingBufItem;
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -29,11 +32,26 @@ struct Ring {
     held: bool,
 }
 
+/// Which ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// That of clients and OVM, in the order of the service.
+    Service,
+    /// That of the server in this slot, with what it sent while it was not the OVM.
+    Rvm(usize),
+}
+
+/// A packet, in the ring.
+#[derive(Debug)]
+pub struct Packet<'a>(Option<ManuallyDrop<RingBufItem<'a>>>);
+
 /// What a record says of the packet that it copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copied {
     /// The slot of the server that sent it; `None` for a client.
     pub slot: Option<usize>,
+    /// Of the packet, in bytes.
+    pub length: usize,
     /// The kernel has forwarded it, translated.
     pub forwarded: bool,
     /// If so: right edge of the window that its receiver was told.
@@ -121,15 +139,22 @@ impl Tap {
         self.conversations.keys().filter_map(Result::ok)
     }
 
-    /// Copies the next packet of clients and OVM into `packet`; `None` if there is none yet. Whatever is to be done
-    /// with a packet for good must be done before the next is asked for.
-    pub fn next(&mut self, packet: &mut Vec<u8>) -> Option<Copied> {
-        self.ring.take(packet)
+    /// What is said of the next packet in a ring; `None` if there is none yet. Whatever is to be done with a packet for
+    /// good must be done before the next is asked for.
+    pub fn next(&mut self, source: Source) -> Option<Copied> {
+        self.ring_of(source)?.next()
     }
 
-    /// The next packet of the server in `slot`, sent while it was not the OVM.
-    pub fn next_of(&mut self, slot: usize, packet: &mut Vec<u8>) -> Option<Copied> {
-        self.rvm_rings.get_mut(slot)?.take(packet)
+    /// The packet that [`Tap::next`] told of, where it lies.
+    pub fn packet(&mut self, source: Source) -> Packet<'_> {
+        Packet(self.ring_of(source).and_then(Ring::held))
+    }
+
+    fn ring_of(&mut self, source: Source) -> Option<&mut Ring> {
+        match source {
+            Source::Service => Some(&mut self.ring),
+            Source::Rvm(slot) => self.rvm_rings.get_mut(slot),
+        }
     }
 
     /// Nothing is in the ring of clients and OVM, nor being written there.
@@ -158,32 +183,42 @@ impl Ring {
         Self { map, held: false }
     }
 
-    fn take(&mut self, packet: &mut Vec<u8>) -> Option<Copied> {
+    fn next(&mut self) -> Option<Copied> {
         if std::mem::take(&mut self.held) {
             drop(self.map.next());
         }
-        loop {
-            let item = self.map.next()?;
-            let Some((head, rest)) = item.split_at_checked(size_of::<Record>()) else { continue };
-            let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-            let u16_at = |at: usize| u16::from_ne_bytes([head[at], head[at + 1]]);
-            let Some(bytes) = rest.get(..u32_at(0) as usize) else { continue };
-            let flags = u16_at(4);
-            packet.clear();
-            packet.extend_from_slice(bytes);
-            let copied = Copied {
-                slot: (flags & FROM_CLIENT == 0).then_some(usize::from(u16_at(6))),
-                forwarded: flags & FORWARDED != 0,
-                unattended: flags & UNATTENDED != 0,
-                handed_over: flags & HANDED_OVER != 0,
-                epoch: u32_at(8),
-                edge: u32_at(20),
-                source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
-            };
-            // Not dropped: that would give its place in the ring away.
-            std::mem::forget(item);
-            self.held = true;
-            return Some(copied);
-        }
+        let record = self.held()?;
+        let head = record.first_chunk::<{ size_of::<Record>() }>().unwrap_or(&[0; size_of::<Record>()]);
+        let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let u16_at = |at: usize| u16::from_ne_bytes([head[at], head[at + 1]]);
+        let flags = u16_at(4);
+        let copied = Copied {
+            slot: (flags & FROM_CLIENT == 0).then_some(usize::from(u16_at(6))),
+            length: u32_at(0) as usize,
+            forwarded: flags & FORWARDED != 0,
+            unattended: flags & UNATTENDED != 0,
+            handed_over: flags & HANDED_OVER != 0,
+            epoch: u32_at(8),
+            edge: u32_at(20),
+            source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
+        };
+        self.held = true;
+        Some(copied)
+    }
+
+    /// The record at the ring's end. Not to be dropped: that would give its place away.
+    fn held(&mut self) -> Option<ManuallyDrop<RingBufItem<'_>>> {
+        self.map.next().map(ManuallyDrop::new)
+    }
+}
+
+impl Deref for Packet<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let record = self.0.as_deref().map_or(&[][..], |record| record);
+        let Some((length, _)) = record.split_first_chunk() else { return &[] };
+        let bytes = record.get(size_of::<Record>()..).unwrap_or_default();
+        bytes.get(..u32::from_ne_bytes(*length) as usize).unwrap_or_default()
     }
 }

@@ -6,8 +6,8 @@ mod common;
 
 use std::net::{IpAddr, SocketAddr};
 
-use understudy_bpf::Copied;
 use understudy_bpf::layout::{ALONE, Bounds, Conversation, Key};
+use understudy_bpf::{Copied, Source};
 use understudy_protocol::{Aside, Flow};
 
 use common::{
@@ -274,7 +274,7 @@ fn what_has_no_tag_is_nothing_to_a_service_in_a_vlan() {
         tap.install(&key, Conversation::new(&flow, CLIENT_MAC, 0), bounds).unwrap();
         let (verdict, _) = programs.rehearse(from_client, &before, &mut out, 1).unwrap();
         assert_eq!((verdict, &out), (TC_ACT_UNSPEC, &before), "{packet:02x?}");
-        assert_eq!(tap.next(&mut out), None);
+        assert_eq!(tap.next(Source::Service), None);
     }
     assert!(tap.counters()["other_vlan"] > 900, "{:?}", tap.counters());
 }
@@ -307,7 +307,7 @@ fn compare(cases: u32, away: bool) {
     let seed = number("BPF_SEED").unwrap_or(1);
     let mut chance = Chance(seed);
     let (mut passed, mut aside, mut foreign) = (0, 0, 0);
-    let (mut out, mut recorded) = (Vec::new(), Vec::new());
+    let mut out = Vec::new();
     for case in 0..cases {
         let (v6, from_client) = (chance.one_in(3), chance.one_in(2));
         let (psc, guest, client) = addresses(v6);
@@ -333,7 +333,8 @@ fn compare(cases: u32, away: bool) {
             expected_flow.server_to_client(&mut expected, psc)
         };
         let (verdict, _) = programs.rehearse(from_client, &before, &mut out, 1).unwrap();
-        let record = tap.next(&mut recorded);
+        let record = tap.next(Source::Service);
+        let recorded = tap.packet(Source::Service).to_vec();
         let entry = tap.conversation(&key).unwrap();
         let about = format!(
             "case {case} of seed {seed}: {outcome:?}, from client {from_client}, {flow:?}\n{packet:02x?}"
@@ -342,7 +343,7 @@ fn compare(cases: u32, away: bool) {
         if outcome != Err(Aside::Foreign) && !belongs(&packet, offsets, psc, guest, client, from_client) {
             // Somebody else's: only that it is not touched. While the daemon is away it is another client's.
             assert!(away || out == before, "{about}");
-            while tap.next_of(SLOT, &mut recorded).is_some() {}
+            while tap.next(Source::Rvm(SLOT)).is_some() {}
             continue;
         }
         match outcome {
@@ -389,6 +390,7 @@ fn compare(cases: u32, away: bool) {
                 let handed_over = why == Aside::DaemonFromNow;
                 let epoch = tap.epoch();
                 let expected = Copied {
+                    length: length(&packet, v6),
                     slot,
                     forwarded: false,
                     edge: 0,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use understudy_bpf::layout::{Bounds, Conversation, Key};
-use understudy_bpf::{Copied, Tap};
+use understudy_bpf::{Copied, Source, Tap};
 use understudy_protocol::Flow;
 
 use common::{
@@ -217,9 +217,15 @@ impl Fixture {
         now.into_iter().map(|(name, n)| (name, n - before[name])).filter(|(_, n)| *n > 0).collect()
     }
 
+    fn record_of(&mut self, source: Source) -> Option<(Copied, Vec<u8>)> {
+        let copied = self.bench.tap.next(source)?;
+        let packet = self.bench.tap.packet(source).to_vec();
+        assert_eq!(copied.length, packet.len());
+        Some((copied, packet))
+    }
+
     fn record(&mut self) -> Option<(Copied, Vec<u8>)> {
-        let mut packet = Vec::new();
-        self.bench.tap.next(&mut packet).map(|copied| (copied, packet))
+        self.record_of(Source::Service)
     }
 
     /// It is recorded as it came, and leaves as `after` says, with nothing else counted than that.
@@ -535,10 +541,9 @@ fn a_replicas_segment_goes_to_its_own_ring_only() {
     assert_eq!(out, came.frame_before());
     assert_eq!(fixture.record(), None);
     for slot in 0..understudy_bpf::layout::SLOTS {
-        let mut packet = Vec::new();
-        let record = fixture.tap().next_of(slot, &mut packet);
+        let record = fixture.record_of(Source::Rvm(slot));
         assert_eq!(record.is_some(), slot == SLOT, "ring of slot {slot}");
-        if let Some(record) = record {
+        if let Some((record, packet)) = record {
             assert_eq!((record.slot, record.forwarded), (Some(SLOT), false));
             assert_eq!(packet, came.before());
         }

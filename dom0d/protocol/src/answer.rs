@@ -500,8 +500,15 @@ impl Conversation {
         let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
         let text = text_before(leg.fin.into_iter().chain([edge]).min(), start, segment.payload);
         if !text.is_empty() {
-            let inserted = leg.answers.insert(start, text, 0, ctx.room());
-            if inserted.refused {
+            // What the client was sent already need not be kept until it is compared.
+            let is_repetition = leg.covers()
+                && start == leg.compared
+                && start == before
+                && self.down.says(start, text)
+                && leg.answers.skip(text.len() as u64);
+            if is_repetition {
+                leg.compared = leg.answers.end();
+            } else if leg.answers.insert(start, text, 0, ctx.room()).refused {
                 ctx.note_refused();
             }
             let grown = leg.answers.end() - before;

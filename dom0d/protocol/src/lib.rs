@@ -24,6 +24,7 @@ mod promotion;
 mod queue;
 mod reception;
 mod recuperation;
+mod repetition;
 mod request;
 mod saved;
 mod sender;
@@ -46,6 +47,7 @@ pub use event::{
     Passage, Seeding, ServerId, ServerSpec, StaleReason, Transmit, Uncovered,
 };
 pub use queue::MAX_SERVERS;
+pub use repetition::Repetition;
 pub use saved::RestoreError;
 pub use service::Service;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};

@@ -72,6 +72,20 @@ impl Service {
     /// The whole service as bytes for [`Service::restore`], what waits to be polled included. They are secret as
     /// the clients' traffic is, which they contain as far as an RVM still lacks it.
     pub fn save(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.ctx.retained as usize + (1 + self.ctx.open as usize) * IDLE];
+        loop {
+            match self.save_in(&mut bytes) {
+                Some(length) => {
+                    bytes.truncate(length);
+                    return bytes;
+                }
+                None => bytes.resize(2 * bytes.len(), 0),
+            }
+        }
+    }
+
+    /// As [`Service::save`], in the beginning of `room`; gives how many bytes of it. `None` if they are too few.
+    pub fn save_in(&self, room: &mut [u8]) -> Option<usize> {
         let Self {
             ctx,
             table,
@@ -91,13 +105,17 @@ impl Service {
             (ctx, table, handshakes, unplanned, drain, work, timers),
             (next_tick, sweep, next_resets, links, unknown, passable),
         );
-        let room = ctx.retained as usize + ctx.open as usize * IDLE;
-        let mut bytes = Vec::with_capacity(room);
-        bytes.extend(FORMAT.to_le_bytes());
-        // Memory takes whatever comes; were it otherwise, nothing readable would be there.
-        let mut bytes = postcard::to_extend(&(Basis::of(&ctx.config), state), bytes).unwrap_or_default();
-        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-        bytes
+        let (format, body) = room.split_first_chunk_mut()?;
+        *format = FORMAT.to_le_bytes();
+        let length = match postcard::to_slice(&(Basis::of(&ctx.config), state), body) {
+            Ok(written) => format.len() + written.len(),
+            Err(postcard::Error::SerializeBufferFull) => return None,
+            // Nothing of the state refuses to be written; were it otherwise, nothing readable would be there.
+            Err(_) => format.len(),
+        };
+        let (written, rest) = room.split_at_mut(length);
+        *rest.first_chunk_mut()? = crc32fast::hash(written).to_le_bytes();
+        Some(length + size_of::<u32>())
     }
 
     /// The service that was saved as `bytes`, which may come from another process: it goes on exactly as the

@@ -131,6 +131,21 @@ impl Stream {
         }
     }
 
+    /// Whether `bytes` are what is held, without a gap, from `position` on.
+    pub(crate) fn says(&self, position: u64, bytes: &[u8]) -> bool {
+        let range = position..position.saturating_add(bytes.len() as u64);
+        self.base() <= range.start && range.end <= self.end && self.first_difference(range, bytes).is_none()
+    }
+
+    /// Goes on behind `count` bytes that need not be held; false if some are held.
+    pub(crate) fn skip(&mut self, count: u64) -> bool {
+        let is_empty = self.chunks.is_empty() && self.pending.is_empty();
+        if is_empty {
+            self.end += count;
+        }
+        is_empty
+    }
+
     fn append(&mut self, bytes: &[u8], mark: u64) {
         self.retained += bytes.len();
         self.end += bytes.len() as u64;
@@ -305,6 +320,23 @@ mod tests {
         assert_eq!(stream.copy(1..10), b"abcdefgh!");
         assert_eq!(stream.retained(), 9 + RUN);
         assert_eq!(stream.insert(2, b"bXd", 0, LIMIT).conflict, Some(3));
+    }
+
+    #[test]
+    fn what_is_held_is_known_and_only_what_is_not_can_be_skipped() {
+        let mut stream = Stream::new(1);
+        assert!(stream.skip(2));
+        stream.insert(3, b"cd", 0, LIMIT);
+        stream.insert(5, b"ef", 1, LIMIT);
+        assert!(stream.says(3, b"cdef") && stream.says(4, b"de") && stream.says(7, b""));
+        assert!(!stream.says(4, b"dX") && !stream.says(6, b"fg") && !stream.says(2, b"bc"));
+        assert!(!stream.says(u64::MAX, b"c"));
+        assert!(!stream.skip(1));
+        stream.release(7);
+        assert!(stream.skip(1));
+        stream.insert(9, b"i", 0, LIMIT);
+        assert!(!stream.skip(1), "there is something beyond a gap");
+        assert_eq!(stream.end(), 8);
     }
 
     #[test]

@@ -11,13 +11,13 @@ use std::time::Duration;
 use nix::poll::PollFlags;
 use understudy_api::config::{self, OnDaemonLoss};
 use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
-use understudy_bpf::{Copied, Settings, Tap};
+use understudy_bpf::{Copied, Settings, Source, Tap};
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use super::device::Device;
 use super::frame::{Mac, is_unicast};
 use super::pcap::{PcapPlane, source_address};
-use super::{Inbound, Interface, Loss, Origin, Plane};
+use super::{Bytes, Inbound, Interface, Loss, Origin, Plane};
 
 /// How often the ring is looked at while something comes in: what the kernel passed wakes nobody.
 const LOOK: Duration = Duration::from_micros(250);
@@ -48,7 +48,6 @@ pub(super) struct BpfPlane {
     /// The ring was found empty when last looked at.
     idle: bool,
     busy_until: Instant,
-    received: Vec<u8>,
     untold: u64,
     counters: Counters,
 }
@@ -58,6 +57,15 @@ struct Counters {
     handed_over: u64,
     hand_over_failed: u64,
     no_slot: u64,
+}
+
+/// A packet that lies in a ring.
+struct Taken {
+    source: Source,
+    /// In bytes.
+    length: usize,
+    from: Origin,
+    passage: Passage,
 }
 
 /// What the programs must know of a service.
@@ -90,7 +98,6 @@ impl BpfPlane {
             rvms_left: [0; SLOTS],
             idle: false,
             busy_until: Instant::default(),
-            received: Vec::with_capacity(65_536),
             untold: 0,
             counters: Counters::default(),
         }
@@ -100,57 +107,58 @@ impl BpfPlane {
         self.slots.iter().position(|known| *known == Some(server))
     }
 
-    /// Takes the next record of clients and OVM.
-    fn take(&mut self) -> Option<(Origin, Passage)> {
+    /// Where the next packet of clients and OVM came from.
+    fn take(&mut self) -> Option<Taken> {
         loop {
-            let copied = self.tap.next(&mut self.received)?;
-            if let Some(taken) = self.origin(&copied) {
+            let copied = self.tap.next(Source::Service)?;
+            if let Some(taken) = self.origin(Source::Service, &copied) {
                 return Some(taken);
             }
         }
     }
 
     /// Where a packet came from; `None` if from nobody who is known, or from a MAC that can't be.
-    fn origin(&mut self, copied: &Copied) -> Option<(Origin, Passage)> {
+    fn origin(&mut self, source: Source, copied: &Copied) -> Option<Taken> {
         let passage = match copied {
             Copied { unattended: true, .. } => Passage::Unattended,
             Copied { forwarded: true, edge, .. } => Passage::Passed { edge: *edge },
             Copied { handed_over: true, .. } => Passage::HandedOver,
             _ => Passage::Kept,
         };
-        let origin = match copied.slot {
+        let from = match copied.slot {
             Some(slot) => Origin::Server((*self.slots.get(slot)?)?),
             None if is_unicast(copied.source_mac) => {
-                if let Some(address) = source_address(&self.received) {
+                if let Some(address) = source_address(&self.tap.packet(source)) {
                     self.portable.learn(address, copied.source_mac, None);
                 }
                 Origin::Client(LinkAddress(copied.source_mac))
             }
             None => return None,
         };
-        Some((origin, passage))
+        Some(Taken { source, length: copied.length, from, passage })
     }
 
-    fn inbound(&self, (from, passage): (Origin, Passage)) -> Inbound<'_> {
-        Inbound { from, packet: &self.received, passage }
+    fn inbound(&mut self, Taken { source, from, passage, .. }: Taken) -> Inbound<'_> {
+        Inbound { from, packet: Bytes::Tapped(self.tap.packet(source)), passage }
     }
 
     /// The next packet of the programs in this round.
-    fn receive_tapped(&mut self) -> Option<(Origin, Passage)> {
+    fn receive_tapped(&mut self) -> Option<Taken> {
         if self.left > 0 {
             let taken = self.take();
             self.idle = taken.is_none();
-            if taken.is_some() {
-                self.left = self.left.saturating_sub(self.received.len().max(LEAST_COST));
-                return taken;
+            if let Some(taken) = taken {
+                self.left = self.left.saturating_sub(taken.length.max(LEAST_COST));
+                return Some(taken);
             }
         }
         for slot in 0..SLOTS {
             while self.rvms_left[slot] > 0 {
-                let Some(copied) = self.tap.next_of(slot, &mut self.received) else { break };
-                let cost = self.received.len().max(LEAST_COST);
+                let source = Source::Rvm(slot);
+                let Some(copied) = self.tap.next(source) else { break };
+                let cost = copied.length.max(LEAST_COST);
                 self.rvms_left[slot] = self.rvms_left[slot].saturating_sub(cost);
-                if let Some(taken) = self.origin(&copied) {
+                if let Some(taken) = self.origin(source, &copied) {
                     return Some(taken);
                 }
             }

@@ -13,12 +13,13 @@ pub(crate) mod rules;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use nix::poll::PollFlags;
 use understudy_api::config;
-use understudy_bpf::Programs;
+use understudy_bpf::{Packet, Programs};
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use bpf::BpfPlane;
@@ -29,14 +30,34 @@ pub(crate) use device::mac_text;
 pub(crate) use frame::Mac;
 
 /// A packet for the engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Inbound<'a> {
     /// Where it came from.
     pub(crate) from: Origin,
     /// The IP packet.
-    pub(crate) packet: &'a [u8],
+    pub(crate) packet: Bytes<'a>,
     /// What the plane did with it.
     pub(crate) passage: Passage,
+}
+
+/// An IP packet, where the plane has it.
+#[derive(Debug)]
+pub(crate) enum Bytes<'a> {
+    /// In the kernel's ring.
+    Tapped(Packet<'a>),
+    /// As it was captured.
+    Captured(&'a [u8]),
+}
+
+impl Deref for Bytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Tapped(packet) => packet,
+            Self::Captured(packet) => packet,
+        }
+    }
 }
 
 /// An open interface.

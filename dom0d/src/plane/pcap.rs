@@ -17,7 +17,7 @@ use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, 
 use super::device::{Device, Lost, SendError, mac_text};
 use super::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
 use super::neighbours::{Neighbour, Neighbours, Question, Response};
-use super::{Inbound, Interface, Loss, Origin, Plane};
+use super::{Bytes, Inbound, Interface, Loss, Origin, Plane};
 
 /// Bytes taken from the anchor and from the OVM before the others have their turn: one super-packet, which
 /// makes some forty segments for each server.
@@ -536,7 +536,7 @@ impl Plane for PcapPlane {
                 break (origin, range);
             }
         };
-        Some(Inbound { from: origin, packet: &self.received[range], passage: Passage::Kept })
+        Some(Inbound { from: origin, packet: Bytes::Captured(&self.received[range]), passage: Passage::Kept })
     }
 
     fn transmit(&mut self, transmit: &Transmit) {

@@ -606,8 +606,8 @@ impl Service {
 /// Tells the engine of a packet.
 fn hear(engine: &mut Engine, now: Instant, inbound: &Inbound<'_>) {
     match inbound.from {
-        Origin::Client(link) => engine.handle_client(now, link, inbound.packet, inbound.passage),
-        Origin::Server(id) => engine.handle_server(now, id, inbound.packet, inbound.passage),
+        Origin::Client(link) => engine.handle_client(now, link, &inbound.packet, inbound.passage),
+        Origin::Server(id) => engine.handle_server(now, id, &inbound.packet, inbound.passage),
     }
 }
 

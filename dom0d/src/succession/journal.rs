@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use understudy_bpf::Pages;
 
 /// Grows with each change of what is written here or in a snapshot.
-const MAGIC: u64 = u64::from_be_bytes(*b"undstdy2");
+const MAGIC: u64 = u64::from_be_bytes(*b"undstdy3");
 
 const WORD: usize = size_of::<u64>();
 
@@ -35,6 +35,11 @@ const RESERVE: usize = 4 << 20;
 
 /// Daemons that may die over one file before it is taken for what kills them.
 const TRIES: u64 = 3;
+
+/// Writes a snapshot to the beginning of what it is given and says how long it is; `None` if there is no room for it.
+pub(crate) trait Save: Fn(&mut [u8]) -> Option<usize> {}
+
+impl<T: Fn(&mut [u8]) -> Option<usize>> Save for T {}
 
 /// See the module.
 pub(crate) struct Journal {
@@ -84,12 +89,12 @@ pub(crate) fn remove(base: &Path) -> io::Result<()> {
 }
 
 impl Journal {
-    /// A journal that begins with this snapshot, in files named after `base`.
-    pub(crate) fn begin(base: &Path, digest: u64, snapshot: &[u8]) -> io::Result<Self> {
+    /// A journal that begins with a snapshot (see [`Journal::turn`]), in files named after `base`.
+    pub(crate) fn begin(base: &Path, digest: u64, save: impl Save) -> io::Result<Self> {
         remove(base)?;
         let files = [None, None];
         let mut journal = Self { base: base.to_owned(), digest, turn: 0, files, at: 0, due: usize::MAX };
-        journal.turn(snapshot)?;
+        journal.turn(save)?;
         Ok(journal)
     }
 
@@ -149,32 +154,44 @@ impl Journal {
         }))
     }
 
-    /// Begins anew with this snapshot, in the other file.
-    pub(crate) fn turn(&mut self, snapshot: &[u8]) -> io::Result<()> {
+    /// Begins anew with the snapshot that `save` writes, in the other file.
+    pub(crate) fn turn(&mut self, save: impl Save) -> io::Result<()> {
         let turn = self.turn + 1;
         let parity = (turn % 2) as usize;
-        let due = HEAD + snapshot.len() + LEAST.max(snapshot.len());
-        let length = (due + RESERVE).next_multiple_of(WORD);
         if let Some(pages) = &mut self.files[parity] {
             // Whole no more.
             pages.set_word(PLACE_TURN, 0);
         }
-        if self.files[parity].as_ref().is_none_or(|pages| pages.bytes().len() < length) {
-            self.files[parity] = None;
-            self.files[parity] = Some(Pages::create(&path(&self.base, parity), length)?);
-        }
-        let Some(pages) = &mut self.files[parity] else { return Ok(()) };
-        pages.bytes_mut()[HEAD..HEAD + snapshot.len()].copy_from_slice(snapshot);
+        let mut least = HEAD + LEAST + RESERVE;
+        let snapshot = loop {
+            let room = &mut self.file(parity, least)?.bytes_mut()[HEAD..];
+            match save(room) {
+                Some(snapshot) => break snapshot,
+                None => least = 2 * (HEAD + room.len()),
+            }
+        };
+        let due = HEAD + snapshot + LEAST.max(snapshot);
+        let digest = self.digest;
+        let pages = self.file(parity, due + RESERVE)?;
         pages.set_word(PLACE_MAGIC, MAGIC);
-        pages.set_word(PLACE_DIGEST, self.digest);
+        pages.set_word(PLACE_DIGEST, digest);
         pages.set_word(PLACE_TRIES, 0);
-        pages.set_word(PLACE_SNAPSHOT, snapshot.len() as u64);
+        pages.set_word(PLACE_SNAPSHOT, snapshot as u64);
         pages.set_word(PLACE_LOG, 0);
         pages.set_word(PLACE_TURN, turn);
         self.turn = turn;
-        self.at = HEAD + snapshot.len();
+        self.at = HEAD + snapshot;
         self.due = due;
         Ok(())
+    }
+
+    /// A file with at least so many bytes; those that it has stay.
+    fn file(&mut self, parity: usize, least: usize) -> io::Result<&mut Pages> {
+        let pages = match self.files[parity].take() {
+            Some(pages) if pages.bytes().len() >= least => pages,
+            _ => Pages::create(&path(&self.base, parity), least.next_multiple_of(WORD))?,
+        };
+        Ok(self.files[parity].insert(pages))
     }
 
     /// A new snapshot should be written.
@@ -208,6 +225,13 @@ mod tests {
 
     struct Files(PathBuf);
 
+    fn saving(snapshot: &[u8]) -> impl Save {
+        move |room: &mut [u8]| {
+            room.get_mut(..snapshot.len())?.copy_from_slice(snapshot);
+            Some(snapshot.len())
+        }
+    }
+
     impl Files {
         fn new(name: &str) -> Self {
             Self(std::env::temp_dir().join(format!("dom0d-{name}-{}", std::process::id())))
@@ -231,14 +255,14 @@ mod tests {
     fn a_successor_finds_the_latest_snapshot_and_all_that_followed() {
         let files = Files::new("journal-order");
         assert!(matches!(files.left(7), Err(Lost::Nothing)));
-        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         assert!(journal.add(b"a", b"b"));
         assert!(journal.add(b"", b"c"));
         assert_eq!(files.left(7).unwrap(), (b"one".to_vec(), vec![b"ab".to_vec(), b"c".to_vec()]));
-        journal.turn(b"two").unwrap();
+        journal.turn(saving(b"two")).unwrap();
         assert_eq!(files.left(7).unwrap(), (b"two".to_vec(), vec![]));
         assert!(journal.add(b"d", b""));
-        journal.turn(b"three").unwrap();
+        journal.turn(saving(b"three")).unwrap();
         assert!(journal.add(b"e", b""));
         assert_eq!(files.left(7).unwrap(), (b"three".to_vec(), vec![b"e".to_vec()]));
         assert!(matches!(files.left(8), Err(Lost::Differs)));
@@ -247,9 +271,9 @@ mod tests {
     #[test]
     fn a_turn_that_was_not_finished_counts_for_nothing() {
         let files = Files::new("journal-turn");
-        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         assert!(journal.add(b"a", b""));
-        journal.turn(b"two").unwrap();
+        journal.turn(saving(b"two")).unwrap();
         assert!(journal.add(b"b", b""));
         // The third turn, up to where its own word is stored.
         let pages = journal.files[1].as_mut().unwrap();
@@ -261,19 +285,19 @@ mod tests {
     #[test]
     fn what_kills_daemons_is_left_alone() {
         let files = Files::new("journal-deadly");
-        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         for _ in 0..TRIES {
             files.left(7).unwrap();
         }
         assert!(matches!(files.left(7), Err(Lost::Deadly)));
-        journal.turn(b"two").unwrap();
+        journal.turn(saving(b"two")).unwrap();
         files.left(7).unwrap();
     }
 
     #[test]
     fn a_full_file_says_so_and_keeps_what_it_has() {
         let files = Files::new("journal-full");
-        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         let packet = vec![7; 1 << 20];
         let mut count = 0;
         while !journal.is_due() && journal.add(b"x", &packet) {
@@ -288,9 +312,21 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_that_finds_no_room_gets_it() {
+        let files = Files::new("journal-large");
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
+        let large = vec![7; 100 << 20];
+        journal.turn(saving(&large)).unwrap();
+        assert!(journal.add(b"a", b""));
+        assert!(files.left(7).unwrap() == (large, vec![b"a".to_vec()]));
+        journal.turn(saving(b"small")).unwrap();
+        assert_eq!(files.left(7).unwrap(), (b"small".to_vec(), vec![]));
+    }
+
+    #[test]
     fn damage_is_an_error() {
         let files = Files::new("journal-damage");
-        let mut journal = Journal::begin(&files.0, 7, b"one").unwrap();
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         journal.files[1].as_mut().unwrap().set_word(PLACE_LOG, u64::MAX);
         assert!(matches!(files.left(7), Err(Lost::Damaged)));
         journal.files[1].as_mut().unwrap().set_word(PLACE_SNAPSHOT, u64::MAX);

@@ -12,8 +12,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use understudy_api::config;
 use understudy_protocol::{
-    Effect, Evidence, Handover, Instant, LinkAddress, OperatorError, Passage, Seeding, ServerId, ServerSpec,
-    Service, ServiceConfig, Transmit,
+    Effect, Evidence, Handover, Instant, LinkAddress, OperatorError, Passage, Repetition, Seeding, ServerId,
+    ServerSpec, Service, ServiceConfig, Transmit,
 };
 
 pub(crate) use journal::{Lost, remove};
@@ -34,6 +34,13 @@ enum Input {
         now: Instant,
         server: ServerId,
         passage: Passage,
+    },
+    /// The packet follows, but for what repeats the OVM.
+    Repeating {
+        now: Instant,
+        server: ServerId,
+        passage: Passage,
+        end: Repetition,
     },
     Timeout {
         now: Instant,
@@ -138,7 +145,7 @@ impl Engine {
         let mut repeated = 0;
         for record in journal.records()? {
             let (input, packet) = postcard::take_from_bytes(record).map_err(|_| Lost::Damaged)?;
-            engine.repeat(input, packet);
+            engine.repeat(input, packet)?;
             repeated += 1;
         }
         engine.journal = Some(journal);
@@ -148,7 +155,7 @@ impl Engine {
 
     /// From now on another process can follow, by files named after `base`.
     pub(crate) fn begin_journal(&mut self, base: &Path, config: &config::Service) -> io::Result<()> {
-        self.journal = Some(Journal::begin(base, digest(config), &self.service.save())?);
+        self.journal = Some(Journal::begin(base, digest(config), |room| self.service.save_in(room))?);
         Ok(())
     }
 
@@ -206,7 +213,7 @@ impl Engine {
     /// Writes down all that is known now, in place of what led to it.
     fn turn(&mut self) {
         let Some(journal) = &mut self.journal else { return };
-        let turned = journal.turn(&self.service.save());
+        let turned = journal.turn(|room| self.service.save_in(room));
         let surroundings = std::mem::take(&mut self.surroundings);
         match turned {
             Ok(()) if self.add(&Input::Surroundings, &surroundings) => {}
@@ -226,12 +233,16 @@ impl Engine {
         self.journal = None;
     }
 
-    fn repeat(&mut self, input: Input, packet: &[u8]) {
+    fn repeat(&mut self, input: Input, packet: &[u8]) -> Result<(), Lost> {
         let service = &mut self.service;
         match input {
             Input::Client { now, link, passage } => service.handle_tapped_client(now, link, packet, passage),
             Input::Server { now, server, passage } => {
                 service.handle_tapped_server(now, server, packet, passage)
+            }
+            Input::Repeating { now, server, passage, end } => {
+                let packet = [packet, &service.recall(&end).ok_or(Lost::Damaged)?].concat();
+                service.handle_tapped_server(now, server, &packet, passage);
             }
             Input::Timeout { now } => service.handle_timeout(now),
             Input::Drained { now, packets } => {
@@ -257,6 +268,7 @@ impl Engine {
             Input::Failover { now, to, force } => drop(service.failover(now, to, force)),
             Input::Surroundings => packet.clone_into(&mut self.surroundings),
         }
+        Ok(())
     }
 
     /// See [`Service::handle_tapped_client`].
@@ -267,7 +279,11 @@ impl Engine {
 
     /// See [`Service::handle_tapped_server`].
     pub(crate) fn handle_server(&mut self, now: Instant, server: ServerId, packet: &[u8], passage: Passage) {
-        self.note(&Input::Server { now, server, passage }, packet);
+        let end = self.journal.as_ref().and_then(|_| self.service.repetition(server, packet));
+        match end.and_then(|end| Some((end, packet.len().checked_sub(end.length())?))) {
+            Some((end, head)) => self.note(&Input::Repeating { now, server, passage, end }, &packet[..head]),
+            None => self.note(&Input::Server { now, server, passage }, packet),
+        }
         self.service.handle_tapped_server(now, server, packet, passage);
     }
 

@@ -20,6 +20,7 @@ const EXPECTED: &[&str] = &[
     "connection.aborted",
     "connection.completed",
     "connection.completed over a promotion",
+    "engine.repetition recalled",
     "engine.restored",
     "evidence.DomainGone",
     "evidence.DomainPaused",

@@ -95,6 +95,21 @@ fn an_upload_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
 }
 
 #[test]
+fn who_was_stopped_is_not_told_to_go_on_for_every_few_bytes_that_a_replica_catches_up() {
+    let mut passing = Passing::begin();
+    let answer = [b'x'; 1000];
+    passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1), payload: &answer, ..Say::default() });
+    passing.client_says(Say { seq: at(1), ack: iss(0) + 1001, ..Say::default() });
+    let mut story = passing.story;
+    story.server_sends(1, 1, &answer[..600], 1);
+    let [Effect::Extend { bounds, .. }] = story.effects[..] else { panic!("{:?}", story.effects) };
+    assert_eq!(bounds.down.wrapping_sub(iss(0)), 601 + AHEAD, "a client that speaks takes it there");
+    assert_eq!(story.servers[0], [], "for 100 bytes");
+    story.server_sends(1, 601, &answer[600..650], 1);
+    assert_eq!(u32::from(story.server_hears(0).window), 150);
+}
+
+#[test]
 fn nobody_waits_for_a_replica_that_is_gone() {
     let mut passing = Passing::begin();
     let answer = [b'x'; 1000];

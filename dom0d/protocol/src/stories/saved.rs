@@ -144,3 +144,33 @@ fn the_configuration_must_fit_the_state() {
         (77, 7, 1 << 20)
     );
 }
+
+#[test]
+fn what_a_replica_repeats_can_be_recalled_and_what_it_says_otherwise_can_not() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"question", 1);
+    let answer = [b"the answer ".as_slice(); 40].concat();
+    story.server_sends(0, 1, &answer, 9);
+    let said = |story: &Story, position: u32, payload: &[u8]| {
+        let say = Say { seq: iss(1).wrapping_add(position), ack: at(9), payload, ..Say::default() };
+        let packet = story.server_packet(1, &say);
+        let repetition = story.service.repetition(ServerId(1), &packet)?;
+        let bytes = restored(story).unwrap().recall(&repetition).unwrap();
+        assert!(bytes == packet[packet.len() - repetition.length()..]);
+        Some(bytes.len())
+    };
+    assert_eq!(said(&story, 1, &answer), Some(440));
+    assert_eq!(said(&story, 12, &answer[11..]), Some(429), "also ahead of its turn");
+    assert_eq!(said(&story, 2, &answer), None);
+    assert_eq!(said(&story, 1, &[answer.as_slice(), b"and more"].concat()), None);
+    assert_eq!(said(&story, 1, &answer[..100]), None, "not worth it");
+    let mut padded = story.server_packet(
+        1,
+        &Say { seq: iss(1).wrapping_add(1), ack: at(9), payload: &answer, ..Say::default() },
+    );
+    padded.push(0);
+    assert_eq!(story.service.repetition(ServerId(1), &padded), None);
+    let of_the_ovm =
+        story.server_packet(0, &Say { seq: iss(0) + 1, ack: at(9), payload: &answer, ..Say::default() });
+    assert_eq!(story.service.repetition(ServerId(0), &of_the_ovm), None);
+}

@@ -35,10 +35,11 @@ impl Pinning {
     }
 }
 
-/// Keeps every process of a host, and those that they start, on one CPU.
+/// Keeps every process of a host, those that they start, and what its network stack does with what arrives, on one CPU.
 pub(crate) fn pin_host(host: &Host, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
+    receive_on(host, 1 << cpu)?;
     pin_all(host, &set)
 }
 
@@ -49,7 +50,15 @@ pub(crate) fn release_host(host: &Host) -> Result<()> {
     for cpu in 0..cpus {
         set.set(cpu)?;
     }
+    receive_on(host, 0)?;
     pin_all(host, &set)
+}
+
+/// A guest's network stack runs on the guest's CPUs. A namespace's runs where the sender is, so that answers to
+/// different senders overtake each other; receive packet steering moves it. `cpus` is a bit mask, 0 for off.
+fn receive_on(host: &Host, cpus: u64) -> Result<()> {
+    let steer = format!("echo {cpus:x} | tee /sys/class/net/eth0/queues/rx-*/rps_cpus");
+    host.run(&["sh", "-c", &steer]).map(drop)
 }
 
 /// Keeps every thread of a process on one CPU.

@@ -69,9 +69,20 @@ impl World {
         if self.plane_takes_from_server(id, &whole, packet) {
             return;
         }
+        self.check_repetition(id, packet);
         self.service.handle_server(self.instant(), id, packet);
         self.after_packet();
         self.follow_suspicion();
+    }
+
+    /// Who writes down what the engine hears may leave out what it can recall.
+    pub(super) fn check_repetition(&mut self, id: ServerId, packet: &[u8]) {
+        let Some(repetition) = self.service.repetition(id, packet) else { return };
+        self.coverage.hit("engine.repetition recalled");
+        let head = packet.len().checked_sub(repetition.length());
+        if self.service.recall(&repetition).as_deref() != head.map(|head| &packet[head..]) {
+            self.fail("repetition", "the engine recalls something else than the replica said".into());
+        }
     }
 
     pub(super) fn after_packet(&mut self) {

@@ -156,6 +156,9 @@ impl World {
     fn hear_ring(&mut self) {
         while let Some((from, packet, passage)) = self.plane.as_mut().and_then(|plane| plane.ring.pop_front())
         {
+            if let From::Server(id) = from {
+                self.check_repetition(id, &packet);
+            }
             let now = self.instant();
             match from {
                 From::Client(link) => self.service.handle_tapped_client(now, link, &packet, passage),

@@ -1,0 +1,58 @@
+//! What an RVM answers, the client was mostly sent already: who writes an engine's inputs down can leave that out.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ServerId;
+use crate::key::{ConversationId, Key};
+use crate::seq::position_of;
+use crate::service::Service;
+use crate::wire::{self, Parsed};
+
+/// What is shorter is as well written down.
+const LEAST: usize = 256;
+
+/// Bytes that the client was sent; see [`Service::repetition`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repetition {
+    conversation: ConversationId,
+    position: u64,
+    length: u32,
+}
+
+impl Repetition {
+    /// How many bytes.
+    pub fn length(&self) -> usize {
+        self.length as usize
+    }
+}
+
+impl Service {
+    /// If a packet of an RVM ends in bytes that the client was sent at the same place: which they are. As long as
+    /// the engine has had no other input, [`Service::recall`] gives them.
+    pub fn repetition(&self, server: ServerId, packet: &[u8]) -> Option<Repetition> {
+        let slot = self.ctx.queue.slot_of(server).filter(|slot| self.ctx.queue.ovm() != Some(*slot))?;
+        let Ok(Parsed::Tcp(segment)) = wire::parse(packet) else { return None };
+        let payload = segment.payload;
+        // Behind an IP packet there may be padding.
+        if payload.len() < LEAST || payload.as_ptr_range().end != packet.as_ptr_range().end {
+            return None;
+        }
+        let key = Key { client: segment.dst, psc: self.psc_of(segment.src)? };
+        let conversation = self.table.get_awake(self.table.find(&key)?)?;
+        let leg = conversation.legs.get(slot, server)?;
+        let position = position_of(leg.iss, segment.seq, leg.answers.end())?;
+        conversation.down.says(position, payload).then_some(Repetition {
+            conversation: conversation.id,
+            position,
+            length: payload.len() as u32,
+        })
+    }
+
+    /// The bytes of a [`Repetition`], `None` if they are not held here.
+    pub fn recall(&self, repetition: &Repetition) -> Option<Vec<u8>> {
+        let Repetition { conversation, position, .. } = *repetition;
+        let down = &self.table.get_awake(conversation)?.down;
+        let bytes = down.copy(position..position.checked_add(u64::from(repetition.length))?);
+        (bytes.len() == repetition.length()).then_some(bytes)
+    }
+}

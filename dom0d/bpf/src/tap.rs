@@ -163,9 +163,13 @@ impl Tap {
         poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
     }
 
-    /// What to poll: the ring of clients and OVM first, then those of the servers by slot.
-    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(&self.ring).chain(&self.rvm_rings).map(|ring| ring.map.as_fd())
+    /// What to poll for a ring.
+    pub fn fd(&self, source: Source) -> Option<BorrowedFd<'_>> {
+        let ring = match source {
+            Source::Service => Some(&self.ring),
+            Source::Rvm(slot) => self.rvm_rings.get(slot),
+        };
+        ring.map(|ring| ring.map.as_fd())
     }
 
     /// Monotonic counters.

@@ -68,6 +68,8 @@ pub(crate) struct Context {
     pub(crate) resets: VecDeque<ConversationId>,
     /// Slots whose server produced something: the order may move on.
     pub(crate) progressed: [bool; MAX_SERVERS],
+    /// Conversations in which an RVM is still to be acknowledged what it said, once the order has moved on.
+    pub(crate) unacknowledged: Vec<ConversationId>,
     /// The caller has not polled the latest [`Effect::Cutover`]: until then nothing of the new epoch leaves.
     pub(crate) cutover_untold: bool,
     /// The data plane passes conversations by itself; grows each time it was stopped.
@@ -109,6 +111,7 @@ impl Context {
             disputes: BTreeSet::new(),
             resets: VecDeque::new(),
             progressed: [false; MAX_SERVERS],
+            unacknowledged: Vec::new(),
             cutover_untold: false,
             plane: None,
             passage: Passage::Kept,

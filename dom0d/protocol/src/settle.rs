@@ -30,11 +30,11 @@ impl Service {
         }
         let Self { ctx, table, work, .. } = self;
         let was_catching_up = ctx.is_catching_up();
+        let mut woken = core::mem::take(&mut ctx.unacknowledged);
         for (slot, server) in ctx.roster() {
             if !core::mem::take(&mut ctx.progressed[slot.index()]) {
                 continue;
             }
-            let mut woken = Vec::new();
             let moved = ctx.order.advance(
                 slot,
                 |id, position| {
@@ -51,11 +51,11 @@ impl Service {
             if ctx.queue.ovm() == Some(slot) && was_catching_up && !ctx.is_catching_up() {
                 woken.extend(ctx.recuperation.pending.iter().copied());
             }
-            for id in woken {
-                if let Some(conversation) = table.get_mut(id).filter(|conversation| !conversation.queued) {
-                    conversation.queued = true;
-                    work.push_back(id);
-                }
+        }
+        for id in woken {
+            if let Some(conversation) = table.get_mut(id).filter(|conversation| !conversation.queued) {
+                conversation.queued = true;
+                work.push_back(id);
             }
         }
         ctx.progressed = [false; MAX_SERVERS];

@@ -218,12 +218,15 @@ impl Plane for BpfPlane {
     }
 
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.tap.fds().chain(self.portable.fds()).collect()
+        let rvms = self.slots.iter().zip(0..).filter(|(server, _)| server.is_some());
+        let sources = rvms.map(|(_, slot)| Source::Rvm(slot)).chain([Source::Service]);
+        sources.filter_map(|source| self.tap.fd(source)).chain(self.portable.fds()).collect()
     }
 
     fn set_ready(&mut self, ready: &[PollFlags]) {
         // The rings are looked at in any case: that costs less than a poll, and most records wake nobody.
-        let (_, captures) = ready.split_at(ready.len().min(1 + SLOTS));
+        let rings = 1 + self.slots.iter().flatten().count();
+        let captures = ready.get(rings..).unwrap_or_default();
         self.left = TURN;
         self.rvms_left = [TURN; SLOTS];
         self.portable.set_ready(captures);

@@ -113,7 +113,8 @@ pub(crate) trait Plane: Send {
     /// What to poll for reading. The order is that of the flags given to [`Plane::set_ready`].
     fn fds(&self) -> Vec<BorrowedFd<'_>>;
 
-    /// Which of [`Plane::fds`] have something; the others are left alone until the next poll.
+    /// Which of [`Plane::fds`] have something, in their order; the others, and those that are not told of, are left alone
+    /// until the next poll.
     fn set_ready(&mut self, ready: &[PollFlags]);
 
     /// The next packet of this round, fairly from all that are ready. Gives a bounded number of packets

@@ -31,8 +31,8 @@ use crate::wake::Waker;
 /// Messages taken before packets have their turn again.
 const MESSAGES: usize = 32;
 
-/// How often captures are polled while rings have something: one of those is looked at without a system call, and
-/// for each segment to be polled for takes a third of the thread's time.
+/// How often captures are polled while rings have something. Rings are looked at without a system call; a poll for each
+/// segment took a third of the thread's time.
 const POLL_WHILE_BUSY: Duration = Duration::from_micros(100);
 
 /// What other threads tell the data path.

@@ -147,7 +147,7 @@ impl Tap {
 
     /// The packet that [`Tap::next`] told of, where it lies.
     pub fn packet(&mut self, source: Source) -> Packet<'_> {
-        Packet(self.ring_of(source).and_then(Ring::held))
+        Packet(self.ring_of(source).filter(|ring| ring.held).and_then(Ring::peek))
     }
 
     fn ring_of(&mut self, source: Source) -> Option<&mut Ring> {
@@ -191,7 +191,7 @@ impl Ring {
         if std::mem::take(&mut self.held) {
             drop(self.map.next());
         }
-        let record = self.held()?;
+        let record = self.peek()?;
         let head = record.first_chunk::<{ size_of::<Record>() }>().unwrap_or(&[0; size_of::<Record>()]);
         let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let u16_at = |at: usize| u16::from_ne_bytes([head[at], head[at + 1]]);
@@ -211,7 +211,7 @@ impl Ring {
     }
 
     /// The record at the ring's end. Not to be dropped: that would give its place away.
-    fn held(&mut self) -> Option<ManuallyDrop<RingBufItem<'_>>> {
+    fn peek(&mut self) -> Option<ManuallyDrop<RingBufItem<'_>>> {
         self.map.next().map(ManuallyDrop::new)
     }
 }

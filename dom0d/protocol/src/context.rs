@@ -68,7 +68,9 @@ pub(crate) struct Context {
     pub(crate) resets: VecDeque<ConversationId>,
     /// Slots whose server produced something: the order may move on.
     pub(crate) progressed: [bool; MAX_SERVERS],
-    /// Conversations in which an RVM is still to be acknowledged what it said, once the order has moved on.
+    /// Conversations in which an RVM is still to be acknowledged what it said, once the order has moved on: at the end
+    /// of the input at hand.
+    #[serde(skip)]
     pub(crate) unacknowledged: Vec<ConversationId>,
     /// The caller has not polled the latest [`Effect::Cutover`]: until then nothing of the new epoch leaves.
     pub(crate) cutover_untold: bool,

@@ -132,11 +132,11 @@ impl Conversation {
         let window = leg.told.1.saturating_sub(leg.told.0);
         let opened =
             told.1 > leg.told.1 && (window < 2 * u64::from(leg.mss) || told.1 - leg.told.1 >= window / 4);
-        let more = leg.ack_due || opened;
-        if !more && told.0 > leg.told.0 && leg.sender.nxt < self.up.end() && ctx.progressed[slot.index()] {
+        let is_due = leg.ack_due || opened;
+        if !is_due && told.0 > leg.told.0 && leg.sender.nxt < self.up.end() && ctx.progressed[slot.index()] {
             // What it just said may be what its next bytes have waited for: they take the acknowledgment along.
             ctx.unacknowledged.push(self.id);
-        } else if more || told.0 > leg.told.0 {
+        } else if is_due || told.0 > leg.told.0 {
             leg.ack_due = false;
             leg.told = told;
             let mut ack = self.segment_to_leg(leg, guest);

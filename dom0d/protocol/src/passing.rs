@@ -26,10 +26,6 @@ const HANDOVER_SHARE: u64 = 4;
 /// Bounds are moved on by this part of [`crate::Limits::ahead_bytes`] at least.
 const STEP_SHARE: u64 = 32;
 
-/// Who was stopped for RVMs that are behind is told to go on once it may send this part of
-/// [`crate::Limits::ahead_bytes`]. In small steps it would be told so often that the daemon sets its pace.
-const REOPEN_SHARE: u64 = 4;
-
 /// Bounds where no RVM lacks anything: less than half of the sequence space.
 const FAR: u64 = 1 << 30;
 
@@ -257,20 +253,17 @@ impl Conversation {
         let Some(ovm) = self.legs.get(slot, server).filter(|leg| leg.through && leg.gone.is_none()) else {
             return;
         };
-        let much = u64::from(ctx.config.limits.ahead_bytes) / REOPEN_SHARE;
-        let is_stopped = |end: u64, shown: u64, edge: u64, bound: u64| {
-            end + NEARLY_SHUT > shown && edge.min(bound) > shown && bound >= shown + much
-        };
-        let bounds = (self.bounds.0.min(self.room_up(ctx)), self.bounds.1);
-        let (up, down) = (ovm.edge.min(bounds.0), self.client.edge.min(bounds.1));
-        if is_stopped(self.down.end(), self.shown.1, self.client.edge, bounds.1)
+        let is_stopped = |end: u64, shown: u64, edge: u64| edge > shown && end + NEARLY_SHUT > shown;
+        let up = ovm.edge.min(self.bounds.0).min(self.room_up(ctx));
+        let down = self.client.edge.min(self.bounds.1);
+        if is_stopped(self.down.end(), self.shown.1, down)
             && let Some(guest) = ctx.guest(slot, self.key.psc)
         {
             ctx.send_to_server(server, self.segment_to_leg(ovm, guest).emit());
             ctx.counters.ahead_bytes += 1;
             self.shown.1 = down;
         }
-        if is_stopped(self.up.end(), self.shown.0, ovm.edge, bounds.0) {
+        if is_stopped(self.up.end(), self.shown.0, up) {
             self.told.edge = self.told.edge.max(up);
             let update = self.segment_to_client();
             self.send_to_client(&update, ctx);

@@ -19,17 +19,10 @@ pub struct Repetition {
     length: u32,
 }
 
-impl Repetition {
-    /// How many bytes.
-    pub fn length(&self) -> usize {
-        self.length as usize
-    }
-}
-
 impl Service {
-    /// If a packet of an RVM ends in bytes that the client was sent at the same place: which they are. As long as
-    /// the engine has had no other input, [`Service::recall`] gives them.
-    pub fn repetition(&self, server: ServerId, packet: &[u8]) -> Option<Repetition> {
+    /// If a packet of an RVM ends in bytes that the client was sent at the same place: what is before them, and which
+    /// they are. As long as the engine has had no other input, [`Service::recall`] gives them.
+    pub fn repetition<'a>(&self, server: ServerId, packet: &'a [u8]) -> Option<(&'a [u8], Repetition)> {
         let slot = self.ctx.queue.slot_of(server).filter(|slot| self.ctx.queue.ovm() != Some(*slot))?;
         let Ok(Parsed::Tcp(segment)) = wire::parse(packet) else { return None };
         let payload = segment.payload;
@@ -41,18 +34,17 @@ impl Service {
         let conversation = self.table.get_awake(self.table.find(&key)?)?;
         let leg = conversation.legs.get(slot, server)?;
         let position = position_of(leg.iss, segment.seq, leg.answers.end())?;
-        conversation.down.says(position, payload).then_some(Repetition {
-            conversation: conversation.id,
-            position,
-            length: payload.len() as u32,
-        })
+        let length = payload.len() as u32;
+        let head = packet.get(..packet.len() - payload.len())?;
+        let repetition = Repetition { conversation: conversation.id, position, length };
+        conversation.down.says(position, payload).then_some((head, repetition))
     }
 
     /// The bytes of a [`Repetition`], `None` if they are not held here.
     pub fn recall(&self, repetition: &Repetition) -> Option<Vec<u8>> {
-        let Repetition { conversation, position, .. } = *repetition;
+        let &Repetition { conversation, position, length } = repetition;
         let down = &self.table.get_awake(conversation)?.down;
-        let bytes = down.copy(position..position.checked_add(u64::from(repetition.length))?);
-        (bytes.len() == repetition.length()).then_some(bytes)
+        let range = position..position.checked_add(u64::from(length))?;
+        (down.base() <= range.start && range.end <= down.end()).then(|| down.copy(range))
     }
 }

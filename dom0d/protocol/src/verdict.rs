@@ -86,11 +86,16 @@ impl Conversation {
         let given = ovm.through
             || ovm.sender.highest >= self.up_end()
             || (ctx.is_catching_up() && ctx.order.awaited(slot) == Some(self.id));
+        // It knows of room for a segment: it may have been told of less than the client has, for an RVM that is behind.
+        let has_room = !ovm.through
+            || self.shown.1 >= self.client.edge
+            || self.shown.1 >= position + u64::from(self.client.mss);
         // If the client lacks something, the OVM may be waiting for the network, not for itself.
         let idle = given
             && self.client.acked >= position
             && !(ovm.through && self.client.acked_beside)
             && self.client.edge > position
+            && has_room
             && self.down_fin.is_none_or(|fin| position < fin);
         let since = match self.suspicion.silent_since.filter(|_| self.suspicion.silent_at == position) {
             Some(since) => since.max(ovm.handed_at),

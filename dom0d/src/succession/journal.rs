@@ -36,11 +36,6 @@ const RESERVE: usize = 4 << 20;
 /// Daemons that may die over one file before it is taken for what kills them.
 const TRIES: u64 = 3;
 
-/// Writes a snapshot to the beginning of what it is given and says how long it is; `None` if there is no room for it.
-pub(crate) trait Save: Fn(&mut [u8]) -> Option<usize> {}
-
-impl<T: Fn(&mut [u8]) -> Option<usize>> Save for T {}
-
 /// See the module.
 pub(crate) struct Journal {
     base: PathBuf,
@@ -90,7 +85,11 @@ pub(crate) fn remove(base: &Path) -> io::Result<()> {
 
 impl Journal {
     /// A journal that begins with a snapshot (see [`Journal::turn`]), in files named after `base`.
-    pub(crate) fn begin(base: &Path, digest: u64, save: impl Save) -> io::Result<Self> {
+    pub(crate) fn begin(
+        base: &Path,
+        digest: u64,
+        save: impl Fn(&mut [u8]) -> Option<usize>,
+    ) -> io::Result<Self> {
         remove(base)?;
         let files = [None, None];
         let mut journal = Self { base: base.to_owned(), digest, turn: 0, files, at: 0, due: usize::MAX };
@@ -154,8 +153,9 @@ impl Journal {
         }))
     }
 
-    /// Begins anew with the snapshot that `save` writes, in the other file.
-    pub(crate) fn turn(&mut self, save: impl Save) -> io::Result<()> {
+    /// Begins anew with a snapshot, in the other file. `save` writes it to the beginning of what it is given and says
+    /// how long it is; `None` if there is no room for it.
+    pub(crate) fn turn(&mut self, save: impl Fn(&mut [u8]) -> Option<usize>) -> io::Result<()> {
         let turn = self.turn + 1;
         let parity = (turn % 2) as usize;
         if let Some(pages) = &mut self.files[parity] {
@@ -194,6 +194,13 @@ impl Journal {
         Ok(self.files[parity].insert(pages))
     }
 
+    /// Nobody goes on from here: what follows is not written down.
+    pub(crate) fn give_up(mut self) {
+        for pages in self.files.iter_mut().flatten() {
+            pages.set_word(PLACE_TURN, 0);
+        }
+    }
+
     /// A new snapshot should be written.
     pub(crate) fn is_due(&self) -> bool {
         self.at >= self.due
@@ -225,7 +232,7 @@ mod tests {
 
     struct Files(PathBuf);
 
-    fn saving(snapshot: &[u8]) -> impl Save {
+    fn saving(snapshot: &[u8]) -> impl Fn(&mut [u8]) -> Option<usize> {
         move |room: &mut [u8]| {
             room.get_mut(..snapshot.len())?.copy_from_slice(snapshot);
             Some(snapshot.len())
@@ -321,6 +328,17 @@ mod tests {
         assert!(files.left(7).unwrap() == (large, vec![b"a".to_vec()]));
         journal.turn(saving(b"small")).unwrap();
         assert_eq!(files.left(7).unwrap(), (b"small".to_vec(), vec![]));
+    }
+
+    #[test]
+    fn nobody_follows_what_was_given_up() {
+        let files = Files::new("journal-given-up");
+        let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
+        assert!(journal.add(b"a", b""));
+        journal.turn(saving(b"two")).unwrap();
+        assert!(journal.add(b"b", b""));
+        journal.give_up();
+        assert!(matches!(files.left(7), Err(Lost::Damaged)));
     }
 
     #[test]

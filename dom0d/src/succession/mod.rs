@@ -40,7 +40,7 @@ enum Input {
         now: Instant,
         server: ServerId,
         passage: Passage,
-        end: Repetition,
+        tail: Repetition,
     },
     Timeout {
         now: Instant,
@@ -230,7 +230,9 @@ impl Engine {
             error,
             "no successor can follow this dom0d: if it is killed, replicas must be seeded again; is there room in /run?"
         );
-        self.journal = None;
+        if let Some(journal) = self.journal.take() {
+            journal.give_up();
+        }
     }
 
     fn repeat(&mut self, input: Input, packet: &[u8]) -> Result<(), Lost> {
@@ -240,8 +242,8 @@ impl Engine {
             Input::Server { now, server, passage } => {
                 service.handle_tapped_server(now, server, packet, passage)
             }
-            Input::Repeating { now, server, passage, end } => {
-                let packet = [packet, &service.recall(&end).ok_or(Lost::Damaged)?].concat();
+            Input::Repeating { now, server, passage, tail } => {
+                let packet = [packet, &service.recall(&tail).ok_or(Lost::Damaged)?].concat();
                 service.handle_tapped_server(now, server, &packet, passage);
             }
             Input::Timeout { now } => service.handle_timeout(now),
@@ -279,9 +281,9 @@ impl Engine {
 
     /// See [`Service::handle_tapped_server`].
     pub(crate) fn handle_server(&mut self, now: Instant, server: ServerId, packet: &[u8], passage: Passage) {
-        let end = self.journal.as_ref().and_then(|_| self.service.repetition(server, packet));
-        match end.and_then(|end| Some((end, packet.len().checked_sub(end.length())?))) {
-            Some((end, head)) => self.note(&Input::Repeating { now, server, passage, end }, &packet[..head]),
+        let tail = self.journal.as_ref().and_then(|_| self.service.repetition(server, packet));
+        match tail {
+            Some((head, tail)) => self.note(&Input::Repeating { now, server, passage, tail }, head),
             None => self.note(&Input::Server { now, server, passage }, packet),
         }
         self.service.handle_tapped_server(now, server, packet, passage);
@@ -424,20 +426,105 @@ mod tests {
 
     const NOW: Instant = Instant::from_micros(1_000_000);
 
-    /// An engine whose journal is so full that a new snapshot is due, and the files' base.
-    fn due(name: &str) -> (Engine, std::path::PathBuf) {
+    fn config() -> config::Service {
         let text =
             "[[service]]\nname = \"s\"\npsc = \"10.77.0.100\"\nports = [80]\novm = \"a\"\nrvms = [\"b\"]\n";
-        let config = text.parse::<config::Config>().unwrap().services.remove(0);
+        text.parse::<config::Config>().unwrap().services.remove(0)
+    }
+
+    /// An engine with a journal, and the files' base.
+    fn journaled(name: &str) -> (Engine, std::path::PathBuf) {
+        let config = config();
         let base = std::env::temp_dir().join(format!("dom0d-{name}-{}", std::process::id()));
         let mut engine = Engine::new(config.engine.clone());
         engine.begin_journal(&base, &config).unwrap();
+        (engine, base)
+    }
+
+    /// One whose journal is so full that a new snapshot is due.
+    fn due(name: &str) -> (Engine, std::path::PathBuf) {
+        let (mut engine, base) = journaled(name);
         // Not one of the service: nothing comes of it but a record.
         let packet = vec![0; 60_000];
         while !engine.journal.as_ref().unwrap().is_due() {
             engine.handle_client(NOW, LinkAddress([2; 6]), &packet, Passage::Kept);
         }
         (engine, base)
+    }
+
+    const CLIENT: ([u8; 4], u16) = ([10, 77, 0, 1], 40_000);
+    const ACK: u8 = 0x10;
+    const SYN: u8 = 0x02;
+
+    /// A packet as a guest or a client on this host sends it: with a partial checksum.
+    fn packet(
+        from: ([u8; 4], u16),
+        to: ([u8; 4], u16),
+        (seq, ack): (u32, u32),
+        flags: u8,
+        payload: &[u8],
+    ) -> Vec<u8> {
+        let length = 20 + payload.len() as u16;
+        let mut packet = vec![0x45, 0];
+        packet.extend((20 + length).to_be_bytes());
+        packet.extend([0, 0, 0x40, 0, 64, 6, 0, 0]);
+        packet.extend([from.0, to.0].concat());
+        packet.extend([from.1.to_be_bytes(), to.1.to_be_bytes()].concat());
+        packet.extend([seq.to_be_bytes(), ack.to_be_bytes()].concat());
+        packet.extend([0x50, flags, 0xff, 0xff]);
+        let addresses = packet[12..20].chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
+        let sum = addresses.sum::<u32>() + 6 + u32::from(length);
+        packet.extend(((sum & 0xffff) as u16 + (sum >> 16) as u16).to_be_bytes());
+        packet.extend([0, 0]);
+        packet.extend(payload);
+        packet
+    }
+
+    #[test]
+    fn a_successor_hears_what_a_replica_repeated_though_it_was_not_written_down() {
+        let (mut engine, base) = journaled("repeating");
+        let link = LinkAddress([2, 0, 0, 0, 0, 1]);
+        let psc = ([10, 77, 0, 100], 80);
+        let [ovm, rvm] = [11, 12].map(|last| ([10, 77, 0, last], 80));
+        let spec = |id, (address, _): ([u8; 4], u16)| ServerSpec {
+            id: ServerId(id),
+            addresses: vec![address.into()],
+            mtu: 1500,
+        };
+        engine.install_ovm(NOW, spec(0, ovm)).unwrap();
+        engine.attach(NOW, spec(1, rvm), Seeding::AssumeIdentical).unwrap();
+        let drain = |engine: &mut Engine| {
+            while engine.poll_effect().is_some() {}
+            let packets = std::iter::from_fn(|| engine.poll_transmit(NOW)).count() as u32;
+            engine.drained(NOW, packets + 1);
+        };
+        let answer = b"what both servers answer, at some length. ".repeat(100);
+        let from_client = |numbers, flags| packet(CLIENT, psc, numbers, flags, &[]);
+        engine.handle_client(NOW, link, &from_client((100, 0), SYN), Passage::Kept);
+        drain(&mut engine);
+        let server_says = |id, from, numbers, flags, payload: &[u8], engine: &mut Engine| {
+            let packet = packet(from, CLIENT, numbers, flags, payload);
+            engine.handle_server(NOW, ServerId(id), &packet, Passage::Kept);
+            drain(engine);
+        };
+        server_says(0, ovm, (5_000, 101), SYN | ACK, &[], &mut engine);
+        engine.handle_client(NOW, link, &from_client((101, 5_001), ACK), Passage::Kept);
+        drain(&mut engine);
+        server_says(1, rvm, (9_000, 101), SYN | ACK, &[], &mut engine);
+        server_says(0, ovm, (5_001, 101), ACK, &answer[..4_000], &mut engine);
+        let before = engine.journal.as_ref().unwrap().records().unwrap().map(<[u8]>::len).sum::<usize>();
+        server_says(1, rvm, (9_001, 101), ACK, &answer[..1_000], &mut engine);
+        let taken =
+            engine.journal.as_ref().unwrap().records().unwrap().map(<[u8]>::len).sum::<usize>() - before;
+        assert!(taken < 200, "{taken} bytes for what is known");
+        // What is ahead of the OVM is.
+        server_says(1, rvm, (10_001, 101), ACK, &answer[1_000..4_100], &mut engine);
+        let status = engine.conversations(0, 9);
+        let expected = engine.save();
+        drop(engine);
+        let left = Engine::left(&base, &config()).unwrap();
+        assert!(left.engine.save() == expected, "{status:?}");
+        remove(&base).unwrap();
     }
 
     #[test]

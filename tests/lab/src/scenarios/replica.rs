@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::Scenario;
+use super::transfer::{Direction, Large};
 use crate::client::frames::{ACK, RST, Segment};
 use crate::client::hostile::malformed;
 use crate::client::redis::load::Plan;
@@ -91,6 +92,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             );
         }
     }
+    all.push(Scenario::new("replica/hangs/download", hangs_in_download));
     all.push(Scenario::new("replica/slow/never-waited-for", slow));
     all.push(Scenario::new("replica/evicted/goes-on", evicted));
     all.push(Scenario::new("replica/floods/own-ring", own_ring));
@@ -272,6 +274,23 @@ pub(super) fn garbage(guest: &Domain, behind: u32) -> Result<()> {
     })
 }
 
+/// In a large download the OVM is stopped for a replica that says nothing any more, and the other two go on beyond it: that
+/// is no fault of the OVM's.
+fn hangs_in_download(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 3, &[Service::Http])?;
+    let large = Large::begin(&stage, Direction::Download, false)?;
+    large.wait_part(0.2)?;
+    stage.lab.fault(Fault::Hang, "guest-2")?;
+    large.expect_whole(&stage)?;
+    let service = stage.operator.service("http")?;
+    let servers = &service.servers;
+    let ovm = stage.ovm(Service::Http)?.name;
+    ensure!(ovm == "guest-1" && service.epoch == 1, "a replica hung, and the OVM was deposed: {servers:#?}");
+    // On a busy machine another one may fall behind, too.
+    ensure!(!is_promotable(&service, "guest-2"), "the replica that hung was waited for: {servers:#?}");
+    Ok(())
+}
+
 /// Clients never wait for a replica that is a hundred times slower than the OVM: the same load is as
 /// quick with it as without it. It is lagging or evicted by then, and never hidden.
 fn slow(lab: &str) -> Result<()> {
@@ -296,6 +315,12 @@ fn slow(lab: &str) -> Result<()> {
     Ok(())
 }
 
+fn is_promotable(service: &understudy_api::Service, guest: &str) -> bool {
+    let is_named =
+        |server: &&understudy_api::Server| server.domain.as_ref().is_some_and(|domain| domain.name == guest);
+    service.servers.iter().find(is_named).is_some_and(|server| server.promotable)
+}
+
 /// Nobody reads the rings while a replica floods: it fills its own, and clients go on in theirs. What was lost of it are
 /// its own answers, which it repeats; the other replica is as good as before.
 fn own_ring(lab: &str) -> Result<()> {
@@ -317,13 +342,7 @@ fn own_ring(lab: &str) -> Result<()> {
     for name in ["ring_full", "ring_share_full", "unrecorded"] {
         ensure!(counted(name) == 0, "{name} is {}: a replica filled what clients depend on", counted(name));
     }
-    let guest = |name: &str| {
-        let named = |server: &&understudy_api::Server| {
-            server.domain.as_ref().is_some_and(|domain| domain.name == name)
-        };
-        service.servers.iter().find(named).is_some_and(|server| server.promotable)
-    };
-    ensure!(guest("guest-3"), "the other replica was hurt: {:#?}", service.servers);
+    ensure!(is_promotable(&service, "guest-3"), "the other replica was hurt: {:#?}", service.servers);
     stage.survives_freeze(load)
 }
 

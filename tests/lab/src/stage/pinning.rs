@@ -29,7 +29,7 @@ impl Pinning {
     /// In words, for reports.
     pub(crate) fn describe(&self) -> String {
         format!(
-            "client and OVM on CPU {}, dom0d and replicas on CPU {}",
+            "client and OVM on CPU {}, dom0d and replicas on CPU {}, and what guests receive (RPS) where they are",
             self.client_and_ovm, self.dom0d_and_rvms
         )
     }

@@ -77,10 +77,9 @@ impl World {
 
     /// Who writes down what the engine hears may leave out what it can recall.
     pub(super) fn check_repetition(&mut self, id: ServerId, packet: &[u8]) {
-        let Some(repetition) = self.service.repetition(id, packet) else { return };
+        let Some((head, tail)) = self.service.repetition(id, packet) else { return };
         self.coverage.hit("engine.repetition recalled");
-        let head = packet.len().checked_sub(repetition.length());
-        if self.service.recall(&repetition).as_deref() != head.map(|head| &packet[head..]) {
+        if self.service.recall(&tail).is_none_or(|bytes| [head, &bytes].concat() != packet) {
             self.fail("repetition", "the engine recalls something else than the replica said".into());
         }
     }

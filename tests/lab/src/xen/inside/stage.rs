@@ -137,7 +137,7 @@ pub(super) fn config(replicas: usize, services: &[Service]) -> String {
 
 /// Ends dom0d, and what it remembers of domains; first, if it runs, the conversations that clients have
 /// closed: a FIN that is repeated when the next dom0d runs belongs to a conversation which that one could
-/// not replicate, and makes its replicas stale.
+/// not replicate, and makes its replicas stale. What is not closed by then is aborted.
 pub(super) fn forget() -> Result<()> {
     if run(&["systemctl", "is-active", "dom0d"]).is_ok() {
         // A story that failed may leave some open.
@@ -146,7 +146,8 @@ pub(super) fn forget() -> Result<()> {
         });
     }
     shell(
-        "systemctl stop dom0d; systemctl reset-failed dom0d 2>/dev/null || :; rm -f /run/understudy/*.state",
+        "systemctl stop dom0d; systemctl reset-failed dom0d 2>/dev/null || :; rm -f /run/understudy/*.state
+         ip netns exec client ss --kill --tcp >/dev/null || :",
     )
     .map(drop)
 }

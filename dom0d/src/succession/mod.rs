@@ -528,6 +528,16 @@ mod tests {
     }
 
     #[test]
+    fn an_engine_that_gave_its_journal_up_is_followed_by_nobody() {
+        let (mut engine, base) = journaled("given-up");
+        engine.handle_client(NOW, LinkAddress([2; 6]), &vec![0; 64 << 20], Passage::Kept);
+        assert!(!engine.is_journaled());
+        engine.handle_timeout(NOW);
+        assert!(matches!(Engine::left(&base, &config()), Err(Lost::Damaged)));
+        remove(&base).unwrap();
+    }
+
+    #[test]
     fn a_snapshot_that_is_due_waits_for_the_end_of_a_cutover() {
         let (mut engine, base) = due("urgent");
         engine.set_urgent(true);

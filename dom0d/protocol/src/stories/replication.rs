@@ -202,3 +202,17 @@ fn a_replica_may_say_what_the_client_was_sent_before_its_window_shrank() {
     let told = story.servers[1].pop_back().unwrap();
     assert_eq!((told.ack, told.window), (iss(1).wrapping_add(101), 800));
 }
+
+#[test]
+fn the_next_request_takes_the_acknowledgment_of_a_replicas_answer_along() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"one", 1);
+    story.server_sends(0, 1, b"answer", 4);
+    story.client_sends(4, b"two", 7);
+    assert_eq!(story.server_hears(1).payload, b"one");
+    assert!(story.server_hears(1).payload.is_empty(), "the second was asked after the answer to the first");
+    story.server_sends(1, 1, b"answer", 4);
+    let next = story.server_hears(1);
+    assert_eq!((next.payload.as_slice(), next.ack), (b"two".as_slice(), iss(1).wrapping_add(7)));
+    assert!(story.servers[1].is_empty(), "one packet is enough");
+}

@@ -15,7 +15,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     vec![Scenario::new("hook/never-in-the-way", never_in_the_way).within(Duration::from_secs(600))]
 }
 
-/// Half of libxl's limit for a hotplug script (40 s), far more than noise: beside another story that boots guests, 9 s.
+/// Half of libxl's limit for a hotplug script (40 s), far more than noise: 9 s were seen on a busy machine.
 const SLOWER_BY: Duration = Duration::from_secs(20);
 
 /// Takes the command away, and brings it back.

@@ -25,7 +25,7 @@ use crate::plane::device::Device;
 use crate::plane::rules::{Numbered, RuleSet};
 use crate::report::Reporter;
 use crate::server::Arrival;
-use crate::service::{Service, Surroundings};
+use crate::service::{Doomed, Service, Surroundings};
 use crate::wake::Waker;
 
 /// Messages taken before packets have their turn again.
@@ -176,6 +176,8 @@ pub(crate) struct DataPath {
     pub(super) next_server: u32,
     rules_version: u64,
     memory: Memory,
+    /// Domains that a service is fencing, of which the others have not heard.
+    doomed: Vec<Doomed>,
     pub(super) counters: Counters,
 }
 
@@ -228,6 +230,7 @@ impl DataPath {
             polled: now,
             rules_version: 0,
             memory,
+            doomed: Vec::new(),
             counters: Counters::default(),
         }
     }
@@ -243,6 +246,7 @@ impl DataPath {
             let Some(mut busy) = self.take_messages(now) else {
                 return self.farewell();
             };
+            self.spread(now);
             for index in 0..self.services.len() {
                 let (service, mut around) = self.split(index);
                 if service.is_opening(now, &mut around) {
@@ -250,6 +254,7 @@ impl DataPath {
                 }
                 busy |= service.forward(now, &mut around);
                 busy |= service.timeout(now, &mut around);
+                self.spread(now);
             }
             self.pass_on();
             // Asked for in any case: the heartbeat is in it, and a busy daemon is no absent one.
@@ -276,8 +281,20 @@ impl DataPath {
             reporter: &self.around.reporter,
             jobs: &self.around.jobs,
             next_server: &mut self.next_server,
+            doomed: &mut self.doomed,
         };
         (&mut self.services[index], around)
+    }
+
+    /// Tells every service of what another one is about to pause or destroy, and why: by the time that the next look
+    /// at the domains finds that done, nobody takes it for something that befell the domain.
+    fn spread(&mut self, now: Instant) {
+        while let Some(doomed) = self.doomed.pop() {
+            for index in 0..self.services.len() {
+                let (service, mut around) = self.split(index);
+                service.doomed(now, doomed, &mut around);
+            }
+        }
     }
 
     fn look(&mut self, now: Instant) {
@@ -292,6 +309,7 @@ impl DataPath {
                         reporter: &self.around.reporter,
                         jobs: &self.around.jobs,
                         next_server: &mut self.next_server,
+                        doomed: &mut self.doomed,
                     };
                     if !service.is_opening(now, &mut around) {
                         service.look(now, domains, starved, &mut around);
@@ -394,13 +412,18 @@ impl DataPath {
                 (service, DaemonEvent::FenceFailed { server, error })
             }
             Outcome::Ordered { service, server, pause, done } => {
-                let (service, mut around) = self.split(service);
-                // A pause that did not happen excuses nothing; a resume ends what there was.
-                if pause != done {
-                    service.maintenance_ended(now, server, &mut around);
-                }
-                if !pause && done {
-                    service.server_mut(server, |server| server.fenced = false);
+                // Whichever service was named, it is the domain's.
+                let life = self.services[service].servers.get(&server).map(crate::server::Server::life);
+                for index in 0..self.services.len() {
+                    let (service, mut around) = self.split(index);
+                    let Some(server) = life.and_then(|life| service.find_life(life)) else { continue };
+                    // A pause that did not happen excuses nothing; a resume ends what there was.
+                    if pause != done {
+                        service.maintenance_ended(now, server, &mut around);
+                    }
+                    if !pause && done {
+                        service.server_mut(server, |server| server.fenced = false);
+                    }
                 }
                 return;
             }

@@ -30,6 +30,8 @@ pub(crate) struct Excuse {
     pub(crate) moving: bool,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
+    /// Not an excuse: this daemon stops it for another service that it serves, which found this.
+    pub(crate) doomed: Option<Evidence>,
 }
 
 /// What the engine must be told after one look.
@@ -129,7 +131,13 @@ impl Watch {
             Some(since) if !starved => since,
             _ => *self.stopped_since.insert(now),
         };
-        if excuse.fenced || !self.seen_running {
+        if excuse.fenced {
+            return None;
+        }
+        if excuse.doomed.is_some() {
+            return excuse.doomed;
+        }
+        if !self.seen_running {
             return None;
         }
         let (since, limit) = match excuse.announced {
@@ -309,6 +317,19 @@ mod tests {
     fn a_fence_is_no_evidence_against_the_fenced() {
         let excuse = Excuse { fenced: true, ..Excuse::default() };
         assert_eq!(first_evidence(&mut seen_running(), Some(&paused()), excuse, POLICY, 1, 1_000), None);
+    }
+
+    #[test]
+    fn a_fence_for_another_service_is_what_that_one_found_and_no_pause() {
+        let mut watch = seen_running();
+        let excuse = Excuse { doomed: Some(Evidence::NoProgress), ..Excuse::default() };
+        assert_eq!(watch.look(at(1), Some(&RUNNING), excuse, POLICY, false).evidence, None);
+        let reports: Vec<_> = (2..5_000)
+            .filter_map(|ms| watch.look(at(ms), Some(&paused()), excuse, POLICY, false).evidence)
+            .collect();
+        assert_eq!(reports, [Evidence::NoProgress; 3]);
+        let gone = watch.look(at(10_000), None, excuse, POLICY, false);
+        assert_eq!(gone.evidence, Some(Evidence::DomainGone));
     }
 
     #[test]

@@ -218,11 +218,15 @@ impl DataPath {
             Ok(found) => found,
             Err(error) => return drop(reply.send(Err(error))),
         };
-        let (service, mut around) = self.split(index);
-        if pause {
-            // Announced first: the next look at the domain may be the one that sees it paused.
-            service.maintenance_began(now, id, &mut around);
+        let life = self.services[index].servers[&id].life();
+        // Announced first, and to all that the domain serves: the next look may be the one that sees it paused.
+        for service in (0..self.services.len()).filter(|_| pause) {
+            let (service, mut around) = self.split(service);
+            if let Some(id) = service.find_life(life) {
+                service.maintenance_began(now, id, &mut around);
+            }
         }
+        let (service, around) = self.split(index);
         let job = Job::Order {
             service: index,
             name: service.name().to_owned(),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use nix::net::if_::if_nametoindex;
 use rtnetlink::Handle;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
@@ -38,6 +39,9 @@ const PATIENT: Duration = Duration::from_secs(10);
 
 /// How long a lost interface waits before it is opened again.
 const AFTER_LOSS: Duration = Duration::from_millis(200);
+
+/// How often it is asked meanwhile whether it is gone: it is lost a moment before.
+const GONE_YET: Duration = Duration::from_millis(5);
 
 /// How long a PSC whose address is taken by somebody else waits before it is tried again.
 const ADDRESS_TAKEN: Duration = Duration::from_secs(10);
@@ -154,9 +158,8 @@ impl Placement {
             tokio::select! {
                 changed = found.changed() => if changed.is_err() { return },
                 interface = lost.recv() => match interface {
-                    Some(interface) => if self.forget(interface) {
-                        // An interface that is down opens, and is lost again at once.
-                        tokio::time::sleep(AFTER_LOSS).await;
+                    Some(interface) => if let Some(vif) = self.forget(interface) {
+                        after_loss(&vif).await;
                     }
                     None => return,
                 },
@@ -536,19 +539,19 @@ impl Placement {
         }
     }
 
-    /// The data path lost an interface: what it was given counts no more. Whether that is news.
-    fn forget(&mut self, lost: LostInterface) -> bool {
+    /// The data path lost an interface: what it was given counts no more. Which interface, if that is news.
+    fn forget(&mut self, lost: LostInterface) -> Option<String> {
         let Some(domain) = lost.domain else {
             self.anchors[lost.service] = Anchor::default();
-            return true;
+            return Some(anchor::names(self.config.services[lost.service].psc_mac).1);
         };
         match self.given.get_mut(&(lost.service, domain)) {
-            Some(Given { state: GivenState::Open { index, .. }, moving_since: None, .. }) => {
+            Some(Given { state: GivenState::Open { arrival, index }, moving_since: None, .. }) => {
                 // No interface has this number, so it is opened again.
                 *index = 0;
-                true
+                Some(arrival.vif.clone())
             }
-            _ => false,
+            _ => None,
         }
     }
 
@@ -567,6 +570,15 @@ impl Placement {
         // Without a data path the daemon is stopping.
         let _ = self.messages.send(message);
         self.waker.wake();
+    }
+}
+
+/// Waits while a lost interface is there: one that is down opens, and is lost again at once. That one is gone is to be
+/// told to every service that used it before any finds out by what its domain does not do any more.
+async fn after_loss(interface: &str) {
+    let until = Instant::now() + AFTER_LOSS;
+    while Instant::now() < until && if_nametoindex(interface).is_ok() {
+        tokio::time::sleep(GONE_YET).await;
     }
 }
 

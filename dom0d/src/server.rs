@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use understudy_protocol::{Instant, ServerId, ServerSpec};
+use understudy_protocol::{Evidence, Instant, ServerId, ServerSpec};
 
 use crate::command::DomainRef;
 use crate::discovery::sent_away;
@@ -34,6 +34,10 @@ pub(crate) struct Server {
     pub(crate) announced: Option<Instant>,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
+    /// What its service last found against it, and acted upon.
+    pub(crate) accused: Option<Evidence>,
+    /// Another service fences its domain, for this.
+    pub(crate) doomed: Option<Evidence>,
     /// Moved to another domid, whose vif is not connected yet.
     pub(crate) moving: bool,
     /// It left, and is known only since nobody could take its place.
@@ -87,6 +91,8 @@ impl Server {
             running: true,
             announced: None,
             fenced: false,
+            accused: None,
+            doomed: None,
             moving: false,
             gone: false,
         }
@@ -135,6 +141,7 @@ impl Server {
             migrating: sent_away(&self.domain.name).is_some(),
             moving: self.moving,
             fenced: self.fenced,
+            doomed: self.doomed,
         }
     }
 

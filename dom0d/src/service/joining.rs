@@ -119,6 +119,7 @@ impl Service {
         *around.next_server += 1;
         if let Some(mut server) = self.servers.remove(&id) {
             server.fenced = false;
+            (server.accused, server.doomed) = (None, None);
             self.remember_name(new, &server.domain);
             self.servers.insert(new, server);
         }

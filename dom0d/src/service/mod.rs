@@ -42,6 +42,17 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) jobs: &'a mpsc::Sender<Job>,
     /// The next server id of the daemon.
     pub(crate) next_server: &'a mut u32,
+    /// Where a service says whose domain it pauses or destroys.
+    pub(crate) doomed: &'a mut Vec<Doomed>,
+}
+
+/// A domain that a service pauses or destroys to fence it: it is lost to whatever else it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Doomed {
+    /// Which life of which domain.
+    pub(crate) domain: DomainId,
+    /// What the service found against it.
+    pub(crate) evidence: Evidence,
 }
 
 /// See the module.
@@ -212,6 +223,16 @@ impl Service {
         self.daemon_event(now, event, around);
     }
 
+    /// Another service fences a domain. What it found is all that there is to find here too.
+    pub(crate) fn doomed(&mut self, now: Instant, doomed: Doomed, around: &mut Surroundings<'_>) {
+        let Some(id) = self.find_life(doomed.domain).filter(|&id| self.is_queued(id)) else {
+            return;
+        };
+        self.server_mut(id, |server| server.doomed = Some(doomed.evidence));
+        self.surroundings_changed = true;
+        self.accuse(now, id, doomed.evidence, around);
+    }
+
     /// Gives evidence to the engine: an OVM is deposed for it, an RVM evicted, which is timed.
     fn accuse(&mut self, now: Instant, id: ServerId, evidence: Evidence, around: &mut Surroundings<'_>) {
         if self.engine.ovm() == Some(id) {
@@ -350,6 +371,7 @@ impl Service {
         for (id, verdict) in told {
             if verdict.running == Some(true) {
                 self.maintenance_ended(now, id, around);
+                self.server_mut(id, |server| server.doomed = None);
             }
             if !self.is_queued(id) {
                 continue;
@@ -500,6 +522,8 @@ impl Service {
         let Some(server) = self.servers.get_mut(&id) else {
             return;
         };
+        server.doomed = None;
+        let evidence = server.accused.take().unwrap_or(Evidence::Operator);
         server.fenced = by == Fence::Pause;
         server.place = Place::Left(format!(
             "deposed, and fenced ({}); repair it, resume it if it is paused, bring its state up to date, then attach it",
@@ -511,6 +535,7 @@ impl Service {
             self.isolating.push((id, None));
             return;
         }
+        around.doomed.push(Doomed { domain: life, evidence });
         self.fence_domain(id, life, around);
     }
 
@@ -534,6 +559,12 @@ impl Service {
             EventKind::Detached { server } => {
                 // An operator's doing is noted where the operator's command is carried out.
                 (*server, "left the queue; attach it to have it back".to_owned())
+            }
+            EventKind::Suspected { server, evidence } => {
+                return self.server_mut(*server, |server| server.accused = Some(*evidence));
+            }
+            EventKind::NoCandidate { server: Some(server), .. } => {
+                return self.server_mut(*server, |server| server.accused = None);
             }
             _ => return,
         };

@@ -13,6 +13,7 @@ mod refusals;
 mod repeated;
 mod replica;
 mod runner;
+mod shared;
 mod stale;
 mod succession;
 mod transfer;
@@ -76,6 +77,7 @@ fn all() -> Vec<Scenario> {
     all.extend(succession::scenarios());
     all.extend(replica::scenarios());
     all.extend(bridge::scenarios());
+    all.extend(shared::scenarios());
     all.extend(links::scenarios());
     all.extend(numbering::scenarios());
     all.extend(hostile::scenarios());

@@ -29,6 +29,9 @@ pub(crate) const KEYS: usize = 4;
 /// Largest payload of an operation that is taken in whole.
 const WHOLE_LIMIT: usize = 64 << 10;
 
+/// Most bytes that are given at once.
+const GET_LIMIT: usize = 1 << 20;
+
 /// A log reduced to its length and digest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Log {
@@ -164,7 +167,8 @@ impl Session {
                 shared.logs[key].answer(out);
             }
             op::GET => {
-                let length = payload.first_chunk().map_or(0, |n| u32::from_be_bytes(*n) as usize);
+                let length =
+                    payload.first_chunk().map_or(0, |n| u32::from_be_bytes(*n) as usize).min(GET_LIMIT);
                 let start = out.len();
                 let mut word = self.log.digest;
                 while out.len() < start + length {

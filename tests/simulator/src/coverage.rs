@@ -54,6 +54,22 @@ const EXPECTED: &[&str] = &[
     "wrap.server",
 ];
 
+/// The same with hostile clients.
+const EXPECTED_HOSTILE: &[&str] = &[
+    "connection.completed",
+    "connection.completed over a promotion",
+    "fault.garbage",
+    "fault.mutated",
+    "fault.reset all",
+    "fault.twisted",
+    "guest.asked in vain",
+    "shot.AckOfNobody",
+    "shot.Noise",
+    "shot.Reset",
+    "shot.Syn",
+    "shot.SynOfNobody",
+];
+
 impl Coverage {
     pub(crate) fn hit(&mut self, name: &str) {
         self.add(name, 1);
@@ -81,8 +97,9 @@ impl Coverage {
     }
 
     /// What should have been exercised and was not.
-    pub fn missing(&self) -> Vec<&'static str> {
-        EXPECTED.iter().copied().filter(|name| !self.counts.contains_key(*name)).collect()
+    pub fn missing(&self, hostile: bool) -> Vec<&'static str> {
+        let expected = if hostile { EXPECTED_HOSTILE } else { EXPECTED };
+        expected.iter().copied().filter(|name| !self.counts.contains_key(*name)).collect()
     }
 }
 

@@ -87,6 +87,36 @@ fn for_each_option(options: &mut [u8], mut each: impl FnMut(u8, &mut [u8])) {
     }
 }
 
+/// As Linux reads options (tcp_parse_options): one whose length is not its kind's counts for nothing, and behind one that
+/// leaves the header nothing counts. smoltcp would drop the segment.
+fn overlook_odd_options(options: &mut [u8]) {
+    let mut at = 0;
+    while at < options.len() {
+        match options[at] {
+            0 => return,
+            1 => at += 1,
+            kind => {
+                let length = options.get(at + 1).map_or(0, |&length| usize::from(length));
+                if length < 2 || at + length > options.len() {
+                    return options[at..].fill(1);
+                }
+                let fits = match kind {
+                    2 => length == 4,
+                    3 => length == 3,
+                    4 => length == 2,
+                    5 => length >= 10 && (length - 2).is_multiple_of(8),
+                    8 => length == 10,
+                    _ => true,
+                };
+                if !fits {
+                    options[at..at + length].fill(1);
+                }
+                at += length;
+            }
+        }
+    }
+}
+
 /// Takes the last payload byte away; the TCP checksum is filled in later.
 fn shorten(packet: &mut Vec<u8>) {
     packet.pop();
@@ -185,6 +215,7 @@ impl Disguise {
         if !tcp.verify_checksum(&at.src, &at.dst) {
             return;
         }
+        overlook_odd_options(tcp.options_mut());
         let key = (at.src, tcp.src_port(), tcp.dst_port());
         if tcp.syn() {
             let knobs = &self.knobs;

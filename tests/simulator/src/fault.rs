@@ -2,6 +2,8 @@
 
 use understudy_protocol::CandidatePolicy;
 
+use crate::forge::Twist;
+
 /// When a fault strikes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum When {
@@ -47,6 +49,8 @@ pub(crate) enum Fault {
     Garbage { target: Target, packets: u32 },
     /// So many segments of its own conversations, mutated, come out of the vif.
     Mutated { target: Target, packets: u32 },
+    /// So many segments of its own conversations, twisted in this way, come out of the vif.
+    Twisted { target: Target, twist: Twist, packets: u32 },
     /// Resets at the exact sequence number of its conversations.
     ResetAll(Target),
     /// Nothing passes between dom0 and the server, both ways.

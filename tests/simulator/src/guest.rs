@@ -8,6 +8,7 @@ use smoltcp::socket::tcp;
 use understudy_protocol::ServerId;
 
 use crate::application::{Session, Shared};
+use crate::hostile::is_hostile;
 use crate::prng::Prng;
 use crate::stack::{Stack, StackKnobs};
 
@@ -51,6 +52,8 @@ pub(crate) enum Health {
 struct Connection {
     handle: SocketHandle,
     session: Session,
+    /// What it asks for is not shared with others.
+    hostile: bool,
     /// Read and being thought over: when it is done, and the bytes (empty means end of input).
     thinking: VecDeque<(u64, Vec<u8>)>,
     unsent: Vec<u8>,
@@ -247,6 +250,10 @@ impl Guest {
             connections.push(Connection {
                 handle,
                 session: Session::new(),
+                hostile: stack
+                    .socket(handle)
+                    .remote_endpoint()
+                    .is_some_and(|end| is_hostile(end.addr.into())),
                 thinking: VecDeque::new(),
                 unsent: Vec::new(),
                 written: 0,
@@ -291,6 +298,8 @@ impl Guest {
                 if bytes.is_empty() {
                     connection.session.end_of_input(&mut connection.unsent);
                 } else {
+                    let mut own = Shared::default();
+                    let shared = if connection.hostile { &mut own } else { &mut *shared };
                     connection.session.input(&bytes, shared, &mut connection.unsent);
                 }
                 if self.wrong_answer && connection.unsent.len() > before {

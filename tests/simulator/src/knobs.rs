@@ -9,7 +9,9 @@ use crate::application::{KEYS, op};
 use crate::client::{ClientKnobs, Ending, Plan, Step};
 use crate::disguise::DisguiseKnobs;
 use crate::fault::{Fault, Join, Scheduled, Target, When};
+use crate::forge::Twist;
 use crate::guest::GuestKnobs;
+use crate::hostile::Hostility;
 use crate::link::LinkKnobs;
 use crate::prng::Prng;
 use crate::stack::StackKnobs;
@@ -29,6 +31,8 @@ pub(crate) enum Theme {
     Operator,
     /// Anything.
     Everything,
+    /// Clients that believe in nothing, and RVMs like that; see [`Knobs::draw_hostile`].
+    Hostile,
 }
 
 /// Everything a run depends on.
@@ -36,6 +40,8 @@ pub(crate) enum Theme {
 pub(crate) struct Knobs {
     pub(crate) theme: Theme,
     pub(crate) clients: Vec<ClientKnobs>,
+    /// What the last of them do beside what their plans say.
+    pub(crate) hostile: Vec<Hostility>,
     pub(crate) client_links: Vec<LinkKnobs>,
     /// The OVM first.
     pub(crate) guests: Vec<GuestKnobs>,
@@ -100,6 +106,7 @@ impl Knobs {
         Self {
             theme,
             clients,
+            hostile: Vec::new(),
             client_links,
             guests,
             guest_links,
@@ -120,6 +127,60 @@ impl Knobs {
                 0
             },
         }
+    }
+
+    /// What a seed stands for with hostile clients, and in some runs hostile RVMs. Nothing else is wrong with servers and
+    /// their links, but that the OVM may fail once: who suffers, suffers from the hostile.
+    pub(crate) fn draw_hostile(seed: u64) -> Self {
+        let mut knobs = Self::draw(seed);
+        let mut rng = Prng::fork(seed, "hostile", 0);
+        let rng = &mut rng;
+        knobs.theme = Theme::Hostile;
+        let model = knobs.guests[0].stack.clone();
+        while knobs.guests.len() < 2 {
+            knobs.guests.push(guest(rng, &model));
+        }
+        knobs.guest_links = knobs
+            .guests
+            .iter()
+            .map(|_| LinkKnobs {
+                delay_us: rng.log_between(10, 300),
+                jitter_us: rng.log_between(1, 100),
+                ..LinkKnobs::default()
+            })
+            .collect();
+        for _ in 0..rng.between(1, 3) {
+            let mut client = client(rng, model.timestamp_tick_us.is_some());
+            for step in client.plans.iter_mut().flat_map(|plan| &mut plan.steps) {
+                // The others agree on who uses which key.
+                if let Step::Shared { size, .. } = *step {
+                    *step = Step::Request { op: op::APPEND, size };
+                }
+            }
+            knobs.clients.push(client);
+            knobs.client_links.push(client_link(rng, true));
+            knobs.hostile.push(Hostility::draw(rng));
+        }
+        knobs.faults.clear();
+        let mut add = |when, fault| knobs.faults.push(Scheduled { when, fault });
+        match rng.between(0, 9) {
+            0..=4 => {}
+            5..=7 => {
+                for _ in 0..rng.between(1, 3) {
+                    let target = Target::Rvm(rng.between(0, 2) as usize);
+                    let packets = rng.log_between(1, 300) as u32;
+                    let fault = match rng.between(0, 4) {
+                        0 => Fault::Garbage { target, packets },
+                        1 => Fault::ResetAll(target),
+                        2 => Fault::Mutated { target, packets },
+                        _ => Fault::Twisted { target, twist: *rng.pick(&Twist::ALL), packets },
+                    };
+                    add(moment(rng), fault);
+                }
+            }
+            _ => add(moment(rng), blow(rng)),
+        }
+        knobs
     }
 }
 
@@ -330,7 +391,7 @@ fn faults(rng: &mut Prng, theme: Theme, clients: usize) -> Vec<Scheduled> {
     let mut faults = Vec::new();
     let mut add = |when, fault| faults.push(Scheduled { when, fault });
     match theme {
-        Theme::Plain => {}
+        Theme::Plain | Theme::Hostile => {}
         Theme::Failover => {
             let when = moment(rng);
             add(when, blow(rng));

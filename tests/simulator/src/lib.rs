@@ -11,6 +11,7 @@ mod disguise;
 mod fault;
 mod forge;
 mod guest;
+mod hostile;
 mod knobs;
 mod link;
 mod observer;
@@ -41,8 +42,9 @@ pub struct Report {
 }
 
 /// The knobs that a seed stands for, printed.
-pub fn knobs(seed: u64) -> String {
-    format!("{:#?}", knobs::Knobs::draw(seed))
+pub fn knobs(seed: u64, hostile: bool) -> String {
+    let draw = if hostile { knobs::Knobs::draw_hostile } else { knobs::Knobs::draw };
+    format!("{:#?}", draw(seed))
 }
 
 /// How packets get from clients to servers and back.
@@ -59,6 +61,11 @@ pub enum Path {
 /// Runs a seed; `verbose` prints every packet and event.
 pub fn run(seed: u64, verbose: bool, path: Path) -> Report {
     run_with(knobs::Knobs::draw(seed), seed, verbose, path)
+}
+
+/// As [`run`], with hostile clients beside the others, and hostile replicas.
+pub fn run_hostile(seed: u64, verbose: bool, path: Path) -> Report {
+    run_with(knobs::Knobs::draw_hostile(seed), seed, verbose, path)
 }
 
 /// As [`run`], with one engine from the beginning to the end: it never goes on from what another saved.

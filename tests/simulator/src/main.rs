@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use simulator::{Coverage, Path, run, run_unbroken};
+use simulator::{Coverage, Path, run, run_hostile, run_unbroken};
 
 /// Runs Understudy's protocol engine between real TCP stacks, in virtual time.
 #[derive(Parser)]
@@ -38,6 +38,9 @@ struct Arguments {
     /// With a data plane that passes conversations by itself.
     #[arg(long)]
     kernel: bool,
+    /// With hostile clients and hostile replicas.
+    #[arg(long, conflicts_with_all = ["twice", "bare"])]
+    hostile: bool,
     /// Succeed with at most so many failures; each is printed all the same.
     #[arg(long, default_value_t = 0)]
     tolerate: usize,
@@ -64,7 +67,7 @@ fn main() -> ExitCode {
         }
     };
     if arguments.knobs {
-        println!("{}", simulator::knobs(from));
+        println!("{}", simulator::knobs(from, arguments.hostile));
     }
     if !arguments.verbose {
         // A panic is reported with its seed.
@@ -86,7 +89,8 @@ fn main() -> ExitCode {
                     if seed >= to || lock().1.len() >= arguments.failures {
                         return;
                     }
-                    let mut report = run(seed, arguments.verbose, path);
+                    let play = if arguments.hostile { run_hostile } else { run };
+                    let mut report = play(seed, arguments.verbose, path);
                     if arguments.twice && run_unbroken(seed, path).digest != report.digest {
                         report.failure = Some("two runs of the seed differ".into());
                     }
@@ -97,7 +101,10 @@ fn main() -> ExitCode {
                         println!("seed {seed} failed: {failure}");
                         if total.1.len() < 10 {
                             let kernel = if arguments.kernel { " --kernel" } else { "" };
-                            println!("  replay: cargo run --release -p simulator -- --seed {seed}{kernel} --verbose");
+                            let hostile = if arguments.hostile { " --hostile" } else { "" };
+                            println!(
+                                "  replay: cargo run --release -p simulator -- --seed {seed}{kernel}{hostile} --verbose"
+                            );
                         }
                         total.1.push(seed);
                     }
@@ -108,7 +115,7 @@ fn main() -> ExitCode {
     let (coverage, failed, runs) = &*lock();
     print!("{coverage}");
     if *runs >= 500 {
-        for name in coverage.missing() {
+        for name in coverage.missing(arguments.hostile) {
             println!("NOT EXERCISED: {name}");
         }
     }

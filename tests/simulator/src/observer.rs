@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use understudy_protocol::{EventKind, ServerId, ServiceStatus};
 
+use crate::hostile::is_hostile;
 use crate::segment::Segment;
 
 /// How long a conversation that is over is remembered.
@@ -154,6 +155,8 @@ pub(crate) struct Leg {
     pub(crate) window_edge: i64,
     /// The last window that it announced was shut.
     pub(crate) window_shut: bool,
+    /// Client bytes that it acknowledged end here; a FIN counts one.
+    pub(crate) acked: i64,
     /// Timestamps that it sent.
     pub(crate) tsvals: Vec<u32>,
 }
@@ -188,6 +191,8 @@ pub(crate) struct Conversation {
     /// Order and end of what is sent without a gap, after each growth.
     pub(crate) sent_growth: Vec<(u64, u64)>,
     pub(crate) reset_to_client: bool,
+    /// Client bytes that whoever was the OVM acknowledged end here; a FIN counts one.
+    pub(crate) ovm_acked: i64,
     /// Positions of sequence and acknowledgement in the last segment from and to the client.
     last_up: (i64, i64),
     last_down: (i64, i64),
@@ -304,10 +309,24 @@ impl Observer {
         self.index_of(client, server).map(|i| &self.conversations[i])
     }
 
+    /// The conversations that no SYN of theirs followed, were it one that everybody else ignored.
+    pub(crate) fn latest(&self) -> impl Iterator<Item = &Conversation> {
+        self.newest.values().map(|&index| &self.conversations[index])
+    }
+
     /// A client that was refused does not know it yet: what it says is passed as it is, and is the OVM's to
     /// refuse.
     pub(crate) fn is_refused(&self, conversation: &Conversation, server: ServerId) -> bool {
         conversation.reset_to_client && self.ovm == Some(server)
+    }
+
+    /// What happens concerns a hostile client alone.
+    pub(crate) fn is_of_hostile(seen: &Seen<'_>) -> bool {
+        match seen {
+            Seen::FromClient(segment) | Seen::ToServer(_, segment) => is_hostile(segment.src.ip()),
+            Seen::FromServer(_, segment) | Seen::ToClient(segment) => is_hostile(segment.dst.ip()),
+            _ => false,
+        }
     }
 
     /// What happens concerns a conversation that was over long ago: nobody need remember it.
@@ -392,6 +411,7 @@ impl Observer {
                     sent_fin: None,
                     sent_growth: Vec::new(),
                     reset_to_client: false,
+                    ovm_acked: 0,
                     last_up: (0, 0),
                     last_down: (0, 0),
                     over_at: None,
@@ -413,7 +433,8 @@ impl Observer {
             conversation.client_tsvals.push(tsval);
         }
         if segment.rst {
-            conversation.client_reset = true;
+            // Far from everything that was said, it is a guess, and nobody believes it.
+            conversation.client_reset |= conversation.client_position(segment.seq).abs() < STREAM_LIMIT;
             return;
         }
         if segment.syn {
@@ -494,6 +515,10 @@ impl Observer {
             leg.closed_at.get_or_insert(at);
         }
         if let Some(acked) = acked {
+            leg.acked = leg.acked.max(acked);
+            if self.ovm == Some(server) {
+                conversation.ovm_acked = conversation.ovm_acked.max(acked);
+            }
             let edge = acked + (i64::from(segment.window) << leg.window_scale);
             leg.window_edge = leg.window_edge.max(edge);
             leg.window_shut = segment.window == 0;

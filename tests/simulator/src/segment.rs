@@ -27,6 +27,19 @@ pub(crate) struct Segment<'a> {
 impl<'a> Segment<'a> {
     /// Parses and verifies lengths and checksums.
     pub(crate) fn parse(packet: &'a [u8]) -> Result<Self, &'static str> {
+        let (mut segment, options) = Self::overlooking_options(packet)?;
+        segment.read(options)?;
+        Ok(segment)
+    }
+
+    /// As a host takes it that does not mind odd options, which Linux is.
+    pub(crate) fn taken(packet: &'a [u8]) -> Result<Self, &'static str> {
+        let (mut segment, options) = Self::overlooking_options(packet)?;
+        let _ = segment.read(options);
+        Ok(segment)
+    }
+
+    fn overlooking_options(packet: &'a [u8]) -> Result<(Self, &'a [u8]), &'static str> {
         // smoltcp's view reads the first byte unasked.
         if packet.is_empty() {
             return Err("no bytes");
@@ -65,7 +78,7 @@ impl<'a> Segment<'a> {
         if !tcp.verify_checksum(&IpAddress::from(src), &IpAddress::from(dst)) {
             return Err("bad TCP checksum");
         }
-        let mut segment = Segment {
+        let segment = Segment {
             src: SocketAddr::new(src, tcp.src_port()),
             dst: SocketAddr::new(dst, tcp.dst_port()),
             seq: tcp.seq_number().0 as u32,
@@ -80,20 +93,23 @@ impl<'a> Segment<'a> {
             timestamps: None,
             payload: &tcp_bytes[usize::from(tcp.header_len())..],
         };
-        let mut options = &tcp_bytes[20..usize::from(tcp.header_len())];
+        Ok((segment, &tcp_bytes[20..usize::from(tcp.header_len())]))
+    }
+
+    fn read(&mut self, mut options: &[u8]) -> Result<(), &'static str> {
         while !options.is_empty() {
             let (rest, option) = TcpOption::parse(options).map_err(|_| "bad TCP option")?;
             match option {
                 TcpOption::EndOfList => break,
-                TcpOption::MaxSegmentSize(mss) => segment.mss = Some(mss),
-                TcpOption::WindowScale(scale) => segment.window_scale = Some(scale),
-                TcpOption::SackRange(ranges) => segment.sacks = ranges,
-                TcpOption::TimeStamp { tsval, tsecr } => segment.timestamps = Some((tsval, tsecr)),
+                TcpOption::MaxSegmentSize(mss) => self.mss = Some(mss),
+                TcpOption::WindowScale(scale) => self.window_scale = Some(scale),
+                TcpOption::SackRange(ranges) => self.sacks = ranges,
+                TcpOption::TimeStamp { tsval, tsecr } => self.timestamps = Some((tsval, tsecr)),
                 _ => {}
             }
             options = rest;
         }
-        Ok(segment)
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The end of a run: what every client got, and what the servers hold.
 
-use understudy_protocol::{Role, ServerId};
+use understudy_protocol::{Role, ServerId, ServerStatus};
 
 use crate::application::KEYS;
 use crate::client::{Client, Ending, Outcome, Step};
@@ -14,14 +14,17 @@ type Verdict = Result<(), (&'static str, String)>;
 
 pub(crate) fn judge(world: &mut World) -> Verdict {
     connections(world)?;
-    servers(world)
+    servers(world)?;
+    bytes(world)
 }
 
 /// Every answer was right, whatever happened; and nobody was cut off without a reason.
 fn connections(world: &mut World) -> Verdict {
     let clients = core::mem::take(&mut world.clients);
     let result = clients.iter().enumerate().try_for_each(|(c, client)| {
-        (0..client.connections.len()).try_for_each(|n| connection(world, c, client, n))
+        // What hostile clients get is what they deserve.
+        let judged = if c < world.honest() { client.connections.len() } else { 0 };
+        (0..judged).try_for_each(|n| connection(world, c, client, n))
     });
     world.clients = clients;
     result
@@ -206,6 +209,43 @@ fn servers(world: &mut World) -> Verdict {
                 ));
             }
             world.coverage.hit("state compared");
+        }
+    }
+    Ok(())
+}
+
+/// Every byte that whoever was the OVM acknowledged is with each replica that could take over.
+fn bytes(world: &mut World) -> Verdict {
+    if world.lies_served || world.forgetful_served || world.untrue_served {
+        return Ok(());
+    }
+    let status = world.service.status();
+    let promotable = |server: &&ServerStatus| {
+        let lies = world.observer.liars.contains(&server.server) || world.resetters.contains(&server.server);
+        server.role == Role::Rvm && server.not_promotable.is_none() && server.behind_bytes == 0 && !lies
+    };
+    for server in status.servers.iter().filter(promotable) {
+        let id = server.server;
+        let attached = world.observer.attached.get(&id).copied().unwrap_or(0);
+        for conversation in world.observer.latest().filter(|c| c.began > attached) {
+            let leg = conversation.legs.get(&id);
+            // One that closed by itself need not hear the rest.
+            if leg.is_some_and(|leg| leg.reset || leg.fin.is_some()) {
+                continue;
+            }
+            // A FIN is no byte.
+            let has = leg.map_or(0, |leg| leg.acked) + 1;
+            if has < conversation.ovm_acked {
+                return Err((
+                    "no acknowledged byte is missing",
+                    format!(
+                        "{id:?} is promotable and acknowledged {:?} of {}, the OVM {}",
+                        leg.map(|leg| leg.acked),
+                        conversation.client,
+                        conversation.ovm_acked
+                    ),
+                ));
+            }
         }
     }
     Ok(())

@@ -4,6 +4,7 @@
 
 mod dom0;
 mod excuses;
+mod hostile;
 mod plane;
 mod strikes;
 
@@ -59,6 +60,8 @@ enum Event {
     Look,
     Fenced(ServerId),
     Strike(usize),
+    /// A hostile client's segment out of nothing: whose, and which.
+    Shoot(usize, usize),
 }
 
 /// What the daemon knows of a domain's state.
@@ -107,6 +110,9 @@ pub(crate) struct World {
     rng: Prng,
     /// When the engine is restored.
     restores: Prng,
+    /// What hostile clients choose, and how many shots they have left.
+    hostile: Prng,
+    shots: usize,
     /// Why a connection may come to harm, if it may.
     pub(crate) excuse: Option<&'static str>,
     /// Servers that may have lost conversations, or lose them when they serve; and why.
@@ -114,7 +120,7 @@ pub(crate) struct World {
     /// Servers whose answers are not what the service would say, and whether one of them served.
     untrue: BTreeSet<ServerId>,
     /// Servers that reset their conversations, and whether one served before dom0 had heard of it.
-    resetters: BTreeSet<ServerId>,
+    pub(crate) resetters: BTreeSet<ServerId>,
     pub(crate) forgetful_served: bool,
     pub(crate) untrue_served: bool,
     /// A server whose segments are not what a TCP would send served: then nobody can know what was said.
@@ -192,6 +198,7 @@ impl World {
             lag_limit_us: knobs.timing.lag_limit.as_micros() as u64,
             retained_limit: knobs.limits.lag_bytes * knobs.guests.len() as u64 * 2,
             equal_windows: false,
+            hostile: !knobs.hostile.is_empty(),
         };
         let clients: Vec<_> = knobs
             .clients
@@ -201,7 +208,10 @@ impl World {
                 Client::new(
                     i,
                     k.clone(),
-                    client_addresses(i),
+                    match i.checked_sub(knobs.clients.len() - knobs.hostile.len()) {
+                        Some(hostile) => crate::hostile::addresses(hostile),
+                        None => client_addresses(i),
+                    },
                     psc(),
                     PORT,
                     splitmix(seed ^ (0x1000 + i as u64)),
@@ -246,6 +256,8 @@ impl World {
             failure: None,
             rng: Prng::fork(seed, "world", 0),
             restores: Prng::fork(seed, "restores", 1),
+            hostile: Prng::fork(seed, "hostile", 1),
+            shots: 0,
             excuse: None,
             impaired: BTreeMap::new(),
             untrue: BTreeSet::new(),
@@ -293,6 +305,7 @@ impl World {
         for client in 0..self.clients.len() {
             self.wake_client(client);
         }
+        self.load_volleys();
         for (i, scheduled) in self.pending.clone().into_iter().enumerate() {
             if let When::At(at) = scheduled.when {
                 self.push(at, Event::Strike(i));
@@ -351,7 +364,7 @@ impl World {
                 self.fail("liveness", "the run does not end".into());
                 break;
             }
-            let finished = self.clients.iter().all(Client::finished);
+            let finished = self.clients[..self.honest()].iter().all(Client::finished) && self.shots == 0;
             if finished && settled_at.is_none() {
                 settled_at = Some(self.now + SETTLE_US);
             }
@@ -475,6 +488,7 @@ impl World {
             Event::Look => self.look_at_ring(),
             Event::Fenced(id) => self.fence_done(id),
             Event::Strike(index) => self.strike(index),
+            Event::Shoot(client, shot) => self.shoot(client, shot),
         }
     }
 
@@ -501,6 +515,7 @@ impl World {
 
     fn poll_client(&mut self, index: usize) {
         let packets = self.clients[index].poll(self.now, &mut self.agreement);
+        let packets = self.twist(index, packets);
         for packet in packets {
             let queue = &mut self.queue;
             let queued = &mut self.queued;

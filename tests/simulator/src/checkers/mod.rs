@@ -8,6 +8,7 @@ mod hero;
 mod one_stream;
 mod one_voice;
 mod order;
+mod staleness;
 mod window;
 
 use crate::observer::{Observer, Seen};
@@ -32,10 +33,12 @@ pub(crate) struct Licence {
     pub(crate) retained_limit: u64,
     /// Replicas' windows equal the OVM's.
     pub(crate) equal_windows: bool,
+    /// Whatever goes wrong is a client's doing, unless a server is blemished.
+    pub(crate) hostile: bool,
 }
 
 pub(crate) fn all(licence: &Licence) -> Vec<Box<dyn Checker>> {
-    vec![
+    let mut all: Vec<Box<dyn Checker>> = vec![
         Box::new(one_voice::OneVoice),
         Box::new(one_stream::OneStream),
         Box::new(order::CauseBeforeEffect::new(licence)),
@@ -45,5 +48,9 @@ pub(crate) fn all(licence: &Licence) -> Vec<Box<dyn Checker>> {
         Box::new(hero::StaleHero::default()),
         Box::new(accusation::Accusation::default()),
         Box::new(bounded::Bounded::new(licence)),
-    ]
+    ];
+    if licence.hostile {
+        all.push(Box::new(staleness::Staleness::default()));
+    }
+    all
 }

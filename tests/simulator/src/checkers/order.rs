@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use understudy_protocol::{EventKind, ServerId};
 
 use super::{Checker, Licence};
+use crate::hostile::is_hostile;
 use crate::observer::{Observer, Seen};
 
 pub(crate) struct CauseBeforeEffect {
@@ -86,7 +87,9 @@ impl CauseBeforeEffect {
         }
         for other in &observer.conversations {
             let needed = other.sent_before(order);
-            if needed == 0 || other.began < attached || other.client_reset || other.reset_to_client {
+            let hostile = is_hostile(other.client.ip());
+            let over = other.client_reset || other.reset_to_client;
+            if needed == 0 || other.began < attached || over || hostile {
                 continue;
             }
             let leg = other.legs.get(&server);

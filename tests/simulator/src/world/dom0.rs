@@ -7,12 +7,14 @@ use super::{Event, Known, World, link_address, psc};
 use crate::disguise::{complete_checksum, readdress};
 use crate::fault::When;
 use crate::guest::Health;
-use crate::observer::{Conversation, Seen};
+use crate::hostile::{is_hostile, is_nobody};
+use crate::observer::{Conversation, Observer, Seen};
 use crate::segment::Segment;
 
 impl World {
     pub(super) fn see(&mut self, seen: &Seen<'_>) {
-        let silent = self.lies_served || self.observer.is_long_over(seen, self.now);
+        let silent =
+            self.lies_served || Observer::is_of_hostile(seen) || self.observer.is_long_over(seen, self.now);
         for checker in self.checkers.iter_mut().filter(|_| !silent) {
             if let Err(text) = checker.see(&self.observer, self.now, seen) {
                 let rule = checker.rule();
@@ -28,7 +30,7 @@ impl World {
         let mut whole = packet.to_vec();
         complete_checksum(&mut whole);
         self.trace.packet(self.now, &format!("client {client} >"), &whole);
-        if let Ok(segment) = Segment::parse(&whole) {
+        if let Ok(segment) = Segment::taken(&whole) {
             self.see(&Seen::FromClient(&segment));
         }
         if self.bare && Segment::parse(&whole).is_ok() {
@@ -52,6 +54,11 @@ impl World {
         let mut whole = packet.to_vec();
         complete_checksum(&mut whole);
         self.trace.packet(self.now, &format!("{id:?} >"), &whole);
+        let to_nobody = Segment::parse(&whole).is_ok_and(|segment| is_nobody(segment.dst.ip()));
+        if to_nobody && self.service.ovm() == Some(id) {
+            // It asks for that address, and nobody answers. Replicas' questions are answered by dom0.
+            return self.asks_in_vain(id);
+        }
         if let Ok(segment) = Segment::parse(&whole) {
             self.see(&Seen::FromServer(id, &segment));
         }
@@ -164,7 +171,9 @@ impl World {
         };
         let wrong = if !self.observer.psc.contains(&segment.src) {
             Some("does not come from the PSC")
-        } else if !self.clients.get(client).is_some_and(|c| c.addresses.contains(&segment.dst.ip())) {
+        } else if !is_hostile(segment.dst.ip())
+            && !self.clients.get(client).is_some_and(|c| c.addresses.contains(&segment.dst.ip()))
+        {
             Some("goes to another client's link address")
         } else if packet.len() > 9000 {
             Some("is longer than any MTU")

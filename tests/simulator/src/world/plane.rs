@@ -79,7 +79,7 @@ impl Plane {
 impl World {
     /// A client's frame at the anchor; false if the plane leaves it to the daemon's sockets.
     pub(super) fn plane_takes_from_client(&mut self, client: usize, whole: &[u8], packet: &[u8]) -> bool {
-        let Ok(segment) = Segment::parse(whole) else { return false };
+        let Ok(segment) = Segment::taken(whole) else { return false };
         let Some(plane) = self.plane.as_mut().filter(|_| self.observer.psc.contains(&segment.dst)) else {
             return false;
         };
@@ -105,7 +105,7 @@ impl World {
 
     /// A server's frame at its vif; false if the plane leaves it to the daemon's sockets.
     pub(super) fn plane_takes_from_server(&mut self, id: ServerId, whole: &[u8], packet: &[u8]) -> bool {
-        let Ok(segment) = Segment::parse(whole) else { return false };
+        let Ok(segment) = Segment::taken(whole) else { return false };
         let Some(plane) = self.plane.as_mut().filter(|plane| plane.ovm == Some(id)) else { return false };
         let like = segment.src.is_ipv4();
         let psc =

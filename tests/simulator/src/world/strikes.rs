@@ -139,6 +139,7 @@ impl World {
             Fault::WrongAnswer(t) => (t, "wrong answer"),
             Fault::Garbage { target, .. } => (target, "garbage"),
             Fault::Mutated { target, .. } => (target, "mutated"),
+            Fault::Twisted { target, .. } => (target, "twisted"),
             Fault::ResetAll(t) => (t, "reset all"),
             Fault::CutServer { target, .. } => (target, "cut server"),
             _ => return,
@@ -152,14 +153,11 @@ impl World {
         if !matches!(fault, Fault::Thaw(_)) {
             self.impair(id, name_of_impairment(fault));
         }
-        if matches!(fault, Fault::Mutated { .. }) {
+        let lies = matches!(fault, Fault::Mutated { .. } | Fault::Twisted { .. });
+        if lies {
             self.observer.liars.insert(id);
-            // What it says of itself may look like an answer that the OVM does not begin.
-            for id in self.guests.iter().map(|g| g.id).collect::<Vec<_>>() {
-                self.blemish(id);
-            }
         }
-        if matches!(fault, Fault::Mutated { .. } | Fault::WrongAnswer(_)) {
+        if lies || matches!(fault, Fault::WrongAnswer(_)) {
             self.untrue.insert(id);
         }
         if matches!(fault, Fault::Kill { .. }) {
@@ -201,6 +199,16 @@ impl World {
                     }
                     let model = self.rng.pick(&self.recent[index]).clone();
                     let packet = forge::mutated(&mut self.rng, &model);
+                    self.guest_sends(index, packet);
+                }
+            }
+            Fault::Twisted { twist, packets, .. } => {
+                for _ in 0..packets {
+                    if self.recent[index].is_empty() {
+                        break;
+                    }
+                    let model = self.rng.pick(&self.recent[index]).clone();
+                    let packet = forge::twisted(&mut self.rng, &model, twist);
                     self.guest_sends(index, packet);
                 }
             }
@@ -248,6 +256,7 @@ fn name_of_impairment(fault: Fault) -> &'static str {
         Fault::WrongAnswer(_) => "it answered wrong",
         Fault::Garbage { .. } => "it sent garbage",
         Fault::Mutated { .. } => "it sent mutated segments",
+        Fault::Twisted { .. } => "it sent twisted segments",
         Fault::ResetAll(_) => "it reset its conversations",
         Fault::CutServer { .. } => "its link was cut",
         _ => "something was done to it",

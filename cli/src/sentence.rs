@@ -47,6 +47,11 @@ fn known(event: &Event) -> Option<String> {
                 number("conversations")?
             )
         }
+        "recovering" => format!(
+            "{} lost its seat and goes on as a replica: promotable again once it has caught up",
+            server()?
+        ),
+        "recovered" => format!("{} has caught up and is promotable again", server()?),
         "first_byte" => format!("first byte to a client in epoch {}", number("epoch")?),
         "recuperated" => format!(
             "epoch {}: {} conversations go on, {} were reset",
@@ -181,6 +186,8 @@ mod tests {
             EventKind::DrainFailed { server, open: 3 },
             EventKind::Suspected { server, evidence },
             EventKind::CutOver { epoch: 2, from: None, to: server, evidence: None, conversations: 0 },
+            EventKind::Recovering { server },
+            EventKind::Recovered { server },
             EventKind::FirstByte { epoch: 2 },
             EventKind::Recuperated { epoch: 2, recuperated: 5, reset: 1 },
             EventKind::NoCandidate { server: None, evidence, because: Vec::new() },

@@ -56,6 +56,7 @@ fn log(event: &TimedEvent) {
             kind @ (EventKind::NoCandidate { .. }
             | EventKind::Suspected { .. }
             | EventKind::Evicted { .. }
+            | EventKind::Recovering { .. }
             | EventKind::Stale { .. }
             | EventKind::DrainFailed { .. }),
         ) => tracing::warn!(service, domains, ?kind),
@@ -84,6 +85,8 @@ fn servers_of(happening: &Happening) -> Vec<ServerId> {
             | EventKind::Seeded { server }
             | EventKind::DrainFailed { server, .. }
             | EventKind::Suspected { server, .. }
+            | EventKind::Recovering { server }
+            | EventKind::Recovered { server }
             | EventKind::Diverged { server, .. } => vec![*server],
             EventKind::CutOver { from, to, .. } => from.iter().chain([to]).copied().collect(),
             EventKind::NoCandidate { server, because, .. } => {

@@ -14,6 +14,10 @@ pub fn not_promotable(reason: NotPromotable) -> String {
             "lagging: it answers more slowly than the OVM; promotable again once it has caught up"
                 .to_owned()
         }
+        NotPromotable::Recovering => {
+            "recovering: it lost its seat as the OVM; promotable again once it has caught up, fenced if it does not in time"
+                .to_owned()
+        }
         NotPromotable::PromotionLimit => {
             "too many unplanned promotions in a short time; find out what kills the servers, then `understudy failover`"
                 .to_owned()
@@ -33,7 +37,7 @@ pub fn stale(reason: StaleReason) -> &'static str {
         StaleReason::UncoveredConversation => {
             "the OVM serves a conversation that could not be replicated to it"
         }
-        StaleReason::Deposed => "it was the OVM and was deposed for a fault",
+        StaleReason::Deposed => "it was the OVM, was deposed for a fault, and did not catch up in time",
         StaleReason::Lagged => "it fell too far behind and was evicted",
     }
 }

@@ -7,7 +7,7 @@ use crate::context::Context;
 use crate::conversation::{Conversation, Held, text_before};
 use crate::handshake::{LEAST_MSS, mtu_mss};
 use crate::leg::{Leg, Phase};
-use crate::queue::{MAX_SERVERS, Slot};
+use crate::queue::{MAX_SERVERS, Server, Slot};
 use crate::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 use crate::{Passage, ServerId, Uncovered};
@@ -229,7 +229,7 @@ impl Conversation {
         ctx.last_answer = ctx.now;
         self.suspicion.note_answer();
         self.for_each_leg(ctx, |slot, leg, ctx| {
-            if !leg.through {
+            if !leg.through && leg.covers() {
                 ctx.due(slot, end.saturating_sub(leg.answers.end().max(before)) as i64);
             }
         });
@@ -351,7 +351,8 @@ impl Conversation {
         let mut opinion = Opinion::None;
         for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
-            if ctx.queue.get(slot).is_none_or(|server| server.stale.is_some()) {
+            let doubtful = |server: &Server| server.stale.is_some() || server.recovering.is_some();
+            if ctx.queue.get(slot).is_none_or(doubtful) {
                 // It may close, or go on, for reasons of its own.
                 continue;
             }
@@ -519,7 +520,7 @@ impl Conversation {
                 leg.answered_at = ctx.now;
                 // What is ahead of the client in one conversation makes good for nothing elsewhere.
                 let followed = leg.answers.end().min(self.down.end()).saturating_sub(before);
-                ctx.due(slot, -(followed as i64));
+                ctx.due(slot, if leg.covers() { -(followed as i64) } else { 0 });
                 ctx.progressed[slot.index()] = true;
             }
             // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).

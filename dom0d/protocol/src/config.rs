@@ -108,6 +108,9 @@ pub struct Timing {
     /// How long an RVM may keep a client byte waiting for the service-wide order before it is
     /// lagging, and unacknowledged before it is evicted.
     pub lag_limit: Duration,
+    /// How long an OVM that lost its seat for (c) or (d), and whose domain lives, may take to catch up as an RVM before
+    /// it is fenced. Zero: it is fenced at once.
+    pub recover_limit: Duration,
     /// Window in which [`Limits::promotions`] are counted.
     pub promotion_window: Duration,
     /// A closed conversation is remembered this long (late segments, TIME-WAIT); one that a new OVM has yet
@@ -126,6 +129,8 @@ impl Default for Timing {
             progress_limit: Duration::from_millis(250),
             close_hold: Duration::from_millis(20),
             lag_limit: Duration::from_secs(10),
+            // As long as any other RVM may stand still.
+            recover_limit: Duration::from_secs(10),
             promotion_window: Duration::from_secs(60),
             linger: Duration::from_secs(60),
             idle_probe: Duration::from_secs(7200),

@@ -88,6 +88,8 @@ pub(crate) struct Context {
     pub(crate) last_taken: Instant,
     /// When the caller was last found to have been starved of CPU.
     pub(crate) starved_at: Instant,
+    /// When there was last a reason to begin anew with what speaks against the OVM.
+    pub(crate) excused_at: Instant,
     /// When the caller last came late by so much that RVMs may not have been heard about a close.
     pub(crate) late_at: Instant,
 }
@@ -122,6 +124,7 @@ impl Context {
             last_answer: Instant::default(),
             last_taken: Instant::default(),
             starved_at: Instant::default(),
+            excused_at: Instant::default(),
             late_at: Instant::default(),
         }
     }
@@ -268,8 +271,13 @@ impl Context {
         }
     }
 
-    /// Evidence that began at `since` has stood for this long without the daemon being at fault.
+    /// From when on evidence that began at `since` speaks against the OVM.
     pub(crate) fn measured_from(&self, since: Instant) -> Instant {
+        self.unstarved(since).max(self.excused_at)
+    }
+
+    /// From when on what has stood since `since` is not the daemon's own fault.
+    pub(crate) fn unstarved(&self, since: Instant) -> Instant {
         since.max(self.starved_at)
     }
 }

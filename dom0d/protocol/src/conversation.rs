@@ -280,7 +280,8 @@ impl Conversation {
     /// Takes what `leg` stands for out of its server's sums.
     pub(crate) fn settle_accounts(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
         let up = self.up.end().saturating_sub(leg.rcv_nxt.max(1));
-        let down = if leg.through { 0 } else { self.down.end().saturating_sub(leg.answers.end()) };
+        let measured = !leg.through && leg.covers();
+        let down = if measured { self.down.end().saturating_sub(leg.answers.end()) } else { 0 };
         ctx.due(slot, -((up + down) as i64));
         if self.is_open() {
             let (covered, diverged) = leg.counts();

@@ -86,6 +86,10 @@ counters! {
     order_entries,
     /// Conversations in which an RVM diverged.
     divergences,
+    /// OVMs that lost their seat for a fault, and have caught up as RVMs.
+    recovered,
+    /// Those that had not within [`crate::Timing::recover_limit`]: evicted and fenced.
+    recover_limit,
     /// Promotions, planned ones included.
     promotions,
     /// Faults without a promotion because of [`crate::Limits::promotions`].

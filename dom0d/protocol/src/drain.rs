@@ -43,6 +43,8 @@ impl Service {
             self.ctx.order.start(slot);
             if let Some(server) = self.ctx.queue.get_mut(slot) {
                 server.stale = None;
+                server.lagging = false;
+                server.recovering = None;
                 server.behind = 0;
             }
             self.ctx.event(EventKind::Seeded { server: id });

@@ -83,7 +83,7 @@ pub enum StaleReason {
     UncoveredConversation,
     /// It was given a client's bytes that the OVM answered with a RST.
     TookMore,
-    /// It was the OVM and was deposed for a fault.
+    /// It was the OVM, lost its seat for a fault, and did not catch up within [`crate::Timing::recover_limit`].
     Deposed,
     /// It was evicted for falling behind.
     Lagged,
@@ -220,6 +220,17 @@ pub enum EventKind {
         /// Open conversations at that moment.
         conversations: u64,
     },
+    /// A deposed OVM whose domain lives goes on as an RVM: it is promotable again once it has caught up, and fenced if it
+    /// does not within [`crate::Timing::recover_limit`].
+    Recovering {
+        /// Which.
+        server: ServerId,
+    },
+    /// It has caught up.
+    Recovered {
+        /// Which.
+        server: ServerId,
+    },
     /// The first byte of the new epoch was sent to a client.
     FirstByte {
         /// The epoch.
@@ -274,8 +285,10 @@ pub enum NotPromotable {
     IsOvm,
     /// Its state may differ from the OVM's.
     Stale(StaleReason),
-    /// It is behind the service-wide order for too long.
+    /// It was behind the service-wide order for too long, and has not caught up yet.
     Lagging,
+    /// It was the OVM, lost its seat for a fault, and has not caught up yet.
+    Recovering,
     /// Too many unplanned promotions took place in the window.
     PromotionLimit,
     /// Its domain is not running.

@@ -10,7 +10,7 @@ use crate::mask::{self, Compared};
 use crate::queue::Slot;
 use crate::seq::seq_of;
 use crate::wire::{Flags, Options, Segment};
-use crate::{Destination, EventKind, Uncovered};
+use crate::{Destination, EventKind, Instant, ServerId, Uncovered};
 
 /// Bytes of payload in one packet; headers and options have the rest of what IP can say.
 const LARGEST: u64 = 65_000;
@@ -90,6 +90,8 @@ impl Conversation {
             match compared {
                 Compared::Equal(position) => leg.compared = position,
                 Compared::Diverged(position) => {
+                    // From here on it is not measured by what the client was sent.
+                    ctx.due(slot, -(self.down.end().saturating_sub(leg.answers.end()) as i64));
                     if self.is_open() {
                         ctx.count(slot, -leg.counts().0, 1);
                     }
@@ -299,12 +301,12 @@ impl Conversation {
         let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
         let shut = leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt;
         // One that is excused for not running owes nothing meanwhile.
-        let runs = ctx.queue.get(slot).is_some_and(|server| server.running);
-        if !(owes || shut) || !runs {
+        let runs = ctx.queue.get(slot).filter(|server| server.running);
+        let Some(excused_at) = runs.map(|server| server.excused_at).filter(|_| owes || shut) else {
             leg.owes_since = None;
             return;
-        }
-        let ovm_edge = ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.edge);
+        };
+        let ovm_edge = self.ovm_edge(ctx);
         if leg.owes_since.is_none() {
             leg.ovm_edge = ovm_edge;
         }
@@ -313,10 +315,25 @@ impl Conversation {
             // Its service reads nothing, and neither does the OVM's, whose buffer may be the larger one.
             return;
         }
-        if ctx.now.since(ctx.measured_from(since)) >= ctx.config.timing.lag_limit
+        if ctx.now.since(ctx.unstarved(since).max(excused_at)) >= ctx.config.timing.lag_limit
             && ctx.queue.ovm() != Some(slot)
         {
             ctx.laggards.push(slot);
         }
+    }
+
+    fn ovm_edge(&self, ctx: &Context) -> u64 {
+        ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.edge)
+    }
+
+    /// The server in `slot` owes its kernel's answer since `at` or before, and the OVM has had more.
+    pub(crate) fn has_owed_since(&self, slot: Slot, server: ServerId, at: Instant, ctx: &Context) -> bool {
+        self.legs.get(slot, server).is_some_and(|leg| {
+            let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
+            leg.gone.is_none()
+                && leg.covers()
+                && leg.owes_since.is_some_and(|since| since <= at)
+                && (owes || leg.ovm_edge != self.ovm_edge(ctx))
+        })
     }
 }

@@ -5,6 +5,7 @@
 //! caller's. The terms are RFC 9293's for TCP, the paper's for roles.
 
 mod answer;
+mod catching_up;
 mod config;
 mod context;
 mod conversation;

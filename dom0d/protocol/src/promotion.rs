@@ -20,6 +20,8 @@ use crate::{
 pub(crate) enum Deposed {
     /// It leaves the queue and is fenced.
     Fenced,
+    /// It lost its seat, not its life: it stays as an RVM, which is promotable once it has caught up.
+    Recovering,
     /// It stays as an RVM: its state is right.
     Rvm,
 }
@@ -92,8 +94,8 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
             ctx.effect(Effect::Fence(server));
         }
         // One that has not caught up itself still owes its predecessor's answers.
-        (Some((old, _)), Deposed::Rvm) if !was_behind => ctx.order.start(old),
-        (Some(_), Deposed::Rvm) => {}
+        (Some((old, _)), Deposed::Recovering | Deposed::Rvm) if !was_behind => ctx.order.start(old),
+        (Some(_), Deposed::Recovering | Deposed::Rvm) => {}
         (None, _) => {}
     }
     let mark = ctx.order.length();
@@ -103,9 +105,21 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     ctx.disputes.clear();
     ctx.refusals.clear();
     ctx.event(EventKind::CutOver { epoch: ctx.epoch, from, to, evidence, conversations: ctx.open });
+    if let Some((old, server)) = old.filter(|_| deposed == Deposed::Recovering) {
+        begin_to_recover(old, server, ctx);
+    }
 }
 
-/// Takes an RVM out of the queue. Its memory is released as its conversations are next looked at.
+fn begin_to_recover(slot: Slot, server: ServerId, ctx: &mut Context) {
+    let now = ctx.now;
+    if let Some(server) = ctx.queue.get_mut(slot) {
+        (server.recovering, server.goal) = (Some(now), None);
+    }
+    ctx.event(EventKind::Recovering { server });
+}
+
+/// Takes an RVM out of the queue. Its memory is released as its conversations are next looked at. A deposed OVM that
+/// is more than slow is fenced now.
 pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
     if ctx.queue.ovm() == Some(slot) {
         return;
@@ -114,5 +128,8 @@ pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
         ctx.counters.evictions += 1;
         ctx.order.start(slot);
         ctx.event(EventKind::Evicted { server: server.id, reason });
+        if server.recovering.is_some() && reason != StaleReason::Lagged {
+            ctx.effect(Effect::Fence(server.id));
+        }
     }
 }

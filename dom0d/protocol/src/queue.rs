@@ -4,6 +4,7 @@ use core::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::catching_up::Goal;
 use crate::{EventKind, Instant, NotPromotable, ServerId, ServerSpec, StaleReason};
 
 /// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).
@@ -35,6 +36,12 @@ pub(crate) struct Server {
     pub(crate) running: bool,
     /// It keeps clients' bytes waiting for the service-wide order beyond the limit.
     pub(crate) lagging: bool,
+    /// Since when it is no OVM any more, for a fault, and has not caught up.
+    pub(crate) recovering: Option<Instant>,
+    /// What it must reach to have caught up.
+    pub(crate) goal: Option<Goal>,
+    /// When its domain last stopped or went on: what it did not do before is not held against it.
+    pub(crate) excused_at: Instant,
     /// Since when conversations wait for it without its cursor moving.
     pub(crate) waiting_since: Option<Instant>,
     /// Open conversations it covers.
@@ -101,6 +108,8 @@ impl Queue {
         self.ovm = Some(slot);
         if let Some(server) = self.get_mut(slot) {
             server.stale = None;
+            server.lagging = false;
+            server.recovering = None;
         }
     }
 
@@ -115,6 +124,9 @@ impl Queue {
             stale,
             running: true,
             lagging: false,
+            recovering: None,
+            goal: None,
+            excused_at: Instant::default(),
             waiting_since: None,
             covered: 0,
             diverged: 0,
@@ -152,6 +164,8 @@ impl Queue {
             Some(NotPromotable::Stale(reason))
         } else if !server.running {
             Some(NotPromotable::NotRunning)
+        } else if server.recovering.is_some() {
+            Some(NotPromotable::Recovering)
         } else {
             server.lagging.then_some(NotPromotable::Lagging)
         }

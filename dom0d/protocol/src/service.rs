@@ -198,8 +198,10 @@ impl Service {
             && let Some(server) = self.ctx.queue.get_mut(slot)
         {
             server.running = running;
-            // What it did not do while it stood still is not held against it.
-            self.ctx.starved_at = now;
+            server.excused_at = now;
+            if self.ctx.queue.ovm() == Some(slot) {
+                self.ctx.excused_at = now;
+            }
         }
     }
 

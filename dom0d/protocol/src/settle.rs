@@ -70,7 +70,8 @@ impl Service {
         let mut because = promotion::obstacles(&self.ctx);
         if let Some(slot) = candidate {
             if self.unplanned.admit(&self.ctx) {
-                promotion::cut_over(slot, Some(evidence), Deposed::Fenced, &mut self.ctx);
+                let deposed = self.fate(evidence);
+                promotion::cut_over(slot, Some(evidence), deposed, &mut self.ctx);
                 return self.after_cutover();
             }
             self.ctx.counters.promotions_limited += 1;
@@ -79,8 +80,15 @@ impl Service {
             }
         }
         // Nobody is accused again for the same silence before the limits have passed once more.
-        self.ctx.starved_at = self.ctx.now;
+        self.ctx.excused_at = self.ctx.now;
         self.ctx.event(EventKind::NoCandidate { server: Some(ovm), evidence, because });
+    }
+
+    /// What becomes of an OVM that this speaks against. One that was merely slow may have stalled for a moment.
+    fn fate(&self, evidence: Evidence) -> Deposed {
+        let lives = matches!(evidence, Evidence::UnacknowledgedSegment | Evidence::NoProgress);
+        let may_recover = !self.ctx.config.timing.recover_limit.is_zero();
+        if lives && may_recover { Deposed::Recovering } else { Deposed::Fenced }
     }
 
     /// Those with something in flight first, then all others.
@@ -129,17 +137,12 @@ impl Service {
 
     pub(crate) fn check_limits(&mut self) {
         let limits = self.ctx.config.limits;
-        let (now, lag_limit) = (self.ctx.now, self.ctx.config.timing.lag_limit);
         let evicts = self.ctx.config.on_lag == crate::LagPolicy::Evict;
         let slots: Vec<Slot> = self.ctx.queue.rvms().collect();
         for slot in slots {
-            let waiting = self.ctx.order.is_waiting(slot);
+            self.review_follower(slot);
             let outstanding = self.ctx.order.outstanding(slot);
-            let starved_at = self.ctx.starved_at;
-            let Some(server) = self.ctx.queue.get_mut(slot) else { continue };
-            let since = waiting.then(|| *server.waiting_since.get_or_insert(now));
-            server.waiting_since = since;
-            server.lagging = since.is_some_and(|since| now.since(since.max(starved_at)) >= lag_limit);
+            let Some(server) = self.ctx.queue.get(slot) else { continue };
             if evicts && server.behind > limits.lag_bytes {
                 self.ctx.counters.lag_bytes += 1;
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);

@@ -35,6 +35,7 @@ impl Conversation {
         let witnessed = within_window
             && ctx.roster().any(|(slot, server)| {
                 server != ovm.server
+                    && ctx.queue.get(slot).is_some_and(|server| server.recovering.is_none())
                     && self
                         .legs
                         .get(slot, server)

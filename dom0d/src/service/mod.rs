@@ -563,7 +563,7 @@ impl Service {
             EventKind::Suspected { server, evidence } => {
                 return self.server_mut(*server, |server| server.accused = Some(*evidence));
             }
-            EventKind::NoCandidate { server: Some(server), .. } => {
+            EventKind::NoCandidate { server: Some(server), .. } | EventKind::Recovered { server } => {
                 return self.server_mut(*server, |server| server.accused = None);
             }
             _ => return,
@@ -648,7 +648,7 @@ fn stale_text(reason: StaleReason) -> &'static str {
         StaleReason::MissedBytes => "missed bytes",
         StaleReason::UncoveredConversation => "a conversation could not be replicated to it",
         StaleReason::TookMore => "took what the OVM refused",
-        StaleReason::Deposed => "deposed, or its domain stopped",
+        StaleReason::Deposed => "deposed, and did not catch up",
         StaleReason::Lagged => "fell behind",
     }
 }

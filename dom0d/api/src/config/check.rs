@@ -324,6 +324,12 @@ impl Problems {
             ),
             close_hold: self.wait("timing.close_hold_ms", raw.close_hold_ms, default.close_hold, 0),
             lag_limit: self.wait("timing.lag_limit_ms", raw.lag_limit_ms, default.lag_limit, 1),
+            recover_limit: self.wait(
+                "timing.recover_limit_ms",
+                raw.recover_limit_ms,
+                default.recover_limit,
+                0,
+            ),
             promotion_window: self.wait(
                 "timing.promotion_window_ms",
                 raw.promotion_window_ms,

@@ -120,6 +120,7 @@ pub(super) struct RawTiming {
     pub(super) progress_limit_ms: Option<u64>,
     pub(super) close_hold_ms: Option<u64>,
     pub(super) lag_limit_ms: Option<u64>,
+    pub(super) recover_limit_ms: Option<u64>,
     pub(super) promotion_window_ms: Option<u64>,
     pub(super) linger_ms: Option<u64>,
     pub(super) idle_probe_ms: Option<u64>,

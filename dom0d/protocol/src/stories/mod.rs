@@ -8,6 +8,7 @@ mod hostile;
 mod numbering;
 mod passing;
 mod promotion;
+mod recovery;
 mod replication;
 mod saved;
 

@@ -45,6 +45,8 @@ fn what_waits_to_be_polled_is_saved_too() {
             evidence: None,
             conversations: 50_000,
         },
+        EventKind::Recovering { server },
+        EventKind::Recovered { server },
         EventKind::FirstByte { epoch: 2 },
         EventKind::Recuperated { epoch: 2, recuperated: 1, reset: 0 },
         EventKind::NoCandidate {

@@ -15,6 +15,7 @@ mod replica;
 mod runner;
 mod shared;
 mod stale;
+mod stall;
 mod succession;
 mod transfer;
 mod vlan;
@@ -74,6 +75,7 @@ fn all() -> Vec<Scenario> {
     all.extend(repeated::scenarios());
     all.extend(order::scenarios());
     all.extend(stale::scenarios());
+    all.extend(stall::scenarios());
     all.extend(succession::scenarios());
     all.extend(replica::scenarios());
     all.extend(bridge::scenarios());

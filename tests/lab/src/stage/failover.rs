@@ -23,7 +23,7 @@ pub(crate) struct Failover {
     pub(crate) fault_us: u64,
     pub(crate) suspected_us: u64,
     pub(crate) cut_over_us: u64,
-    /// `None` if the deposed domain was gone already.
+    /// `None` if the deposed domain was gone already, or has yet to show whether it goes on.
     pub(crate) fenced_us: Option<u64>,
     pub(crate) recuperated_us: u64,
     /// Open conversations at the cutover, those that go on, and those that were reset.
@@ -69,10 +69,16 @@ impl Failover {
         let suspected = events.wait("suspected", name, fault_us, END)?;
         let cut = events.wait("cut_over", name, suspected.monotonic_us, END)?;
         let done = events.wait("recuperated", name, cut.monotonic_us, END)?;
-        let fenced = if matches!(fault, Fault::Crash | Fault::Destroy | Fault::Poweroff) {
-            events.since("fenced", name, suspected.monotonic_us).first().cloned()
-        } else {
-            Some(events.wait("fenced", name, suspected.monotonic_us, END)?)
+        let fenced = match fault {
+            Fault::Crash | Fault::Destroy | Fault::Poweroff => {
+                events.since("fenced", name, suspected.monotonic_us).first().cloned()
+            }
+            // It lives, and loses its seat only, to begin with.
+            Fault::Hang | Fault::Spin => {
+                events.wait("recovering", name, suspected.monotonic_us, END)?;
+                None
+            }
+            _ => Some(events.wait("fenced", name, suspected.monotonic_us, END)?),
         };
         let number = |event: &understudy_api::Event, field: &str| {
             event.number(field).with_context(|| format!("event {} has no {field}", event.kind()))

@@ -24,7 +24,7 @@ impl Checker for StaleHero {
             Seen::Event(EventKind::Attached { server, seeded }) if !seeded => {
                 self.barred.insert(*server, "attached unseeded".into());
             }
-            Seen::Event(EventKind::Seeded { server }) => {
+            Seen::Event(EventKind::Seeded { server } | EventKind::Recovered { server }) => {
                 self.barred.remove(server);
             }
             Seen::Event(EventKind::Stale { server, reason }) => {

@@ -1,0 +1,80 @@
+//! Who fell back is promotable again once it has caught up: an RVM that lagged, and an OVM that lost its seat.
+//!
+//! The intuition: nobody is ever quite where the others are now. It has caught up when it soon reaches where they were.
+
+use core::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::promotion;
+use crate::queue::Slot;
+use crate::service::Service;
+use crate::{EventKind, Instant, StaleReason};
+
+/// Who reaches within this time where the others were is in step: a few looks, since each comes after 100 ms.
+const IN_STEP: Duration = Duration::from_millis(500);
+
+/// Where the others were, and what the server had followed, at a moment.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Goal {
+    at: Instant,
+    /// Length of the service-wide order.
+    mark: u64,
+    followed: u64,
+}
+
+impl Service {
+    /// Looks whether the RVM in `slot` lags, and whether it has caught up if it did.
+    pub(crate) fn review_follower(&mut self, slot: Slot) {
+        let (now, timing) = (self.ctx.now, self.ctx.config.timing);
+        let waiting = self.ctx.order.is_waiting(slot);
+        let unstarved = |since: Instant| since.max(self.ctx.starved_at);
+        let Some(server) = self.ctx.queue.get(slot) else { return };
+        let since = waiting.then(|| server.waiting_since.unwrap_or(now));
+        let lags =
+            since.is_some_and(|since| now.since(unstarved(since).max(server.excused_at)) >= timing.lag_limit);
+        let lagging = server.lagging || lags;
+        let overdue =
+            server.recovering.is_some_and(|since| now.since(unstarved(since)) >= timing.recover_limit);
+        let fell_back = lagging || server.recovering.is_some();
+        let caught_up = fell_back && self.has_caught_up(slot);
+        let Some(server) = self.ctx.queue.get_mut(slot) else { return };
+        server.waiting_since = since;
+        server.lagging = lagging && !caught_up;
+        if !fell_back || caught_up {
+            server.goal = None;
+        }
+        if caught_up && server.recovering.take().is_some() {
+            let server = server.id;
+            self.ctx.counters.recovered += 1;
+            self.ctx.event(EventKind::Recovered { server });
+        } else if overdue && !caught_up {
+            self.ctx.counters.recover_limit += 1;
+            promotion::evict(slot, StaleReason::Deposed, &mut self.ctx);
+        }
+    }
+
+    /// It has produced, and its kernel has taken, what the others had a moment ago.
+    fn has_caught_up(&mut self, slot: Slot) -> bool {
+        let Self { ctx, table, sweep, .. } = self;
+        // Until each conversation has followed the cutover, not all is known that a deposed OVM owes.
+        let Some(server) = ctx.queue.get(slot).filter(|_| sweep.is_none()) else { return false };
+        let (now, id) = (ctx.now, server.id);
+        let reached = server.goal.is_some_and(|goal| {
+            let mut busy = table.busy().filter_map(|id| table.get_awake(id));
+            ctx.order.cursor(slot) >= goal.mark
+                && (server.behind == 0 || server.followed > goal.followed)
+                && !busy.any(|conversation| conversation.has_owed_since(slot, id, goal.at, ctx))
+        });
+        if server.goal.is_some_and(|goal| reached && now.since(goal.at) <= IN_STEP) {
+            return true;
+        }
+        if reached || server.goal.is_none() {
+            let goal = Goal { at: now, mark: ctx.order.length(), followed: server.followed };
+            if let Some(server) = ctx.queue.get_mut(slot) {
+                server.goal = Some(goal);
+            }
+        }
+        false
+    }
+}

@@ -50,7 +50,7 @@ impl ServiceConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Conversations in the table. A further one flows unprotected.
+    /// Conversations in the table. A further one flows unprotected, and makes RVMs stale.
     pub conversations: u32,
     /// Handshakes that clients have begun and not completed. The oldest makes room for the newest.
     pub embryonic: u32,

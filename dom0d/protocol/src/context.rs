@@ -216,6 +216,11 @@ impl Context {
         }
     }
 
+    /// There is an RVM whose state equals the OVM's.
+    pub(crate) fn has_equal_rvm(&self) -> bool {
+        self.queue.rvms().any(|slot| self.queue.get(slot).is_some_and(|server| server.stale.is_none()))
+    }
+
     /// The queue's slots and servers, copied so that the context stays free.
     pub(crate) fn roster(&self) -> impl Iterator<Item = (Slot, ServerId)> + use<> {
         let mut roster = [None; MAX_SERVERS];

@@ -65,6 +65,8 @@ counters! {
     conversations,
     /// Segments of conversations that the daemon does not know, forwarded unprotected.
     unprotected_segments,
+    /// Those that were refused instead, since an RVM would have missed them.
+    unknown_refused,
     /// Client segments that contradict recorded ones: the first copy was passed on.
     contradictions,
     /// Bytes of the OVM that contradict what it sent before: the first copy was sent.

@@ -233,6 +233,11 @@ impl Handshakes {
         self.by_key.remove(key).map_or(Third::NotYet, Third::Complete)
     }
 
+    /// A client began it, and has not completed it.
+    pub(crate) fn knows(&self, key: &Key) -> bool {
+        self.by_key.contains_key(key)
+    }
+
     /// The client gave up.
     pub(crate) fn forget(&mut self, key: &Key) {
         self.by_key.remove(key);

@@ -94,17 +94,8 @@ impl Service {
     /// An RVM speaks of a conversation that there is not (any more): RFC 9293 §3.10.7.1.
     pub(crate) fn refuse(&mut self, server: ServerId, segment: &Segment<'_>) {
         if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::RST) {
-            let reset = Segment {
-                src: segment.dst,
-                dst: segment.src,
-                seq: segment.ack,
-                ack: 0,
-                flags: Flags::RST,
-                window: 0,
-                options: Default::default(),
-                payload: &[],
-                ..*segment
-            };
+            let reset = bare(segment, Flags::RST, segment.ack);
+            let reset = Segment { src: segment.dst, dst: segment.src, ..reset };
             self.ctx.send_to_server(server, reset.emit());
         }
     }
@@ -136,6 +127,7 @@ impl Service {
         let Some(id) = id else {
             self.ctx.counters.conversations += 1;
             self.ctx.event(EventKind::Unprotected { client: key.client, reason: Uncovered::TableFull });
+            self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
             return;
         };
         match embryonic.open(id, key, &mut self.ctx) {
@@ -144,9 +136,53 @@ impl Service {
         }
     }
 
+    /// A client's segment in a conversation that the daemon does not know: one that began before the daemon, or while
+    /// the table was full, or whose handshake had to make room for others'. It flows, as long as no RVM would lack it;
+    /// else this one is refused, or a client could take all RVMs from everybody.
+    pub(crate) fn handle_unknown_client(&mut self, key: Key, link: LinkAddress, segment: &Segment<'_>) {
+        if segment.flags.has(Flags::RST) {
+            self.handshakes.forget(&key);
+            return self.pass_unprotected_to_ovm(link, segment);
+        }
+        if self.ctx.passed() || !self.ctx.has_equal_rvm() {
+            return self.pass_unprotected_to_ovm(link, segment);
+        }
+        if self.handshakes.knows(&key) {
+            // It does not complete the handshake. The OVM answers its numbers, and takes nothing of it.
+            let flags = segment.flags.without(Flags::FIN);
+            return self.pass_unprotected_to_ovm(link, &Segment { flags, payload: &[], ..*segment });
+        }
+        self.ctx.counters.unknown_refused += 1;
+        if segment.flags.has(Flags::ACK) {
+            let reset = bare(segment, Flags::RST, segment.ack);
+            self.ctx.send_to_client(link, Segment { src: segment.dst, dst: segment.src, ..reset }.emit());
+        }
+        // Or it would wait for this client, and repeat what it has to say.
+        if let Some((slot, ovm)) = self.ctx.ovm()
+            && let Some(dst) = self.ctx.guest(slot, key.psc)
+        {
+            self.ctx.send_to_server(ovm, Segment { dst, ..bare(segment, Flags::RST, segment.seq) }.emit());
+        }
+    }
+
+    /// The same of the OVM.
+    pub(crate) fn handle_unknown_ovm(&mut self, key: Key, server: ServerId, segment: &Segment<'_>) {
+        // It acknowledges a SYN: the client learns its time.
+        let begins = segment.sequence_length() == 0 && self.handshakes.acknowledges(&key, segment);
+        if self.ctx.passed() || begins || segment.flags.has(Flags::RST) || !self.ctx.has_equal_rvm() {
+            return self.pass_unprotected_to_client(key, segment);
+        }
+        self.ctx.counters.unknown_refused += 1;
+        self.refuse(server, segment);
+        // Whose handshake goes on asks again.
+        if !segment.flags.has(Flags::SYN) && !self.handshakes.knows(&key) {
+            self.send_as_is(key, &bare(segment, Flags::RST.with(Flags::ACK), segment.seq));
+        }
+    }
+
     /// A conversation that the daemon does not know flows all the same. After a promotion the new OVM
     /// answers it with a RST of its own: a clean end.
-    pub(crate) fn pass_unprotected_to_ovm(&mut self, link: LinkAddress, segment: &Segment<'_>) {
+    fn pass_unprotected_to_ovm(&mut self, link: LinkAddress, segment: &Segment<'_>) {
         if !segment.payload.is_empty() {
             let key = Key { client: segment.src, psc: segment.dst };
             if self.unknown.len() < UNKNOWN {
@@ -169,7 +205,7 @@ impl Service {
     /// An OVM's segment in a conversation that the daemon does not know. If it answers, or acknowledges
     /// what a client said there, the OVM serves somebody whose bytes no RVM gets; what is left of a
     /// conversation that was over long ago harms nobody.
-    pub(crate) fn pass_unprotected_to_client(&mut self, key: Key, segment: &Segment<'_>) {
+    fn pass_unprotected_to_client(&mut self, key: Key, segment: &Segment<'_>) {
         self.ctx.counters.unprotected_segments += 1;
         let begins = self.handshakes.note_acknowledgment(&key, segment);
         let heard = self.unknown.len() == UNKNOWN || self.unknown.contains(&key);
@@ -225,4 +261,10 @@ impl Service {
         }
         self.ctx.counters.not_replicated += 1;
     }
+}
+
+/// A segment between the same with nothing in it.
+fn bare<'a>(segment: &Segment<'a>, flags: Flags, seq: u32) -> Segment<'a> {
+    let ack = if flags.has(Flags::ACK) { segment.ack } else { 0 };
+    Segment { seq, ack, flags, window: 0, urgent: 0, options: Default::default(), payload: &[], ..*segment }
 }

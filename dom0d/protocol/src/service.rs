@@ -120,10 +120,7 @@ impl Service {
                 conversation.check_passed_to_ovm(&segment, ctx);
             });
         } else {
-            if segment.flags.has(Flags::RST) {
-                self.handshakes.forget(&key);
-            }
-            self.pass_unprotected_to_ovm(link, &segment);
+            self.handle_unknown_client(key, link, &segment);
         }
     }
 
@@ -163,7 +160,7 @@ impl Service {
         if let Some(id) = self.table.find(&key) {
             self.with(id, |conversation, ctx| conversation.handle_server(slot, server, &segment, ctx));
         } else if self.ctx.queue.ovm() == Some(slot) {
-            self.pass_unprotected_to_client(key, &segment);
+            self.handle_unknown_ovm(key, server, &segment);
         } else if !(segment.flags.has(Flags::SYN) && self.handshakes.acknowledges(&key, &segment)) {
             // One that was asked, or was the OVM, may wait for the handshake's end: its leg begins there.
             self.refuse(server, &segment);

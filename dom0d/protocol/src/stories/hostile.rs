@@ -396,10 +396,65 @@ fn what_is_left_of_an_unknown_conversation_makes_nobody_stale() {
     story.client_says(Say { seq: at(1), ack: iss(0) + 2, ..Say::default() });
     story.server_sends(0, 2, b"", 1);
     assert!(is_promotable(&story, 1));
-    // But once the client says something, and the OVM takes it, a replica lacks it.
-    story.client_sends(1, b"SET", 2);
-    story.server_sends(0, 2, b"", 4);
-    assert!(!is_promotable(&story, 1));
+}
+
+#[test]
+fn an_unknown_conversation_is_refused_where_a_replica_would_lack_it() {
+    for (seeding, refused) in [(Seeding::AssumeIdentical, true), (Seeding::Unseeded, false)] {
+        let mut story = Story::new(0);
+        story.service.attach(story.now, spec(1), seeding).unwrap();
+        story.drain();
+        story.client_sends(1, b"SET", 2);
+        let heard = story.server_hears(0);
+        assert_eq!((heard.flags.has(Flags::RST), heard.payload.is_empty()), (refused, refused));
+        if refused {
+            let reset = story.client_hears();
+            assert_eq!((reset.seq, reset.flags), (iss(0) + 2, Flags::RST));
+            // Nor is the OVM heard, should it have had it before.
+            story.server_sends(0, 2, b"OK", 4);
+            assert_eq!(story.server_hears(0).flags, Flags::RST);
+            assert!(story.client.iter().all(|heard| heard.payload.is_empty()));
+        } else {
+            story.server_sends(0, 2, b"OK", 4);
+            assert_eq!(story.client_hears().payload, b"OK");
+        }
+        assert_eq!(is_promotable(&story, 1), refused);
+        assert_eq!(story.service.status().counters["unknown_refused"] > 0, refused);
+    }
+}
+
+#[test]
+fn a_handshake_that_others_pushed_out_costs_nobody_a_replica() {
+    let mut story = Story::configured(1, |config| config.limits.embryonic = 8);
+    let pushed: std::net::SocketAddr = "10.0.0.1:6000".parse().unwrap();
+    story.establish(1);
+    let honest = std::mem::replace(&mut story.peer, pushed);
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    story.syn_ack(0);
+    for port in 7000..7020 {
+        story.peer.set_port(port);
+        story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    }
+    story.client.clear();
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    story.peer = pushed;
+    story.client_sends(1, b"SET", 1);
+    assert!(story.server_hears(0).flags.has(Flags::RST));
+    assert!(story.client_hears().flags.has(Flags::RST));
+    story.silence();
+    assert!(is_promotable(&story, 1));
+    // Nor one that is not completed by what the engine takes for its third segment.
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    story.syn_ack(0);
+    story.servers[0].clear();
+    story.client_says(Say { seq: at(5_000), ack: iss(0) + 1, payload: b"SET", ..Say::default() });
+    assert_eq!(story.server_hears(0).payload, b"");
+    story.server_sends(0, 1, b"220 ready", 1);
+    assert!(story.server_hears(0).flags.has(Flags::RST) && is_promotable(&story, 1));
+    story.peer = honest;
+    story.client.clear();
+    story.client_sends(1, b"q", 1);
+    assert_eq!(story.server_hears(0).payload, b"q");
 }
 
 #[test]

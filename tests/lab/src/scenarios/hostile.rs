@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 
 use super::Scenario;
 use super::transfer::{Direction, Large};
-use crate::client::frames::{Mac, PSH};
+use crate::client::frames::{ACK, Mac, PSH, Segment};
 use crate::client::hostile::{malformed, syn_flood};
 use crate::client::redis::load::{Plan, Running};
 use crate::client::redis::session::Session;
@@ -26,6 +26,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("hostile/syn-flood", flood),
         Scenario::new("hostile/syn-flood/while-suspended", flood_while_suspended),
         Scenario::new("hostile/full-table", full_table),
+        Scenario::new("hostile/handshake-pushed-out", pushed_out),
+        Scenario::new("hostile/out-of-order", out_of_order),
     ]
 }
 
@@ -120,6 +122,91 @@ fn flood(lab: &str) -> Result<()> {
     );
     load.wait_answers(300, Duration::from_secs(20))?;
     stage.survives_freeze(load)
+}
+
+/// A client's handshake makes room for others', and then it completes its own and writes: that one is refused, and
+/// costs nobody a replica.
+fn pushed_out(lab: &str) -> Result<()> {
+    let plan = Stage::plan(lab, 1, &[Service::Redis]);
+    let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nembryonic = 2048\n"))?;
+    let (target, mac) = (stage.psc(Service::Redis)?, stage.psc_mac(Service::Redis)?);
+    let client = stage.lab.client();
+    // All but its SYN is lost on the way.
+    let lose = format!(
+        "add table inet lost; add chain inet lost out {{ type filter hook output priority 0; }}; \
+         add rule inet lost out tcp dport {} tcp flags & syn == 0 drop",
+        target.port()
+    );
+    client.run(&["nft", &lose])?;
+    let mut session = stage.client().run(move || Session::connect(target))?;
+    let sent = stage.client().run(move || {
+        let wire = Wire::open_only()?;
+        syn_flood(&wire, mac, target, (20_000, 0), Duration::from_secs(5))
+    })?;
+    stage.until("the flood heard", Duration::from_secs(10), |status| {
+        status.services[0].counters.get("embryonic").is_some_and(|n| *n > 0)
+    })?;
+    client.run(&["nft", "delete table inet lost"])?;
+    let answer = session.ask(&["SET", "embryo", "acknowledged"]);
+    println!("  after {sent} SYNs: {answer:?}");
+    let service = stage.operator.service("redis")?;
+    ensure!(service.promotable() == 1, "the replica was lost to it: {:#?}", service.servers);
+    if answer.is_ok() {
+        let held = stage.lab.domain("guest-2")?.run(&["redis-cli", "GET", "embryo"])?;
+        ensure!(
+            String::from_utf8_lossy(&held.stdout).contains("acknowledged"),
+            "the write is on the OVM alone"
+        );
+    } else {
+        ensure!(
+            service.counters.get("unknown_refused").is_some_and(|n| *n > 0),
+            "nothing counts the refusal"
+        );
+    }
+    stage.survives_freeze(stage.load("honest")?)
+}
+
+/// Bytes that never become whole, in many connections, fill the memory of nobody else's: they find no room, and no
+/// replica goes for them.
+fn out_of_order(lab: &str) -> Result<()> {
+    let plan = Stage::plan(lab, 2, &[Service::Redis]);
+    let limits = "conversation_bytes = 1048576\nretained_bytes = 8388608\nout_of_order_bytes = 2097152";
+    let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\n{limits}\n"))?;
+    let target = stage.psc(Service::Redis)?;
+    let load = stage.load("honest")?;
+    let hostile = stage.client().run(move || {
+        let wire = Wire::open_only()?;
+        (0..250).map(|_| leave_gap(&wire, target)).collect::<Result<Vec<_>>>()
+    })?;
+    let service = stage.operator.service("redis")?;
+    let counted = service.counters.get("out_of_order_bytes").copied().unwrap_or_default();
+    println!("  {} bytes held, {counted} segments found no room", service.retained_bytes);
+    ensure!(counted > 0, "nothing was refused");
+    ensure!(service.promotable() == 2, "replicas were lost to it: {:#?}", service.servers);
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.survives_freeze(load)?;
+    drop(hostile);
+    Ok(())
+}
+
+/// A connection in which 60 KB come behind a gap.
+fn leave_gap(wire: &Wire, target: SocketAddr) -> Result<Session> {
+    let mut session = Session::connect(target)?;
+    let local = session.local()?;
+    session.ask(&["PING"])?;
+    let asks = |seen: &crate::client::frames::Seen| seen.from == local && seen.flags & PSH != 0;
+    let seen =
+        wire.next(Duration::from_secs(1), asks)?.context("no request was seen on the client's link")?;
+    for offset in (1_400..60_000).step_by(1_400) {
+        let mut segment = Segment::new(seen.from, seen.to, ACK);
+        segment.sequence = seen.sequence.wrapping_add(seen.payload as u32 + offset);
+        segment.acknowledgment = seen.acknowledgment;
+        segment.options = [&[1, 1, 8, 10], &seen.tsval.to_be_bytes()[..], &[0; 4]].concat();
+        segment.payload = vec![b'y'; 1_400];
+        // An interface without room loses the frame, as a wire may.
+        wire.send(&segment.frame(seen.source, seen.destination))?;
+    }
+    Ok(session)
 }
 
 /// Nobody reads the rings while SYNs come that would fill them several times over: those of clients that nobody knows

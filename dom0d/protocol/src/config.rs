@@ -106,7 +106,8 @@ pub struct Timing {
     /// How long a FIN or RST of the OVM is held for a covering RVM to do the same.
     pub close_hold: Duration,
     /// How long an RVM may keep a client byte waiting for the service-wide order before it is
-    /// lagging, and unacknowledged before it is evicted.
+    /// lagging, and unacknowledged before it is evicted. Half of it, less what it made up for, may client or OVM be kept
+    /// from going on for it.
     pub lag_limit: Duration,
     /// How long an OVM that lost its seat for (c) or (d), and whose domain lives, may take to catch up as an RVM before
     /// it is fenced. Zero: it is fenced at once.

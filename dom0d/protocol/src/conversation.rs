@@ -117,6 +117,8 @@ pub(crate) struct Conversation {
     pub(crate) probes: u8,
     /// When it is registered to be looked at.
     pub(crate) deadline: Option<Instant>,
+    /// An RVM keeps client or OVM from going on, or did and has not made up for that.
+    pub(crate) is_slowed: bool,
     /// It is in the service's list of work.
     pub(crate) queued: bool,
     /// The data plane passes it by itself, since it was stopped that often.

@@ -369,6 +369,7 @@ impl Embryonic {
             is_client_silent: false,
             probes: 0,
             deadline: None,
+            is_slowed: false,
             queued: false,
             passing: None,
             bounds: UNBOUNDED,

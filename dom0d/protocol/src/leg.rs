@@ -20,6 +20,32 @@ pub(crate) enum Phase {
     Open,
 }
 
+/// A moment in which a server keeps nobody waiting makes up for this part of it: one that costs clients less than a third
+/// of their time only slows the transfer, as busy machines do.
+const FORGIVEN_SHARE: u32 = 2;
+
+/// For how long client and OVM could go no further for want of a server's progress.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Pace {
+    /// When that was last looked at, and whether they could not then.
+    pub(crate) at: Instant,
+    stops: bool,
+    /// In all, less what has been made up for.
+    pub(crate) slowed: core::time::Duration,
+}
+
+impl Pace {
+    /// Whether they can not go on now; that was last looked at at `since`.
+    pub(crate) fn note(&mut self, since: Instant, now: Instant, stops: bool) {
+        let time = now.since(since);
+        self.slowed = match self.stops {
+            true => self.slowed + time,
+            false => self.slowed.saturating_sub(time / FORGIVEN_SHARE),
+        };
+        (self.at, self.stops) = (now, stops);
+    }
+}
+
 /// A server's connection that stands for the client's. Positions as in [`crate::seq`]: up is client
 /// to server, down is server to client.
 #[derive(Debug, Serialize, Deserialize)]
@@ -69,6 +95,7 @@ pub(crate) struct Leg {
     pub(crate) handed_at: Instant,
     /// When and where it was while room for what it lacks ran out.
     pub(crate) paced: Option<(Instant, u64)>,
+    pub(crate) pace: Pace,
     /// It has sent more than its SYN, or the client's own third segment reached it.
     pub(crate) has_spoken: bool,
     /// Since when it owes an acknowledgment or handshake without progress.
@@ -104,6 +131,7 @@ impl Leg {
             answered_at: Instant::default(),
             handed_at: Instant::default(),
             paced: None,
+            pace: Pace::default(),
             has_spoken: false,
             owes_since: None,
             ovm_edge: 0,

@@ -12,6 +12,12 @@ const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1
 /// Time in which an RVM must get on while room for what it lacks runs out: longer than a retransmission.
 const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
 
+/// Who keeps clients from going on is evicted when that comes to this part of [`crate::Timing::lag_limit`].
+const SLOWED_SHARE: u32 = 2;
+
+/// Client or OVM may go on by less than this before there is no room for what RVMs lack.
+const NEARLY_FULL: u64 = 64 << 10;
+
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
 
@@ -45,10 +51,7 @@ impl Conversation {
                 }
             }
         }
-        let room = u64::from(ctx.config.limits.conversation_bytes);
-        if self.retained >= room / 2 || self.is_held_back(ctx) {
-            self.blame_laggards(ctx);
-        }
+        self.review_pace(ctx);
         self.recuperate(ctx);
         if self.is_open() {
             self.review_hold(ctx);
@@ -89,8 +92,16 @@ impl Conversation {
         self.retained = retained;
     }
 
-    /// Room for what RVMs lack runs out. One that follows, at its own pace, only slows the transfer; one
-    /// that hardly moves must not stop the client, unless the operator chose that.
+    /// Looks for RVMs for which client or OVM must stop, or soon will.
+    fn review_pace(&mut self, ctx: &mut Context) {
+        let is_pressed = self.retained >= u64::from(ctx.config.limits.conversation_bytes) / 2;
+        if is_pressed || self.is_held_back(ctx) || self.is_slowed {
+            self.blame_laggards(ctx);
+        }
+    }
+
+    /// Room for what RVMs lack runs out. One that hardly moves must not stop the client, nor one that follows at a
+    /// pace of its own slow it for long, unless the operator chose that.
     pub(crate) fn blame_laggards(&mut self, ctx: &mut Context) {
         if ctx.config.on_lag == crate::LagPolicy::Wait {
             return;
@@ -104,19 +115,29 @@ impl Conversation {
         };
         let least = much / 32;
         let (taken, acked) = (self.told.acked, self.client.acked);
+        let (now, tolerated) = (ctx.now, ctx.config.timing.lag_limit / SLOWED_SHARE);
+        let full = self.retained + NEARLY_FULL >= u64::from(limits.conversation_bytes);
+        let stops = full || self.is_held_back(ctx);
+        let mut is_slowed = false;
         self.for_each_leg(ctx, |slot, leg, ctx| {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
             // In any conversation: in this one it may wait for its turn in the service-wide order.
             let progress = ctx.queue.get(slot).map_or(0, |server| server.followed);
-            let (since, before) = *leg.paced.get_or_insert((ctx.now, progress));
+            let (since, before) = *leg.paced.get_or_insert((now, progress));
             if !blamed || progress - before >= least {
-                leg.paced = blamed.then_some((ctx.now, progress));
-            } else if ctx.now.since(ctx.measured_from(since)) >= STANDSTILL {
+                leg.paced = blamed.then_some((now, progress));
+            } else if now.since(ctx.unstarved(since)) >= STANDSTILL {
                 ctx.laggards.push(slot);
             }
+            leg.pace.note(ctx.unstarved(leg.pace.at), now, blamed && stops);
+            if leg.pace.slowed >= tolerated {
+                ctx.laggards.push(slot);
+            }
+            is_slowed |= blamed || !leg.pace.slowed.is_zero();
         });
+        self.is_slowed = is_slowed;
     }
 
     /// When it must be looked at again.

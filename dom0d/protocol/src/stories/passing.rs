@@ -1,7 +1,7 @@
 //! What the engine asks of a data plane that passes conversations by itself.
 
 use super::*;
-use crate::{Flow, Passage, StaleReason};
+use crate::{Flow, LagPolicy, Passage, StaleReason};
 
 /// So far may the OVM be ahead.
 const AHEAD: u32 = 500;
@@ -18,7 +18,14 @@ impl Passing {
     }
 
     fn with_replicas(rvms: u32) -> Self {
-        let mut story = Story::configured(rvms, |config| config.limits.ahead_bytes = AHEAD);
+        Self::configured(rvms, |_| {})
+    }
+
+    fn configured(rvms: u32, change: impl FnOnce(&mut ServiceConfig)) -> Self {
+        let mut story = Story::configured(rvms, |config| {
+            config.limits.ahead_bytes = AHEAD;
+            change(config);
+        });
         story.service.set_plane_passes();
         story.establish(rvms);
         let handover = story.service.poll_handover().expect("nothing is in flight");
@@ -166,4 +173,54 @@ fn the_echo_of_a_repetition_that_the_daemon_sent_on_is_not_taken_for_that_of_the
     flow.client_to_server(&mut packet, [10, 0, 0, 10].into()).unwrap();
     let Ok(wire::Parsed::Tcp(segment)) = wire::parse(&packet) else { panic!("{packet:?}") };
     assert_eq!(segment.options.timestamps.map(|(_, echo)| echo), Some(3_000));
+}
+
+/// A download that `quick` follows at once, and the last server always behind by all that it may be; for so long.
+fn slowed_download(rvms: u32, on_lag: LagPolicy, time: Duration, stops: impl Fn(u32) -> bool) -> Story {
+    let mut passing = Passing::configured(rvms, |config| config.on_lag = on_lag);
+    let (mut end, piece) = (1, [b'x'; 50]);
+    let mut behind = 1;
+    let until = passing.story.now + time;
+    for round in 0.. {
+        if passing.story.now >= until {
+            break;
+        }
+        // The OVM goes on as far as it may, and the client takes it.
+        let limit = passing.flow.bounds.down.wrapping_sub(iss(0)).min(end + 400);
+        while end + 50 <= limit {
+            passing.ovm_says(Say { seq: iss(0) + end, ack: at(1), payload: &piece, ..Say::default() });
+            end += 50;
+            passing.client_says(Say { seq: at(1), ack: iss(0) + end, ..Say::default() });
+            for quick in 1..rvms {
+                passing.story.server_sends(quick, end - 50, &piece, 1);
+            }
+            passing.follow();
+        }
+        while (behind + if stops(round) { 450 } else { 50 }) <= end {
+            passing.story.server_sends(rvms, behind, &piece, 1);
+            behind += 50;
+            passing.follow();
+        }
+        passing.story.wait(Duration::from_millis(10));
+        passing.follow();
+        passing.story.client.clear();
+        passing.story.servers.iter_mut().for_each(VecDeque::clear);
+    }
+    passing.story
+}
+
+#[test]
+fn a_replica_that_slows_clients_for_long_is_evicted_though_it_follows() {
+    let evicted = |story: &Story| {
+        story.events.contains(&EventKind::Evicted { server: ServerId(2), reason: StaleReason::Lagged })
+    };
+    let after = |ms, on_lag| slowed_download(2, on_lag, Duration::from_millis(ms), |_| true);
+    assert!(!evicted(&after(4_000, LagPolicy::Evict)), "it is given half of its limit");
+    let story = after(6_000, LagPolicy::Evict);
+    assert!(evicted(&story), "{:?}", story.events);
+    assert_eq!(story.service.status().servers.len(), 2, "the quick one stays");
+    assert!(!evicted(&after(6_000, LagPolicy::Wait)), "the operator chose that clients wait");
+    // One that is somewhat slower than the OVM.
+    let story = slowed_download(2, LagPolicy::Evict, Duration::from_secs(20), |round| round % 4 == 0);
+    assert!(!evicted(&story));
 }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::Scenario;
 use super::transfer::{Direction, Large};
+use crate::client::clock::now_ns;
 use crate::client::redis::load::Plan;
 use crate::host::{Fault, LabConfig, Link, Service};
 use crate::stage::Stage;
@@ -38,7 +39,30 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             }
         }
     }
+    all.push(
+        Scenario::new("links/guest-3/narrow/download", |lab| narrow(lab, Direction::Download)).within(long),
+    );
+    all.push(Scenario::new("links/guest-3/narrow/upload", |lab| narrow(lab, Direction::Upload)).within(long));
     all
+}
+
+/// One of two replicas is behind a link of 40 Mbit/s: it goes when it has kept the client waiting, and the other
+/// one stays.
+fn narrow(lab: &str, direction: Direction) -> Result<()> {
+    let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Http]), |config| {
+        config.replace("rvms = ", "timing = { lag_limit_ms = 4000 }\nrvms = ")
+    })?;
+    stage.lab.link("guest-3", Link { rate_bits: Some(40_000_000), ..Link::default() })?;
+    let begun_us = now_ns() / 1_000;
+    let large = Large::begin(&stage, direction, false)?;
+    let evicted = stage.events.wait("evicted", "http", begun_us, Duration::from_secs(20))?;
+    ensure!(evicted.domain("server").as_deref() == Some("guest-3"), "another one was evicted: {evicted:?}");
+    println!("  evicted after {} ms", (evicted.monotonic_us - begun_us) / 1_000);
+    large.expect_whole(&stage)?;
+    let service = stage.operator.service("http")?;
+    ensure!(service.promotable() == 1, "the quick one is not promotable: {:#?}", service.servers);
+    ensure!(service.servers.len() == 2, "the narrow one is in the queue yet: {:#?}", service.servers);
+    Ok(())
 }
 
 fn impairment(kind: &str) -> Link {

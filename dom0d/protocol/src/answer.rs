@@ -189,9 +189,10 @@ impl Conversation {
             return Some(None);
         }
         let before = self.down.end();
-        let inserted = self.down.insert(start, payload, 0, ctx.room());
+        let beyond = start > before;
+        let inserted = self.down.insert(start, payload, 0, ctx.room(beyond));
         if inserted.refused {
-            ctx.note_refused();
+            ctx.note_refused(beyond);
             self.blame_laggards(ctx);
             return None;
         }
@@ -509,8 +510,8 @@ impl Conversation {
                 && leg.answers.skip(text.len() as u64);
             if is_repetition {
                 leg.compared = leg.answers.end();
-            } else if leg.answers.insert(start, text, 0, ctx.room()).refused {
-                ctx.note_refused();
+            } else if leg.answers.insert(start, text, 0, ctx.room(false)).refused {
+                ctx.note_refused(false);
             }
             let grown = leg.answers.end() - before;
             if grown > 0 {

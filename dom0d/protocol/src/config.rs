@@ -62,6 +62,9 @@ pub struct Limits {
     /// Bytes that the daemon keeps for the whole service, of all conversations. Beyond it an RVM is
     /// evicted; where that doesn't help, segments find no room and are sent again by their sender.
     pub retained_bytes: u64,
+    /// Bytes that the daemon keeps beyond gaps, of clients and OVM, for the whole service: further ones find no room before
+    /// anything else does, and are sent again by their sender.
+    pub out_of_order_bytes: u64,
     /// Bytes, over the whole service, that one RVM may be behind before it is evicted (or the
     /// clients are slowed, see [`LagPolicy`]).
     pub lag_bytes: u64,
@@ -85,6 +88,7 @@ impl Default for Limits {
             conversation_bytes: 16 << 20,
             ahead_bytes: 8 << 20,
             retained_bytes: 512 << 20,
+            out_of_order_bytes: 128 << 20,
             lag_bytes: 256 << 20,
             inflight_bytes: 256 << 10,
             order_entries: 1 << 20,

@@ -52,6 +52,8 @@ pub(crate) struct Context {
     effects: VecDeque<Effect>,
     /// Bytes held by all conversations.
     pub(crate) retained: u64,
+    /// Those of clients and OVM among them that are beyond gaps.
+    pub(crate) out_of_order: u64,
     /// Open conversations.
     pub(crate) open: u64,
     /// Conversations that ended under an earlier OVM, and that the present one has yet to end.
@@ -107,6 +109,7 @@ impl Context {
             out: VecDeque::new(),
             effects: VecDeque::new(),
             retained: 0,
+            out_of_order: 0,
             open: 0,
             owed: BTreeSet::new(),
             holding: BTreeSet::new(),
@@ -184,20 +187,28 @@ impl Context {
         matches!(self.passage, Passage::Passed { .. })
     }
 
-    /// Bytes that one direction of a conversation may hold now.
-    pub(crate) fn room(&self) -> usize {
+    /// Bytes that one direction of a conversation may hold now, if a segment is to join it that does (not) come behind a
+    /// gap.
+    pub(crate) fn room(&self, beyond: bool) -> usize {
         if self.passed() {
             // It is with the other side already; the plane's own buffer bounds how much that can be.
             return usize::MAX;
         }
-        let full = self.retained >= self.config.limits.retained_bytes;
+        let full = self.retained >= self.config.limits.retained_bytes || (beyond && self.has_enough_beyond());
         if full { 0 } else { self.config.limits.conversation_bytes as usize }
     }
 
+    /// Who has bytes on the other side of a gap repeats them: so long as that closes first.
+    fn has_enough_beyond(&self) -> bool {
+        self.out_of_order >= self.config.limits.out_of_order_bytes
+    }
+
     /// A segment found no [`Context::room`].
-    pub(crate) fn note_refused(&mut self) {
-        if self.room() == 0 {
+    pub(crate) fn note_refused(&mut self, beyond: bool) {
+        if self.room(false) == 0 {
             self.counters.retained_bytes += 1;
+        } else if beyond && self.has_enough_beyond() {
+            self.counters.out_of_order_bytes += 1;
         } else {
             self.counters.conversation_bytes += 1;
         }
@@ -265,6 +276,13 @@ impl Context {
         if let Some(server) = self.queue.get_mut(slot) {
             server.behind = server.behind.saturating_add_signed(bytes);
             server.followed += u64::try_from(-bytes).unwrap_or(0);
+        }
+    }
+
+    /// `bytes` more are kept of what the server in `slot` said (fewer if negative).
+    pub(crate) fn hold(&mut self, slot: Slot, bytes: i64) {
+        if let Some(server) = self.queue.get_mut(slot) {
+            server.held = server.held.saturating_add_signed(bytes);
         }
     }
 

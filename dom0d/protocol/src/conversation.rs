@@ -131,6 +131,8 @@ pub(crate) struct Conversation {
     pub(crate) is_passable_queued: bool,
     /// Its share of the service's retained bytes.
     pub(crate) retained: u64,
+    /// What of that is beyond gaps, of client and OVM.
+    pub(crate) beyond: u64,
 }
 
 /// A conversation's recuperation.
@@ -285,6 +287,7 @@ impl Conversation {
         let measured = !leg.through && leg.covers();
         let down = if measured { self.down.end().saturating_sub(leg.answers.end()) } else { 0 };
         ctx.due(slot, -((up + down) as i64));
+        ctx.hold(slot, -(leg.held as i64));
         if self.is_open() {
             let (covered, diverged) = leg.counts();
             ctx.count(slot, -covered, -diverged);

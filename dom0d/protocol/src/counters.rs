@@ -59,6 +59,8 @@ counters! {
     conversation_bytes,
     /// Segments dropped, and RVMs evicted, for [`crate::Limits::retained_bytes`].
     retained_bytes,
+    /// Segments dropped for [`crate::Limits::out_of_order_bytes`].
+    out_of_order_bytes,
     /// Handshakes forgotten for [`crate::Limits::embryonic`].
     embryonic,
     /// Conversations left unprotected for [`crate::Limits::conversations`].

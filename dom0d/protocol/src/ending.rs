@@ -189,5 +189,6 @@ impl Conversation {
         }
         ctx.progressed = [true; MAX_SERVERS];
         ctx.retained = ctx.retained.saturating_sub(self.retained);
+        ctx.out_of_order = ctx.out_of_order.saturating_sub(self.beyond);
     }
 }

@@ -376,6 +376,7 @@ impl Embryonic {
             shown: (told.edge, 1 + u64::from(self.window)),
             is_passable_queued: false,
             retained: 0,
+            beyond: 0,
         });
         ctx.open += 1;
         let mut recuperates = true;

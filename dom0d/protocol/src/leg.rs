@@ -77,6 +77,8 @@ pub(crate) struct Leg {
     pub(crate) direct: u64,
     /// What it answered and was not compared yet; its end is the server's SND.NXT as received.
     pub(crate) answers: Stream,
+    /// Bytes of these, as its server's sum has them.
+    pub(crate) held: u64,
     /// Answers are compared up to here.
     pub(crate) compared: u64,
     /// Position of its FIN.
@@ -122,6 +124,7 @@ impl Leg {
             sender: Sender::new(0),
             direct: 0,
             answers: Stream::new(1),
+            held: 0,
             compared: 1,
             fin: None,
             gone: None,

@@ -34,7 +34,7 @@ pub(crate) struct Server {
     pub(crate) mtu: u16,
     pub(crate) stale: Option<StaleReason>,
     pub(crate) running: bool,
-    /// It keeps clients' bytes waiting for the service-wide order beyond the limit.
+    /// It kept clients' bytes waiting for the service-wide order beyond the limit, and has not caught up since.
     pub(crate) lagging: bool,
     /// Since when it is no OVM any more, for a fault, and has not caught up.
     pub(crate) recovering: Option<Instant>,
@@ -50,6 +50,8 @@ pub(crate) struct Server {
     pub(crate) diverged: u64,
     /// Bytes of both directions that the others have and it has not.
     pub(crate) behind: u64,
+    /// Bytes of its answers that are kept until they are compared.
+    pub(crate) held: u64,
     /// Bytes of both directions that it has followed, ever.
     pub(crate) followed: u64,
 }
@@ -131,6 +133,7 @@ impl Queue {
             covered: 0,
             diverged: 0,
             behind: 0,
+            held: 0,
             followed: 0,
         });
         Some(slot)

@@ -146,9 +146,10 @@ impl Conversation {
             let mark = ctx.order.mark();
             let room = self.told.edge.max(self.told.acked).saturating_sub(start);
             let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
-            let inserted = self.up.insert(start, taken, mark, ctx.room());
+            let beyond = start > before;
+            let inserted = self.up.insert(start, taken, mark, ctx.room(beyond));
             if inserted.refused {
-                ctx.note_refused();
+                ctx.note_refused(beyond);
                 self.blame_laggards(ctx);
                 return None;
             }

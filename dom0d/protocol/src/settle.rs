@@ -9,6 +9,9 @@ use crate::queue::{MAX_SERVERS, Slot};
 use crate::service::{SWEEP, Service};
 use crate::{EventKind, Evidence, StaleReason};
 
+/// An RVM is evicted for want of memory if this part of what may be kept is kept for it: else that would free nothing.
+const LEAST_FREED_SHARE: u64 = 16;
+
 impl Service {
     /// Follows up what conversations left in the context: suspicion, laggards, the order.
     pub(crate) fn settle(&mut self) {
@@ -153,8 +156,11 @@ impl Service {
         }
         // An earlier eviction may not have freed yet what it will.
         if self.ctx.retained >= limits.retained_bytes && self.sweep.is_none() {
-            let behind = |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind);
-            if let Some(slot) = self.ctx.queue.rvms().max_by_key(behind) {
+            let keeps =
+                |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind + server.held);
+            let least = limits.retained_bytes / LEAST_FREED_SHARE;
+            let worst = self.ctx.queue.rvms().max_by_key(keeps).filter(|slot| keeps(slot) >= least);
+            if let Some(slot) = worst {
                 self.ctx.counters.retained_bytes += 1;
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             }

@@ -53,6 +53,8 @@ pub(crate) struct Stream {
     /// Where the latest bytes beyond a gap arrived.
     latest: u64,
     retained: usize,
+    /// As `retained`, of what arrived beyond gaps.
+    beyond: usize,
 }
 
 /// Runs beyond gaps that are looked at for a report; more are sent again needlessly.
@@ -61,7 +63,14 @@ const REPORTED_RUNS: usize = 64;
 impl Stream {
     /// An empty stream whose next byte has position `start`.
     pub(crate) fn new(start: u64) -> Self {
-        Self { chunks: VecDeque::new(), end: start, pending: BTreeMap::new(), latest: start, retained: 0 }
+        Self {
+            chunks: VecDeque::new(),
+            end: start,
+            pending: BTreeMap::new(),
+            latest: start,
+            retained: 0,
+            beyond: 0,
+        }
     }
 
     /// First retained position.
@@ -82,6 +91,11 @@ impl Stream {
     /// Bytes held, and what it costs to hold them.
     pub(crate) fn retained(&self) -> usize {
         self.retained
+    }
+
+    /// What of that is beyond gaps.
+    pub(crate) fn beyond(&self) -> usize {
+        self.beyond
     }
 
     /// Records `bytes` at `position`, unless more than `limit` were held then. `mark` goes with bytes that join
@@ -190,6 +204,7 @@ impl Stream {
         for gap in gaps {
             let new = slice(bytes, start, &gap);
             self.latest = gap.start;
+            let before = self.retained;
             self.retained += new.len();
             match self.pending.range_mut(..gap.start).next_back() {
                 Some((run, held)) if *run + held.len() as u64 == gap.start && held.len() < JOINED_RUN => {
@@ -200,6 +215,7 @@ impl Stream {
                     self.pending.insert(gap.start, ByteBuf::from(new));
                 }
             }
+            self.beyond += self.retained - before;
         }
         conflict
     }
@@ -227,6 +243,7 @@ impl Stream {
         while let Some(entry) = self.pending.first_entry().filter(|entry| *entry.key() == self.end) {
             let bytes = entry.remove();
             self.retained -= bytes.len() + RUN;
+            self.beyond -= bytes.len() + RUN;
             self.append(&bytes, mark);
         }
     }
@@ -401,9 +418,11 @@ mod tests {
         }
         assert!(stream.retained() <= limit);
         assert!(stream.pending.len() * RUN <= limit, "{} runs", stream.pending.len());
+        assert_eq!(stream.beyond(), stream.retained());
         stream.insert(0, b"ab", 0, 2 * limit);
         stream.insert(3, b"d", 0, 2 * limit);
         stream.release(stream.end());
         assert_eq!(stream.retained(), stream.pending.len() * (1 + RUN));
+        assert_eq!(stream.beyond(), stream.retained());
     }
 }

@@ -85,11 +85,17 @@ impl Conversation {
         let lookback = if ctx.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
         self.down.release(if self.closed.is_some() { down } else { down.saturating_sub(lookback) });
         let mut retained = (self.up.retained() + self.down.retained()) as u64;
-        for (slot, server) in ctx.roster() {
-            retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained() as u64);
-        }
+        self.for_each_leg(ctx, |slot, leg, ctx| {
+            let held = leg.answers.retained() as u64;
+            ctx.hold(slot, held as i64 - leg.held as i64);
+            leg.held = held;
+            retained += held;
+        });
         ctx.retained = ctx.retained - self.retained + retained;
         self.retained = retained;
+        let beyond = (self.up.beyond() + self.down.beyond()) as u64;
+        ctx.out_of_order = ctx.out_of_order - self.beyond + beyond;
+        self.beyond = beyond;
     }
 
     /// Looks for RVMs for which client or OVM must stop, or soon will.

@@ -277,6 +277,7 @@ impl Problems {
             ("conversation_bytes", u64::from(limits.conversation_bytes)),
             ("ahead_bytes", u64::from(limits.ahead_bytes)),
             ("retained_bytes", limits.retained_bytes),
+            ("out_of_order_bytes", limits.out_of_order_bytes),
             ("lag_bytes", limits.lag_bytes),
             ("inflight_bytes", u64::from(limits.inflight_bytes)),
             ("order_entries", u64::from(limits.order_entries)),

@@ -509,3 +509,52 @@ fn without_room_a_segment_is_passed_to_nobody_until_its_sender_repeats_it() {
     story.client_sends(501, &[7; 100], 1);
     assert_eq!(story.server_hears(0).payload.len(), 100);
 }
+
+#[test]
+fn bytes_beyond_gaps_find_no_room_before_anybody_is_evicted_for_them() {
+    let mut story = Story::configured(2, |config| {
+        config.limits.out_of_order_bytes = 4_000;
+        config.limits.retained_bytes = 8_000;
+    });
+    let honest = story.peer;
+    story.establish(2);
+    for port in 6000..6020 {
+        story.peer.set_port(port);
+        story.client.clear();
+        story.servers.iter_mut().for_each(VecDeque::clear);
+        story.establish(2);
+        story.client_sends(100, &[b'y'; 500], 1);
+    }
+    story.wait(Duration::from_secs(1));
+    let status = story.service.status();
+    assert!(status.counters["out_of_order_bytes"] > 0 && status.retained_bytes < 5_000, "{status:?}");
+    assert!(is_promotable(&story, 1) && is_promotable(&story, 2));
+    // What is in order has room, and who has no room for a gap sends again once it is closed.
+    story.peer = honest;
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    story.client_sends(2, b"bc", 1);
+    assert!(story.servers[0].is_empty());
+    story.client_sends(1, b"abc", 1);
+    for server in 0..3 {
+        assert_eq!(story.server_hears(server).payload, b"abc");
+    }
+}
+
+#[test]
+fn nobody_is_evicted_where_that_would_free_nothing() {
+    let mut story = Story::configured(1, |config| config.limits.retained_bytes = 2_000);
+    story.establish(1);
+    // A client that acknowledges nothing; the replica has said the same.
+    for server in [0, 1] {
+        story.server_sends(server, 1, &[b'x'; 990], 1);
+    }
+    story.peer.set_port(6000);
+    story.client.clear();
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    story.establish(1);
+    for server in [0, 1] {
+        story.server_sends(server, 1, &[b'x'; 990], 1);
+    }
+    story.wait(Duration::from_secs(1));
+    assert!(story.service.status().retained_bytes >= 2_000 && is_promotable(&story, 1));
+}

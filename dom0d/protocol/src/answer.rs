@@ -139,7 +139,9 @@ impl Conversation {
             return;
         }
         let text = text_before(leg.fin.into_iter().chain([stop]).min(), start, segment.payload);
+        let before = self.down.end();
         let recorded = self.record_answer(start, text, ctx);
+        leg.asked &= self.down.end() == before;
         self.check_passed_to_client(leg.iss, segment, ctx);
         let Some(payload) = recorded else { return };
         let mut flags = segment.flags;
@@ -179,6 +181,7 @@ impl Conversation {
             }
         }
         leg.rcv_nxt = ack;
+        leg.asked = true;
         leg.owes_since = None;
     }
 
@@ -498,6 +501,7 @@ impl Conversation {
         leg.has_spoken = true;
         self.note_suppressed_acknowledgment(leg, segment, ctx);
         let before = leg.answers.end();
+        let was_stopped = leg.is_stopped(self.client.mss);
         // It was never told of a larger window: what it sends beyond is no answer, only memory.
         let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
         let text = text_before(leg.fin.into_iter().chain([edge]).min(), start, segment.payload);
@@ -518,6 +522,8 @@ impl Conversation {
                 if ctx.queue.ovm() == Some(slot) {
                     ctx.last_answer = ctx.now;
                 }
+                self.note_pause(leg, before, was_stopped, ctx);
+                leg.asked = false;
                 leg.answered_at = ctx.now;
                 // What is ahead of the client in one conversation makes good for nothing elsewhere.
                 let followed = leg.answers.end().min(self.down.end()).saturating_sub(before);

@@ -1,6 +1,7 @@
 //! What the conversations of one service share while they work.
 
 use core::net::{IpAddr, SocketAddr};
+use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
@@ -10,10 +11,17 @@ use crate::key::{ConversationId, Key};
 use crate::order::Order;
 use crate::queue::{MAX_SERVERS, Queue, Slot};
 use crate::saved;
+use crate::suspicion::REMINDERS;
 use crate::{
     Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Passage, ServerId, ServiceConfig,
-    StaleReason, Transmit,
+    Sign, StaleReason, Transmit,
 };
+
+/// Addresses that an OVM is known to ask for: as many as Linux itself keeps (`gc_thresh3`).
+const UNREACHED: usize = 1_024;
+
+/// How long a kernel waits until it asks for an address again (RFC 4861 §10), and a little.
+const ASKS_AGAIN: Duration = Duration::from_millis(1_100);
 
 /// How the present epoch's recuperation goes.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -88,6 +96,12 @@ pub(crate) struct Context {
     pub(crate) last_answer: Instant,
     /// When the OVM last acknowledged something new in any conversation.
     pub(crate) last_taken: Instant,
+    /// When the OVM's kernel last showed that it lives.
+    pub(crate) last_sign: Instant,
+    /// When the OVM was last asked for a sign of life.
+    asked_at: Option<Instant>,
+    /// Whom the OVM asked the address of, when, and what that is.
+    unreached: BTreeMap<IpAddr, (Instant, Option<LinkAddress>)>,
     /// When the caller was last found to have been starved of CPU.
     pub(crate) starved_at: Instant,
     /// When there was last a reason to begin anew with what speaks against the OVM.
@@ -126,6 +140,9 @@ impl Context {
             laggards: Vec::new(),
             last_answer: Instant::default(),
             last_taken: Instant::default(),
+            last_sign: Instant::default(),
+            asked_at: None,
+            unreached: BTreeMap::new(),
             starved_at: Instant::default(),
             excused_at: Instant::default(),
             late_at: Instant::default(),
@@ -292,6 +309,51 @@ impl Context {
             server.covered = server.covered.saturating_add_signed(covered);
             server.diverged = server.diverged.saturating_add_signed(diverged);
         }
+    }
+
+    /// Asks the OVM for a sign of life: once, however many conversations want to know.
+    pub(crate) fn ask_ovm(&mut self) {
+        let Some((_, ovm)) = self.ovm() else { return };
+        let least = self.config.timing.unacked_limit / (REMINDERS + 1) / 2;
+        if self.asked_at.is_none_or(|at| self.now.since(at) >= least) {
+            self.asked_at = Some(self.now);
+            self.counters.questions += 1;
+            self.effect(Effect::Ask(ovm));
+        }
+    }
+
+    /// The OVM's kernel gave a sign of life.
+    pub(crate) fn note_sign(&mut self, sign: Sign) {
+        self.last_sign = self.now;
+        if let Sign::Asked { target, link } = sign {
+            if self.unreached.len() >= UNREACHED {
+                let now = self.now;
+                self.unreached.retain(|_, (at, _)| now.since(*at) < ASKS_AGAIN);
+            }
+            if self.unreached.len() < UNREACHED || self.unreached.contains_key(&target) {
+                self.unreached.insert(target, (self.now, link));
+            }
+        }
+    }
+
+    /// Whether the OVM may have been unable to reach a client since then, for want of its next hop's address.
+    pub(crate) fn is_unreached(&self, client: IpAddr, next_hop: LinkAddress, since: Instant) -> bool {
+        let open = |at: Instant| at + ASKS_AGAIN >= since;
+        self.unreached.get(&client).is_some_and(|(at, _)| open(*at))
+            || self.unreached.values().any(|(at, link)| *link == Some(next_hop) && open(*at))
+    }
+
+    /// The OVM sent a client something.
+    pub(crate) fn note_reached(&mut self, client: IpAddr, next_hop: Option<LinkAddress>) {
+        if !self.unreached.is_empty() {
+            self.unreached.retain(|ip, (_, link)| *ip != client && (link.is_none() || *link != next_hop));
+        }
+    }
+
+    /// What was known of the OVM's life is nothing to its successor.
+    pub(crate) fn forget_signs(&mut self) {
+        self.asked_at = None;
+        self.unreached.clear();
     }
 
     /// From when on evidence that began at `since` speaks against the OVM.

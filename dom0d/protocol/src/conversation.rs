@@ -104,6 +104,8 @@ pub(crate) struct Conversation {
     pub(crate) held: Option<Held>,
     pub(crate) recuperating: Option<Box<Recuperating>>,
     pub(crate) suspicion: Suspicion,
+    /// Where RVMs, ahead of the OVM, went on unasked and after a pause: first and last of those positions.
+    pub(crate) paused: (u64, u64),
     /// When it ended for client and OVM.
     pub(crate) closed: Option<Instant>,
     /// It was reset by the daemon: whatever the client still sends is answered with a RST.

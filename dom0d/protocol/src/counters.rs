@@ -106,6 +106,10 @@ counters! {
     closes_held,
     /// FIN and RST of the OVM that no RVM shared.
     closes_unshared,
+    /// Times that the OVM was asked for a sign of life before it would have been accused.
+    questions,
+    /// Accusations that came to nothing because it gave one.
+    acquittals,
     /// ICMP errors passed to the OVM.
     icmp_errors,
     /// Events dropped because nobody polled them ([`crate::Limits::events`]).

@@ -111,6 +111,21 @@ pub enum Uncovered {
     Unrecorded,
 }
 
+/// What shows that a server's kernel lives, whatever its conversations look like: ARP (RFC 826) or neighbour
+/// discovery (RFC 4861) of its own, seen at its vif.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sign {
+    /// It told its own address.
+    Answered,
+    /// It asks for somebody's address: until it is answered it can't reach whom it knows there.
+    Asked {
+        /// Whose address.
+        target: IpAddr,
+        /// What the caller knows to be the answer.
+        link: Option<LinkAddress>,
+    },
+}
+
 /// What must be done outside the engine, in the order polled.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Effect {
@@ -126,9 +141,17 @@ pub enum Effect {
     },
     /// Pause or destroy this deposed server, as the service's policy says.
     Fence(ServerId),
+    /// Ask this server's kernel for its own link-layer address, from an address that it learns nothing of (RFC 5227
+    /// §2.1.1): whoever lives answers, which [`crate::Service::handle_sign`] is to be told.
+    Ask(ServerId),
     /// Where the data plane passes conversations by itself: it must stop, everything that it has passed must be
     /// handled, then [`crate::Service::handle_plane_stopped`] and [`crate::Service::handle_confirmed`] be called.
-    StopPlane(Evidence),
+    StopPlane {
+        /// Whom the evidence is against: another may be the OVM by then.
+        accused: ServerId,
+        /// What for.
+        evidence: Evidence,
+    },
     /// The data plane passes this conversation by itself no more.
     TakeBack {
         /// The client's socket.

@@ -140,7 +140,7 @@ impl Conversation {
             ctx.unacknowledged.push(self.id);
         } else if is_due || told.0 > leg.told.0 {
             leg.ack_due = false;
-            leg.told = told;
+            leg.tell(told, self.client.mss, ctx.now);
             let mut ack = self.segment_to_leg(leg, guest);
             ack.options.sack = self.sack_blocks(&leg.answers, leg.iss);
             ctx.send_to_server(leg.server, ack.emit());
@@ -191,7 +191,7 @@ impl Conversation {
 
     fn send_data(&mut self, leg: &mut Leg, guest: SocketAddr, from: u64, to: u64, ctx: &mut Context) {
         leg.handed_at = ctx.now;
-        leg.told = self.told_to(leg);
+        leg.tell(self.told_to(leg), self.client.mss, ctx.now);
         leg.ack_due = false;
         let payload = self.up.copy(from..to);
         let segment = Segment {
@@ -221,7 +221,7 @@ impl Conversation {
 
     fn send_fin(&mut self, leg: &mut Leg, guest: SocketAddr, position: u64, ctx: &mut Context) {
         leg.handed_at = ctx.now;
-        leg.told = self.told_to(leg);
+        leg.tell(self.told_to(leg), self.client.mss, ctx.now);
         leg.ack_due = false;
         let fin = Segment {
             seq: seq_of(self.client.iss, position),
@@ -250,7 +250,7 @@ impl Conversation {
     }
 
     /// RFC 9293 §3.8.6.1, as Linux does it: an old sequence number asks for the present window.
-    fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
+    pub(crate) fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
         let present = self.segment_to_leg(leg, guest);
         let old = seq_of(self.client.iss, leg.rcv_nxt).wrapping_sub(1);
         let probe = Segment { seq: if leg.is_established() { old } else { present.seq }, ..present };

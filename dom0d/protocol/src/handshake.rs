@@ -98,8 +98,15 @@ impl Handshakes {
         }
     }
 
-    /// The OVM said something.
-    pub(crate) fn note_ovm_heard(&mut self) {
+    /// The OVM lives.
+    pub(crate) fn note_ovm_heard(&mut self, ctx: &mut Context) {
+        if self.unheard.take().is_some_and(|unheard| unheard.reminders > 0) {
+            ctx.counters.acquittals += 1;
+        }
+    }
+
+    /// An RVM answered in the OVM's place.
+    pub(crate) fn forget_unheard(&mut self) {
         self.unheard = None;
     }
 
@@ -125,6 +132,8 @@ impl Handshakes {
             if !unheard.is_asked() {
                 if let Some((slot, _)) = ctx.ovm() {
                     embryonic.forward(&unheard.key, slot, ctx);
+                    // Whoever can't reach that client, or has no room for another handshake, is alive all the same.
+                    ctx.ask_ovm();
                 }
                 continue;
             }
@@ -362,6 +371,7 @@ impl Embryonic {
             held: None,
             recuperating: None,
             suspicion: Default::default(),
+            paused: (0, 0),
             closed: None,
             was_reset: false,
             last_heard: ctx.now,

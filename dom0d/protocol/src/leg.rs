@@ -11,6 +11,9 @@ use crate::{Instant, ServerId, Uncovered};
 /// A server that reset a conversation may be a moment ahead of the OVM doing the same.
 pub(crate) const GONE_GRACE: core::time::Duration = core::time::Duration::from_millis(500);
 
+/// Segments that a server may have in flight before its congestion window can be what stops it (RFC 6928 allows ten).
+const IN_FLIGHT: u64 = 4;
+
 /// How far the handshake with a server is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
@@ -81,6 +84,8 @@ pub(crate) struct Leg {
     pub(crate) held: u64,
     /// Answers are compared up to here.
     pub(crate) compared: u64,
+    /// It has acknowledged something of the client's since it last answered something new.
+    pub(crate) asked: bool,
     /// Position of its FIN.
     pub(crate) fin: Option<u64>,
     /// It reset the connection (or refused the SYN): when.
@@ -91,7 +96,7 @@ pub(crate) struct Leg {
     pub(crate) told: (u64, u64),
     /// It must be sent an ACK.
     pub(crate) ack_due: bool,
-    /// When it last answered something new.
+    /// When it last answered something new, or was last told of room for that.
     pub(crate) answered_at: Instant,
     /// When it last was handed something that it may not have had before.
     pub(crate) handed_at: Instant,
@@ -126,6 +131,7 @@ impl Leg {
             answers: Stream::new(1),
             held: 0,
             compared: 1,
+            asked: false,
             fin: None,
             gone: None,
             diverged_at: None,
@@ -167,6 +173,22 @@ impl Leg {
     /// Its SND.NXT as received, FIN counted.
     pub(crate) fn produced(&self) -> u64 {
         self.answers.end() + u64::from(self.fin == Some(self.answers.end()))
+    }
+
+    /// It may have more to say and wait for an acknowledgment, or for room for a segment of `mss` bytes, or half the
+    /// window where that is less.
+    pub(crate) fn is_stopped(&self, mss: u16) -> bool {
+        let (end, mss, (acked, edge)) = (self.answers.end(), u64::from(mss), self.told);
+        edge < end + mss.min(edge.saturating_sub(acked) / 2) || end.saturating_sub(acked) >= IN_FLIGHT * mss
+    }
+
+    /// It is told of acknowledgment and room.
+    pub(crate) fn tell(&mut self, told: (u64, u64), mss: u16, now: Instant) {
+        let was_stopped = self.is_stopped(mss);
+        self.told = told;
+        if was_stopped && !self.is_stopped(mss) {
+            self.answered_at = now;
+        }
     }
 
     /// Remembers its TSval.

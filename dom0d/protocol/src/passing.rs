@@ -94,10 +94,13 @@ impl Service {
         self.ctx.mark_all_stale(StaleReason::MissedBytes);
     }
 
-    /// The answer to [`Effect::StopPlane`], after [`Service::handle_plane_stopped`]: the evidence is acted upon.
-    pub fn handle_confirmed(&mut self, now: Instant, evidence: Evidence) {
+    /// The answer to [`Effect::StopPlane`], after [`Service::handle_plane_stopped`]: the evidence is acted upon,
+    /// if the `accused` still is the OVM.
+    pub fn handle_confirmed(&mut self, now: Instant, accused: ServerId, evidence: Evidence) {
         self.ctx.now = self.ctx.now.max(now);
-        self.accuse(evidence);
+        if self.ovm() == Some(accused) {
+            self.accuse(evidence);
+        }
         self.settle();
     }
 
@@ -137,10 +140,11 @@ impl Service {
 
     /// Where the plane passes by itself, it is stopped before anything follows from evidence.
     pub(crate) fn suspect(&mut self, evidence: Evidence) {
-        if self.ctx.plane.is_some() {
-            self.ctx.effect(Effect::StopPlane(evidence));
-        } else {
-            self.accuse(evidence);
+        match self.ctx.ovm() {
+            Some((_, accused)) if self.ctx.plane.is_some() => {
+                self.ctx.effect(Effect::StopPlane { accused, evidence });
+            }
+            _ => self.accuse(evidence),
         }
     }
 

@@ -101,6 +101,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     let mark = ctx.order.length();
     ctx.recuperation = Recuperation { first_byte_due: true, mark, ..Recuperation::default() };
     ctx.suspicion = None;
+    ctx.forget_signs();
     ctx.holding.clear();
     ctx.disputes.clear();
     ctx.refusals.clear();

@@ -102,7 +102,7 @@ impl Service {
 
     /// An RVM answered a SYN that the OVM, silent altogether, did not.
     pub(crate) fn hear_witness(&mut self, slot: Slot) {
-        self.handshakes.note_ovm_heard();
+        self.handshakes.forget_unheard();
         let trusted =
             self.ctx.queue.get(slot).is_some_and(|server| self.ctx.queue.not_promotable(server).is_none());
         if trusted && self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {

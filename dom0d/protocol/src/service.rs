@@ -16,7 +16,7 @@ use crate::key::{ConversationId, Key};
 use crate::promotion::{self, Unplanned};
 use crate::table::Table;
 use crate::wire::{self, Flags, Malformed, Parsed};
-use crate::{Effect, Evidence, Instant, LinkAddress, ServerId, ServiceConfig, StaleReason, Transmit};
+use crate::{Effect, Evidence, Instant, LinkAddress, ServerId, ServiceConfig, Sign, StaleReason, Transmit};
 
 /// Conversations looked at in one call after a promotion, so that new packets never wait for long.
 pub(crate) const SWEEP: usize = 128;
@@ -150,7 +150,12 @@ impl Service {
         }
         let key = Key { client: segment.dst, psc };
         if self.ctx.queue.ovm() == Some(slot) {
-            self.handshakes.note_ovm_heard();
+            self.handshakes.note_ovm_heard(&mut self.ctx);
+            self.ctx.note_reached(key.client.ip(), self.links.get(&key.client.ip()).copied());
+            if segment.sequence_length() == 0 && !segment.flags.has(Flags::RST) {
+                // Nothing of its own to say: a kernel acknowledges what it got.
+                self.ctx.last_sign = now;
+            }
         } else if self.handshakes.is_witness(&key, &segment) {
             return self.hear_witness(slot);
         }
@@ -183,6 +188,16 @@ impl Service {
             self.accuse(evidence);
         } else {
             promotion::evict(slot, StaleReason::MissedBytes, &mut self.ctx);
+        }
+        self.settle();
+    }
+
+    /// A server's kernel gave a sign of life. Only the OVM's count; of everybody else's nothing follows.
+    pub fn handle_sign(&mut self, now: Instant, server: ServerId, sign: Sign) {
+        self.begin(now);
+        if self.ovm() == Some(server) {
+            self.handshakes.note_ovm_heard(&mut self.ctx);
+            self.ctx.note_sign(sign);
         }
         self.settle();
     }

@@ -1,5 +1,7 @@
 //! Since when a conversation has something against the OVM.
 
+use core::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
@@ -14,6 +16,8 @@ pub(crate) struct Suspicion {
     pub(crate) unacked_at: u64,
     /// Times the OVM was sent the segment again.
     pub(crate) reminders: u32,
+    /// Times the OVM was asked whether it waits for something, in (d).
+    pub(crate) nudges: u32,
     /// (d) RVMs agree on an answer that the OVM does not begin.
     pub(crate) silent_since: Option<Instant>,
     /// Where that answer begins.
@@ -41,15 +45,22 @@ impl Suspicion {
     }
 
     pub(crate) fn deadline(&self, timing: &Timing, ctx: &Context) -> Option<Instant> {
-        let reminder = timing.unacked_limit / (REMINDERS + 1) * (self.reminders + 1).min(REMINDERS + 1);
-        let unacked =
-            self.unacked_since.map(|since| ctx.measured_from(since) + reminder.min(timing.unacked_limit));
+        let due = |since: Instant, limit: Duration, times: u32| {
+            let times = if times < REMINDERS { times + 1 } else { REMINDERS + 1 };
+            ctx.measured_from(since) + reminder(limit, times)
+        };
+        let unacked = self.unacked_since.map(|since| due(since, timing.unacked_limit, self.reminders));
         let silent = self.silent_since.into_iter().chain(self.shut_since);
-        let silent = silent.map(|since| ctx.measured_from(since) + timing.progress_limit);
+        let silent = silent.map(|since| due(since, timing.progress_limit, self.nudges));
         unacked
             .into_iter()
             .chain(silent)
             .min()
-            .map(|deadline| deadline.max(ctx.now + core::time::Duration::from_millis(1)))
+            .map(|deadline| deadline.max(ctx.now + Duration::from_millis(1)))
     }
+}
+
+/// When the OVM is reminded or asked for so manieth a time, from the beginning of a suspicion that ends with `limit`.
+pub(crate) fn reminder(limit: Duration, times: u32) -> Duration {
+    if times > REMINDERS { limit } else { limit / (REMINDERS + 1) * times }
 }

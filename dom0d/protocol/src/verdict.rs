@@ -2,6 +2,12 @@
 //!
 //! The intuition: an RVM is a witness. It got the same bytes by the same host, so if it acknowledged
 //! or answered and the OVM did not, the host, the client and the request are not to blame.
+//!
+//! A client is no witness. Its segments, its silence and its address can keep an OVM from answering that is well, so
+//! the daemon itself asks before it accuses: with the client's bytes and its acknowledgment in segments of its own,
+//! and for a sign of life that has nothing to do with any client.
+
+use core::time::Duration;
 
 use crate::Evidence;
 use crate::context::Context;
@@ -9,7 +15,13 @@ use crate::conversation::Conversation;
 use crate::leg::{Leg, Phase};
 use crate::mask::{self, Compared};
 use crate::queue::{MAX_SERVERS, Slot};
-use crate::suspicion::{REMINDERS, Suspicion};
+use crate::seq::seq_of;
+use crate::suspicion::{REMINDERS, Suspicion, reminder};
+use crate::wire::Segment;
+
+/// Longer than a service that is at it leaves between two pieces of one answer. One that goes on later may do so by
+/// its own clock, which is another on each server.
+const PAUSE: Duration = Duration::from_millis(10);
 
 impl Conversation {
     /// Looks for evidence; what is found goes into [`Context::suspicion`].
@@ -23,8 +35,8 @@ impl Conversation {
         let Some(mut ovm) = self.legs.take(slot, server) else { return };
         if ovm.gone.is_none() {
             self.judge_acknowledgment(&mut ovm, ctx);
-            self.judge_progress(slot, &ovm, ctx);
-            self.judge_window(&ovm, ctx);
+            self.judge_progress(slot, &mut ovm, ctx);
+            self.judge_window(slot, &mut ovm, ctx);
         }
         self.legs.put(slot, ovm);
     }
@@ -45,9 +57,11 @@ impl Conversation {
             self.suspicion.unacked_since = None;
             return;
         }
-        // A kernel that takes in what others send is not dead: one conversation, which a client may have
-        // brought to a standstill, deposes nobody.
-        let lives = self.suspicion.unacked_since.is_some_and(|since| ctx.last_taken > since);
+        // A kernel that takes in what others send, or gives another sign, is not dead: one conversation, which a client
+        // may have brought to a standstill, deposes nobody.
+        let sign = ctx.last_taken.max(ctx.last_sign);
+        let lives = self.suspicion.unacked_since.is_some_and(|since| sign > since);
+        ctx.counters.acquittals += u64::from(lives && self.suspicion.reminders > 0);
         if self.suspicion.unacked_since.is_none() || self.suspicion.unacked_at != acknowledged || lives {
             self.suspicion.unacked_since = Some(ctx.now);
             self.suspicion.unacked_at = acknowledged;
@@ -56,12 +70,19 @@ impl Conversation {
         let since = self.suspicion.unacked_since.unwrap_or(ctx.now);
         let waited = ctx.now.since(ctx.measured_from(since));
         let limit = ctx.config.timing.unacked_limit;
-        if waited >= limit {
+        if waited < reminder(limit, 1) {
+            self.suspicion.reminders = 0;
+        } else if waited >= limit && self.suspicion.reminders > 0 {
             ctx.suspicion.get_or_insert(Evidence::UnacknowledgedSegment);
         } else if self.suspicion.reminders < REMINDERS
-            && waited >= limit / (REMINDERS + 1) * (self.suspicion.reminders + 1)
+            && waited >= reminder(limit, self.suspicion.reminders + 1)
         {
+            if waited >= limit {
+                // Nobody is accused who was not asked.
+                self.suspicion.unacked_since = Some(ctx.now);
+            }
             self.suspicion.reminders += 1;
+            ctx.ask_ovm();
             if ovm.through {
                 ovm.sender.nxt = ovm.sender.nxt.max(acknowledged);
                 self.retransmit_first(ovm, ctx);
@@ -80,7 +101,49 @@ impl Conversation {
         given.min(ovm.edge)
     }
 
-    fn judge_progress(&mut self, slot: Slot, ovm: &Leg, ctx: &mut Context) {
+    /// The OVM may wait for what only the daemon believes that it has: it is sent the client's acknowledgment and
+    /// window again, and asked where it is, in segments that no client has spoilt.
+    fn nudge(&mut self, slot: Slot, ovm: &mut Leg, ctx: &mut Context) {
+        self.suspicion.nudges += 1;
+        ctx.ask_ovm();
+        if let Some(guest) = ctx.guest(slot, self.key.psc).filter(|_| ovm.is_open()) {
+            ctx.send_to_server(ovm.server, self.segment_to_leg(ovm, guest).emit());
+            // An old sequence number: each state of a socket answers it with an ACK (RFC 9293 §3.10.7.4).
+            let old = seq_of(self.client.iss, ovm.rcv_nxt).wrapping_sub(1);
+            ctx.send_to_server(ovm.server, Segment { seq: old, ..self.segment_to_leg(ovm, guest) }.emit());
+        }
+    }
+
+    /// Whether the OVM was asked again often enough, for a wait that ends with the limit of (d).
+    fn nudge_if_due(&mut self, slot: Slot, ovm: &mut Leg, waited: Duration, ctx: &mut Context) {
+        let limit = ctx.config.timing.progress_limit;
+        if waited < reminder(limit, 1) {
+            self.suspicion.nudges = 0;
+        } else if self.suspicion.nudges < REMINDERS && waited >= reminder(limit, self.suspicion.nudges + 1) {
+            self.nudge(slot, ovm, ctx);
+        }
+    }
+
+    /// An RVM goes on behind `from`. Where it was free to and asked nothing, and had paused, others may be about to say
+    /// the same by clocks of their own.
+    pub(crate) fn note_pause(&mut self, rvm: &Leg, from: u64, was_stopped: bool, ctx: &Context) {
+        let paused = ctx.now.since(ctx.measured_from(rvm.answered_at)) >= PAUSE;
+        if rvm.asked || was_stopped || !paused || from < self.down.end() {
+            return;
+        }
+        let (first, last) = self.paused;
+        self.paused = if last < self.down.end() { (from, from) } else { (first.min(from), last.max(from)) };
+    }
+
+    /// Whether the client waits for the OVM to go on from `position`: it asked and was not answered since, or RVMs went
+    /// on there in one go. (Who did not acknowledge what was asked yet may still do so late.) What else RVMs say at another time than the OVM, they say by their own clocks.
+    fn is_owed(&self, position: u64, ovm: &Leg) -> bool {
+        let (first, last) = self.paused;
+        let is_asked = ovm.asked || ovm.rcv_nxt < self.given_to(ovm);
+        position < self.down.end() || is_asked || (position > 1 && !(first..=last).contains(&position))
+    }
+
+    fn judge_progress(&mut self, slot: Slot, ovm: &mut Leg, ctx: &mut Context) {
         // Where the OVM is. In recuperation that can be behind what the client was sent.
         let position = if ovm.through { self.down.end() } else { ovm.answers.end() };
         // It has been given all that its next answer takes: else that is the daemon's to hand on.
@@ -98,15 +161,26 @@ impl Conversation {
             && self.client.edge > position
             && has_room
             && self.down_fin.is_none_or(|fin| position < fin);
+        let idle = idle && self.is_owed(position, ovm);
         let since = match self.suspicion.silent_since.filter(|_| self.suspicion.silent_at == position) {
             Some(since) => since.max(ovm.handed_at),
             None => ctx.now,
         };
         self.suspicion.silent_at = position;
+        let waited = ctx.now.since(ctx.measured_from(since));
+        let is_over = waited >= ctx.config.timing.progress_limit;
+        let has_witnesses = {
+            let (ahead, witnesses) = self.ahead(position, ovm, ctx);
+            idle && ahead.iter().flatten().count() * 2 > witnesses
+        };
+        let was_asked = self.suspicion.nudges > 0;
+        if has_witnesses {
+            self.nudge_if_due(slot, ovm, waited, ctx);
+        }
         let (ahead, witnesses) = self.ahead(position, ovm, ctx);
-        self.suspicion.silent_since = if !idle || ahead.iter().flatten().count() * 2 <= witnesses {
+        self.suspicion.silent_since = if !has_witnesses {
             None
-        } else if ctx.now.since(ctx.measured_from(since)) < ctx.config.timing.progress_limit {
+        } else if !is_over {
             Some(since)
         } else if ovm.rcv_nxt < self.given_to(ovm) {
             // It lacks some of the request, which is (c)'s to judge, or its delayed ACK is still to come.
@@ -114,6 +188,12 @@ impl Conversation {
         } else if witnesses == 1 && ctx.last_answer > since {
             // A single RVM could be the one that is wrong: then the OVM must be silent altogether.
             Some(ctx.last_answer)
+        } else if !was_asked {
+            Some(ctx.now)
+        } else if ctx.is_unreached(self.key.client.ip(), self.link, since) {
+            // What it says can't leave it.
+            ctx.counters.acquittals += 1;
+            Some(ctx.now)
         } else if self.is_agreed(&ahead, witnesses, position, ctx) {
             ctx.suspicion.get_or_insert(Evidence::NoProgress);
             Some(since)
@@ -124,7 +204,7 @@ impl Conversation {
 
     /// A service that hangs in the middle of an upload answers nothing, and its kernel acknowledges all
     /// that it has room for: what tells is that it takes nothing more where RVMs do.
-    fn judge_window(&mut self, ovm: &Leg, ctx: &mut Context) {
+    fn judge_window(&mut self, slot: Slot, ovm: &mut Leg, ctx: &mut Context) {
         let least = u64::from(ovm.mss);
         let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.shift);
         let (mut witnesses, mut open) = (0, 0);
@@ -144,10 +224,17 @@ impl Conversation {
             self.suspicion.shut_at = ovm.edge;
         }
         let since = self.suspicion.shut_since.unwrap_or(ctx.now);
-        if ctx.now.since(ctx.measured_from(since)) < ctx.config.timing.progress_limit {
+        let waited = ctx.now.since(ctx.measured_from(since));
+        let was_asked = self.suspicion.nudges > 0;
+        if self.suspicion.silent_since.is_none() {
+            self.nudge_if_due(slot, ovm, waited, ctx);
+        }
+        if waited < ctx.config.timing.progress_limit {
             return;
         }
-        if witnesses == 1 && ctx.last_answer > since {
+        if !was_asked {
+            self.suspicion.shut_since = Some(ctx.now);
+        } else if witnesses == 1 && ctx.last_answer > since {
             self.suspicion.shut_since = Some(ctx.last_answer);
         } else {
             ctx.suspicion.get_or_insert(Evidence::NoProgress);

@@ -12,7 +12,7 @@ use nix::poll::PollFlags;
 use understudy_api::config::{self, OnDaemonLoss};
 use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
 use understudy_bpf::{Copied, Settings, Source, Tap};
-use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
 use super::device::Device;
 use super::frame::{Mac, is_unicast};
@@ -238,6 +238,14 @@ impl Plane for BpfPlane {
             return Some(self.inbound(taken));
         }
         self.portable.receive(now)
+    }
+
+    fn ask(&mut self, server: ServerId) {
+        self.portable.ask(server);
+    }
+
+    fn take_sign(&mut self) -> Option<(ServerId, Sign)> {
+        self.portable.take_sign()
     }
 
     fn transmit(&mut self, packet: &Transmit) {

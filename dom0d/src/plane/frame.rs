@@ -349,6 +349,12 @@ pub(crate) fn solicitation(mac: Mac, source: Ipv6Addr, target: Ipv6Addr) -> Vec<
     frame
 }
 
+/// The link-local address that belongs to a MAC (RFC 4291 §2.5.6, appendix A).
+pub(crate) fn link_local(mac: Mac) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.map(u16::from);
+    Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
+}
+
 /// Does nothing if the message has no room for an option.
 fn write_link_option(message: &mut [u8], kind: u8, mac: Mac) {
     if let Some(option) = message.get_mut(ND_LENGTH..ND_LENGTH + ND_LINK_OPTION) {

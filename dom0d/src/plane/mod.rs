@@ -20,7 +20,7 @@ use std::path::Path;
 use nix::poll::PollFlags;
 use understudy_api::config;
 use understudy_bpf::{Packet, Programs};
-use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
 use bpf::BpfPlane;
 use device::Device;
@@ -120,6 +120,12 @@ pub(crate) trait Plane: Send {
     /// The next packet of this round, fairly from all that are ready. Gives a bounded number of packets
     /// after each [`Plane::set_ready`]. Answers neighbours' questions on the way.
     fn receive(&mut self, now: Instant) -> Option<Inbound<'_>>;
+
+    /// Asks a server for its own link-layer address; the answer is a sign that it lives.
+    fn ask(&mut self, server: ServerId);
+
+    /// The next sign of the OVM's life: of each kind the latest, as far as there is room for them.
+    fn take_sign(&mut self) -> Option<(ServerId, Sign)>;
 
     /// Sends a packet of the engine. Failures are counted: to a TCP they are losses.
     fn transmit(&mut self, packet: &Transmit);

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::poll::PollFlags;
 use understudy_api::config;
-use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Transmit};
+use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
 use super::device::{Device, Lost, SendError, mac_text};
 use super::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
@@ -36,6 +36,9 @@ const EARLY_ANNOUNCEMENTS: [Duration; 3] =
 /// How often the PSC is announced after that: before bridges forget its MAC (300 s by default).
 const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Signs of an OVM's life that wait to be taken: those of one round, each asked address once.
+const SIGNS: usize = 64;
+
 /// Least time between two defences of the PSC's addresses (RFC 5227 §2.4).
 const DEFEND_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -56,6 +59,8 @@ pub(crate) struct PcapPlane {
     /// The frame being built.
     sending: Vec<u8>,
     losses: Vec<Loss>,
+    /// Of the OVM's, not taken yet.
+    signs: VecDeque<Sign>,
     counters: Counters,
 }
 
@@ -98,6 +103,7 @@ impl Psc {
 struct Server {
     port: Port,
     mac: Mac,
+    addresses: Vec<IpAddr>,
 }
 
 /// An interface that has something to be taken.
@@ -139,6 +145,7 @@ struct Counters {
     malformed: u64,
     neighbour_answers: u64,
     neighbour_questions: u64,
+    signs_asked: u64,
     psc_conflicts: u64,
     capture_dropped: u64,
     capture_truncated: u64,
@@ -168,6 +175,7 @@ impl PcapPlane {
             received: Vec::with_capacity(65_536),
             sending: Vec::with_capacity(65_536),
             losses: Vec::new(),
+            signs: VecDeque::new(),
             counters: Counters::default(),
         }
     }
@@ -325,6 +333,9 @@ impl PcapPlane {
             return Meaning::Done;
         }
         let is_rvm = self.ovm != Some(server);
+        if !is_rvm {
+            self.note_sign(&frame.content);
+        }
         match frame.content {
             Content::Ip(range) => {
                 self.counters.server_frames += 1;
@@ -360,6 +371,29 @@ impl PcapPlane {
             _ => {}
         }
         Meaning::Done
+    }
+
+    /// What the OVM says to its neighbours, it says because it lives.
+    fn note_sign(&mut self, content: &Content) {
+        let target = match content {
+            // A probe or an announcement asks for nobody.
+            Content::Arp(arp) if arp.request && arp.sender != arp.target && !arp.sender.is_unspecified() => {
+                Some(arp.target.into())
+            }
+            Content::Solicitation(asks) if !asks.source.is_unspecified() => Some(asks.target.into()),
+            Content::Arp(_) | Content::Solicitation(_) | Content::Advertisement(_) => None,
+            _ => return,
+        };
+        let sign = match target {
+            Some(target) => {
+                let link = self.neighbours.get(target).map(|neighbour| LinkAddress(neighbour.mac));
+                Sign::Asked { target, link }
+            }
+            None => Sign::Answered,
+        };
+        if self.signs.len() < SIGNS && !self.signs.contains(&sign) {
+            self.signs.push_back(sign);
+        }
     }
 
     fn question(&mut self, now: Instant, question: Question) {
@@ -471,10 +505,10 @@ impl Plane for PcapPlane {
         self.anchor.as_ref().is_some_and(|anchor| anchor.device.is_some())
     }
 
-    fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, _addresses: &[IpAddr]) {
+    fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, addresses: &[IpAddr]) {
         self.note_lost();
         let port = Port::new(vif.device);
-        self.servers.insert(server, Server { port, mac });
+        self.servers.insert(server, Server { port, mac, addresses: addresses.to_vec() });
     }
 
     fn has_server(&self, server: ServerId) -> bool {
@@ -539,6 +573,34 @@ impl Plane for PcapPlane {
         Some(Inbound { from: origin, packet: Bytes::Captured(&self.received[range]), passage: Passage::Kept })
     }
 
+    fn ask(&mut self, server: ServerId) {
+        let Some(known) = self.servers.get_mut(&server) else { return };
+        let v4 = known.addresses.iter().find_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        });
+        // A probe teaches nobody anything, and the answer to it goes to the PSC's MAC, which is ours. One for an IPv6
+        // address would be answered to all nodes: there it comes from the PSC's own link-local address.
+        let frame = match (v4, known.addresses.first()) {
+            (Some(v4), _) => frame::arp_request(self.psc.mac, Ipv4Addr::UNSPECIFIED, v4),
+            (None, Some(IpAddr::V6(v6))) => {
+                frame::solicitation(self.psc.mac, frame::link_local(self.psc.mac), *v6)
+            }
+            _ => return,
+        };
+        let sent = known.port.device.as_mut().map(|device| device.send(&frame, None));
+        self.counters.signs_asked += 1;
+        match sent {
+            Some(sent) => self.count_send(sent),
+            None => self.counters.no_interface += 1,
+        }
+    }
+
+    fn take_sign(&mut self) -> Option<(ServerId, Sign)> {
+        let ovm = self.ovm?;
+        self.signs.pop_front().map(|sign| (ovm, sign))
+    }
+
     fn transmit(&mut self, transmit: &Transmit) {
         let sent = match transmit.to {
             Destination::Client(link) => {
@@ -576,6 +638,9 @@ impl Plane for PcapPlane {
     }
 
     fn set_ovm(&mut self, ovm: Option<ServerId>) {
+        if self.ovm != ovm {
+            self.signs.clear();
+        }
         self.ovm = ovm;
     }
 
@@ -614,6 +679,7 @@ impl Plane for PcapPlane {
             malformed,
             neighbour_answers,
             neighbour_questions,
+            signs_asked,
             psc_conflicts,
             capture_dropped,
             capture_truncated,
@@ -633,6 +699,7 @@ impl Plane for PcapPlane {
             ("malformed", malformed),
             ("neighbour_answers", neighbour_answers),
             ("neighbour_questions", neighbour_questions),
+            ("signs_asked", signs_asked),
             ("psc_conflicts", psc_conflicts),
             ("capture_dropped", capture_dropped),
             ("capture_truncated", capture_truncated),

@@ -82,7 +82,7 @@ pub(crate) struct Service {
     bridge: Option<String>,
     in_step: Option<InStep>,
     /// What the engine found against the OVM, to be acted upon once the plane is stopped.
-    suspicion: Option<Evidence>,
+    suspicion: Option<(ServerId, Evidence)>,
     /// A segment of a client came, in this process.
     clients_seen: bool,
     names: BTreeMap<ServerId, DomainRef>,
@@ -422,6 +422,11 @@ impl Service {
             }
             self.drain(now, around);
         }
+        while let Some((server, sign)) = self.plane.take_sign() {
+            any = true;
+            self.engine.handle_sign(now, server, sign);
+            self.drain(now, around);
+        }
         self.hand_over();
         self.follow_suspicion(now, around);
         any
@@ -446,8 +451,8 @@ impl Service {
 
     /// The engine found evidence while the plane was passing by itself.
     fn follow_suspicion(&mut self, now: Instant, around: &mut Surroundings<'_>) {
-        if let Some(evidence) = self.suspicion.take() {
-            self.cut_over(now, around, |engine| engine.handle_confirmed(now, evidence));
+        if let Some((accused, evidence)) = self.suspicion.take() {
+            self.cut_over(now, around, |engine| engine.handle_confirmed(now, accused, evidence));
             self.suspicion = None;
         }
     }
@@ -486,7 +491,8 @@ impl Service {
                     }
                 }
                 Effect::Fence(id) => self.fence(id, around),
-                Effect::StopPlane(evidence) => self.suspicion = Some(evidence),
+                Effect::Ask(server) => self.plane.ask(server),
+                Effect::StopPlane { accused, evidence } => self.suspicion = Some((accused, evidence)),
                 Effect::Extend { place, bounds } => self.plane.extend(place, bounds),
                 Effect::TakeBack { client, psc } => self.plane.take_back(client, psc),
                 Effect::Event(event) => {

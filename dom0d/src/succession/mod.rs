@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use understudy_api::config;
 use understudy_protocol::{
     Effect, Evidence, Handover, Instant, LinkAddress, OperatorError, Passage, Repetition, Seeding, ServerId,
-    ServerSpec, Service, ServiceConfig, Transmit,
+    ServerSpec, Service, ServiceConfig, Sign, Transmit,
 };
 
 pub(crate) use journal::{Lost, remove};
@@ -61,10 +61,16 @@ enum Input {
         server: ServerId,
         running: bool,
     },
+    Sign {
+        now: Instant,
+        server: ServerId,
+        sign: Sign,
+    },
     PlaneStopped,
     Untold,
     Confirmed {
         now: Instant,
+        accused: ServerId,
         evidence: Evidence,
     },
     InstallOvm {
@@ -258,9 +264,10 @@ impl Engine {
             }
             Input::Evidence { now, server, evidence } => service.handle_evidence(now, server, evidence),
             Input::Running { now, server, running } => service.handle_running(now, server, running),
+            Input::Sign { now, server, sign } => service.handle_sign(now, server, sign),
             Input::PlaneStopped => service.handle_plane_stopped(),
             Input::Untold => service.handle_untold(),
-            Input::Confirmed { now, evidence } => service.handle_confirmed(now, evidence),
+            Input::Confirmed { now, accused, evidence } => service.handle_confirmed(now, accused, evidence),
             // What was refused then is refused now.
             Input::InstallOvm { now, spec } => drop(service.install_ovm(now, spec)),
             Input::Attach { now, spec, seeding } => drop(service.attach(now, spec, seeding)),
@@ -331,6 +338,12 @@ impl Engine {
         self.service.handle_running(now, server, running);
     }
 
+    /// See [`Service::handle_sign`].
+    pub(crate) fn handle_sign(&mut self, now: Instant, server: ServerId, sign: Sign) {
+        self.note(&Input::Sign { now, server, sign }, &[]);
+        self.service.handle_sign(now, server, sign);
+    }
+
     /// See [`Service::set_plane_passes`]; before anything else.
     pub(crate) fn set_plane_passes(&mut self) {
         self.service.set_plane_passes();
@@ -349,9 +362,9 @@ impl Engine {
     }
 
     /// See [`Service::handle_confirmed`].
-    pub(crate) fn handle_confirmed(&mut self, now: Instant, evidence: Evidence) {
-        self.note(&Input::Confirmed { now, evidence }, &[]);
-        self.service.handle_confirmed(now, evidence);
+    pub(crate) fn handle_confirmed(&mut self, now: Instant, accused: ServerId, evidence: Evidence) {
+        self.note(&Input::Confirmed { now, accused, evidence }, &[]);
+        self.service.handle_confirmed(now, accused, evidence);
     }
 
     /// See [`Service::install_ovm`].

@@ -115,7 +115,8 @@ impl Guest {
         self.health == Health::Frozen
     }
 
-    fn stack_runs(&self) -> bool {
+    /// What arrives is dealt with.
+    pub(crate) fn stack_runs(&self) -> bool {
         matches!(self.health, Health::Running | Health::Hung | Health::Killed)
     }
 

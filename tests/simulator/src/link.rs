@@ -72,6 +72,9 @@ impl Link {
     /// Flips one bit that a checksum covers: anywhere behind the network header.
     fn corrupt(&mut self, mut packet: Vec<u8>) -> Vec<u8> {
         // A device that fills checksums in does so before anything can happen to the packet.
+        if packet.is_empty() {
+            return packet;
+        }
         complete_checksum(&mut packet);
         let header = if packet.first().is_some_and(|b| b >> 4 == 6) { 40 } else { 20 };
         let mut corrupted = packet.clone();

@@ -151,6 +151,11 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     {
         return Some("the OVM spun, and an acknowledgement of it was lost");
     }
+    let is_promotable = |server: &ServerStatus| server.not_promotable.is_none();
+    if world.lost_behind_lossy && !world.service.status().servers.iter().any(is_promotable) {
+        // Clients do not wait for one that hardly moves (rule 2.4); then there is no witness of a hang.
+        return Some("its last replica was evicted, behind a link that loses packets");
+    }
     // The client can't say so much that RVMs could answer it; or windows that never have room for a segment
     // tell nothing when they are shut.
     let tiny = world.guests[ovm].receive_buffer() < usize::from(world.guests[ovm].mtu());

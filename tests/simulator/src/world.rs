@@ -38,6 +38,10 @@ const PATIENCE_US: u64 = 400_000_000;
 /// Virtual time that servers are given to settle before their states are compared.
 const SETTLE_US: u64 = 15_000_000;
 
+/// Who has this guest's address? And the answer: ARP and neighbour discovery are no IP packets here.
+const LINK_QUESTION: Vec<u8> = Vec::new();
+const LINK_ANSWER: Vec<u8> = Vec::new();
+
 /// Why a run failed.
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
@@ -134,6 +138,8 @@ pub(crate) struct World {
     pub(crate) killed: BTreeSet<ServerId>,
     /// Servers whose service died while they served.
     pub(crate) died: BTreeSet<ServerId>,
+    /// A replica was evicted that a link kept back.
+    pub(crate) lost_behind_lossy: bool,
     /// How far each server was behind when the run was last about to end.
     standing: Vec<u64>,
     /// Faults, actions and promotions so far.
@@ -270,6 +276,7 @@ impl World {
             died: BTreeSet::new(),
             disputable: BTreeSet::new(),
             killed: BTreeSet::new(),
+            lost_behind_lossy: false,
             standing: Vec::new(),
             story: String::new(),
             bare,
@@ -442,7 +449,8 @@ impl World {
     }
 
     fn handle(&mut self, event: Event) {
-        let for_dom0 = match event {
+        let for_dom0 = match &event {
+            Event::FromServer(_, packet) if *packet == LINK_ANSWER => true,
             // The kernel is not starved with the daemon.
             Event::FromClient(..) | Event::FromServer(..) => self.plane.is_none(),
             Event::EngineTimer | Event::DaemonPoll | Event::Look => true,
@@ -454,10 +462,16 @@ impl World {
         }
         match event {
             Event::FromClient(client, packet) => self.client_says(client, &packet),
+            Event::FromServer(guest, packet) if packet == LINK_ANSWER => self.sign_of(guest),
             Event::FromServer(guest, packet) => self.server_says(guest, &packet),
             Event::ToClient(client, packet) => {
                 self.clients[client].receive(packet);
                 self.poll_client(client);
+            }
+            Event::ToServer(guest, packet) if packet == LINK_QUESTION => {
+                if self.guests[guest].stack_runs() {
+                    self.guest_sends(guest, LINK_ANSWER);
+                }
             }
             Event::ToServer(guest, packet) => {
                 self.guests[guest].receive(packet);

@@ -4,15 +4,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use simulator::{Coverage, Path, run, run_unbroken};
 
-fn must_pass(seeds: impl Iterator<Item = u64>) -> Coverage {
+fn must_pass(seeds: impl Iterator<Item = u64>, path: Path) -> Coverage {
+    let kernel = if path == Path::Kernel { " --kernel" } else { "" };
     let mut failures = Vec::new();
     let mut coverage = Coverage::default();
     for seed in seeds {
-        let report = run(seed, false, Path::Daemon);
+        let report = run(seed, false, path);
         coverage.merge(&report.coverage);
         if let Some(failure) = report.failure {
             failures.push(format!(
-                "seed {seed}: {failure}\n  replay: cargo run --release -p simulator -- --seed {seed} --verbose"
+                "seed {seed}: {failure}\n  replay: cargo run --release -p simulator -- --seed {seed}{kernel} --verbose"
             ));
         }
     }
@@ -22,12 +23,20 @@ fn must_pass(seeds: impl Iterator<Item = u64>) -> Coverage {
 
 #[test]
 fn seeds_that_failed_once_pass() {
-    let corpus = include_str!("../seeds.txt").lines();
-    let seeds = corpus.filter(|line| !line.starts_with('#')).filter_map(|line| {
-        let seed = line.split_whitespace().next()?;
-        Some(seed.parse().unwrap_or_else(|_| panic!("seeds.txt: not a seed: {line}")))
-    });
-    must_pass(seeds);
+    must_pass(seeds(include_str!("../seeds.txt")), Path::Daemon);
+}
+
+#[test]
+fn seeds_that_failed_once_with_a_plane_that_passes_pass() {
+    must_pass(seeds(include_str!("../seeds-kernel.txt")), Path::Kernel);
+}
+
+fn seeds(corpus: &str) -> impl Iterator<Item = u64> {
+    corpus.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
+        let seed = line.split_whitespace().next()?.parse().ok();
+        assert!(seed.is_some(), "not a seed: {line}");
+        seed
+    })
 }
 
 #[test]
@@ -36,7 +45,7 @@ fn fresh_seeds_pass() {
     let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let first = time.as_micros() as u64;
     println!("seeds {first}..{}", first + count);
-    must_pass(first..first + count);
+    must_pass(first..first + count, Path::Daemon);
 }
 
 #[test]
@@ -72,6 +81,6 @@ fn without_the_engine_nothing_fails() {
 
 #[test]
 fn enough_is_exercised() {
-    let coverage = must_pass(0..400);
+    let coverage = must_pass(0..400, Path::Daemon);
     assert_eq!(coverage.missing(false), Vec::<&str>::new(), "\n{coverage}");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use understudy_protocol::{
     Destination, Effect, Evidence, Instant, LagPolicy, LinkAddress, Mask, Seeding, ServerId, ServerSpec,
-    Service, ServiceConfig,
+    Service, ServiceConfig, Sign,
 };
 
 use crate::START;
@@ -615,6 +615,11 @@ impl World {
                 }
             }
             (12, _) => self.restore(),
+            (13, Some(id)) => {
+                let link = (what & 32 != 0).then_some(LINK);
+                let asked = Sign::Asked { target: self.clients[server].address.ip(), link };
+                self.service.handle_sign(now, id, if what & 16 == 0 { Sign::Answered } else { asked });
+            }
             _ => {}
         }
         self.drain();

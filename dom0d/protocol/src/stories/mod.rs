@@ -11,6 +11,7 @@ mod promotion;
 mod recovery;
 mod replication;
 mod saved;
+mod witness;
 
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -50,6 +51,8 @@ struct Story {
     servers: Vec<VecDeque<Heard>>,
     events: Vec<EventKind>,
     effects: Vec<Effect>,
+    /// How often each server was asked for a sign of life.
+    asked: [u32; 4],
     timestamps: bool,
 }
 
@@ -111,6 +114,7 @@ impl Story {
             servers,
             events: Vec::new(),
             effects: Vec::new(),
+            asked: [0; 4],
             timestamps: false,
         };
         story.drain();
@@ -123,6 +127,7 @@ impl Story {
         while let Some(effect) = self.service.poll_effect() {
             match effect {
                 Effect::Event(Event { kind, .. }) => self.events.push(kind),
+                Effect::Ask(ServerId(server)) => self.asked[server as usize] += 1,
                 effect => self.effects.push(effect),
             }
         }

@@ -118,7 +118,7 @@ fn an_ovm_that_was_stopped_for_one_replica_is_not_blamed_by_the_others() {
     }
     story.wait(Duration::from_millis(400));
     assert!(
-        !story.effects.iter().any(|effect| matches!(effect, Effect::StopPlane(_))),
+        !story.effects.iter().any(|effect| matches!(effect, Effect::StopPlane { .. })),
         "{:?}",
         story.effects
     );

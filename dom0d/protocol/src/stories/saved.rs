@@ -26,7 +26,7 @@ fn what_waits_to_be_polled_is_saved_too() {
     let mut expected = vec![
         Effect::Cutover { epoch: u64::MAX, from: None, to: server },
         Effect::Fence(server),
-        Effect::StopPlane(Evidence::NoProgress),
+        Effect::StopPlane { accused: ServerId(3), evidence: Evidence::NoProgress },
         Effect::TakeBack { client, psc },
         Effect::Extend { place: 3, bounds: Bounds { up: 1, down: u32::MAX } },
     ];

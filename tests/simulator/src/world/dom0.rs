@@ -1,9 +1,11 @@
 //! What happens at dom0 in a run: the engine is fed and drained as its documentation says, and the observer
 //! and the checkers see all of it.
 
-use understudy_protocol::{Destination, Effect, EventKind, Evidence, LinkAddress, ServerId, Service};
+use understudy_protocol::{
+    Destination, Effect, EventKind, Evidence, LinkAddress, ServerId, Service, Sign, StaleReason,
+};
 
-use super::{Event, Known, World, link_address, psc};
+use super::{Event, Known, LINK_QUESTION, World, link_address, psc};
 use crate::disguise::{complete_checksum, readdress};
 use crate::fault::When;
 use crate::guest::Health;
@@ -79,6 +81,15 @@ impl World {
         self.check_repetition(id, packet);
         self.service.handle_server(self.instant(), id, packet);
         self.after_packet();
+        self.follow_suspicion();
+    }
+
+    /// A server told its link address, as a living kernel does.
+    pub(super) fn sign_of(&mut self, guest: usize) {
+        let id = self.guests[guest].id;
+        self.trace.line(self.now, || format!("{id:?} > its address"));
+        self.service.handle_sign(self.instant(), id, Sign::Answered);
+        self.drain();
         self.follow_suspicion();
     }
 
@@ -281,9 +292,15 @@ impl World {
                 let at = self.now + self.knobs.fence_us;
                 self.push(at, Event::Fenced(id));
             }
-            Effect::StopPlane(evidence) => {
+            Effect::Ask(id) => {
+                self.coverage.hit("engine.asked for a sign");
+                if let Some(guest) = self.guest_of(id) {
+                    self.carry_to_server(guest, LINK_QUESTION);
+                }
+            }
+            Effect::StopPlane { accused, evidence } => {
                 if let Some(plane) = &mut self.plane {
-                    plane.suspect(evidence);
+                    plane.suspect(accused, evidence);
                 }
             }
             Effect::Extend { place, bounds } => {
@@ -329,7 +346,12 @@ impl World {
                 self.coverage.hit("event.seeded");
                 self.copy_state(*server);
             }
-            EventKind::Evicted { .. } => self.coverage.hit("event.evicted"),
+            EventKind::Evicted { server, reason } => {
+                self.coverage.hit("event.evicted");
+                let lossy = |guest: usize| !self.knobs.guest_links[guest].faithful();
+                self.lost_behind_lossy |=
+                    *reason == StaleReason::Lagged && self.guest_of(*server).is_some_and(lossy);
+            }
             EventKind::Stale { .. } => self.coverage.hit("event.stale"),
             EventKind::Diverged { .. } => self.coverage.hit("event.diverged"),
             EventKind::Recuperated { .. } => self.coverage.hit("event.recuperated"),

@@ -29,7 +29,7 @@ pub(super) struct Plane {
     ring: VecDeque<(From, Vec<u8>, Passage)>,
     /// When the daemon looks next.
     look: Option<u64>,
-    suspicion: Option<Evidence>,
+    suspicion: Option<(ServerId, Evidence)>,
 }
 
 impl Plane {
@@ -50,8 +50,8 @@ impl Plane {
         }
     }
 
-    pub(super) fn suspect(&mut self, evidence: Evidence) {
-        self.suspicion = Some(evidence);
+    pub(super) fn suspect(&mut self, accused: ServerId, evidence: Evidence) {
+        self.suspicion = Some((accused, evidence));
     }
 
     /// Passes a segment if it is what comes next.
@@ -170,9 +170,9 @@ impl World {
 
     /// Acts on the engine's own evidence, once the plane has stopped.
     pub(super) fn follow_suspicion(&mut self) {
-        if let Some(evidence) = self.plane.as_mut().and_then(|plane| plane.suspicion.take()) {
+        if let Some((accused, evidence)) = self.plane.as_mut().and_then(|plane| plane.suspicion.take()) {
             let now = self.instant();
-            self.cut_over(|service| service.handle_confirmed(now, evidence));
+            self.cut_over(|service| service.handle_confirmed(now, accused, evidence));
         }
     }
 

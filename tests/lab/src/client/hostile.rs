@@ -40,6 +40,14 @@ pub(crate) fn syn_flood(
     Ok(sent)
 }
 
+/// Sends one SYN; false if the interface had no room for it.
+pub(crate) fn lone_syn(wire: &Wire, psc_mac: Mac, from: SocketAddr, target: SocketAddr) -> Result<bool> {
+    let mut syn = Segment::new(from, target, SYN);
+    syn.sequence = 1_000_000;
+    syn.options = syn_options(12_345);
+    wire.send(&syn.frame(wire.mac, psc_mac))
+}
+
 /// MSS, SACK permitted, timestamps, window scale, as Linux sends them.
 fn syn_options(tsval: u32) -> Vec<u8> {
     let mut options = vec![2, 4, 0x05, 0xb4, 4, 2, 8, 10];

@@ -19,6 +19,7 @@ mod stall;
 mod succession;
 mod transfer;
 mod vlan;
+mod witness;
 
 pub(crate) use runner::{Options, play_one, run};
 
@@ -85,6 +86,7 @@ fn all() -> Vec<Scenario> {
     all.extend(hostile::scenarios());
     all.extend(refusals::scenarios());
     all.extend(vlan::scenarios());
+    all.extend(witness::scenarios());
     all.extend(daemon::scenarios());
     all
 }

@@ -18,8 +18,8 @@
 //!   is, and how it is translated). The first segment that is not goes to the daemon with all that follow,
 //!   until the daemon installs the entry again. Nobody tells anybody: the record says it, and records are in order.
 //! * **Order.** Both directions of clients and OVM share one ring; the order of reservations is the order in which
-//!   things happened. After [`Tap::activate`], whoever finds the ring empty ([`Tap::is_drained`]) has seen everything
-//!   that was forwarded under the older epoch.
+//!   things happened. After [`Tap::activate`], everything that was forwarded under the older epoch is before the ring's
+//!   end of that moment ([`Tap::end`], [`Tap::next_before`]), however much clients go on to say.
 //! * **Room.** Nobody is told to send beyond bounds that the daemon moves on as replicas follow ([`Tap::extend`]): a
 //!   daemon that does not run for a while stops bulk transfers by their windows, before the ring is full.
 //! * **Alone.** If the daemon is away for longer than its grace and the policy is to serve, segments that only it could
@@ -43,7 +43,7 @@ pub use load::{
     LoadError, PRIORITY, Programs, Settings, is_pinned, load, number, prepared_interfaces, take_off, unpin,
 };
 pub use pages::Pages;
-pub use tap::{Copied, Packet, Source, Tap};
+pub use tap::{Copied, Packet, RingEnd, Source, Tap};
 
 /// What programs, maps and daemon agree on, as text: maps that were made for another can't be used.
 pub const LAYOUT: &str =

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::links::Link as _;
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle, qdisc_add_clsact,
@@ -20,7 +20,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod, TestRun as _, TestRunOptions};
 
 use crate::layout::{Bounds, Control, Conversation, Key, NO_SLOT, PORTS, SERVE, SLOTS};
-use crate::shared::{SharedBounds, SharedControl};
+use crate::shared::{RingPositions, SharedBounds, SharedControl};
 use crate::tap::Tap;
 
 // SAFETY: `repr(C)` of integers without implicit padding (the build asserts sizes against C).
@@ -214,10 +214,12 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     for name in RVM_RINGS {
         rvm_rings.push(RingBuf::try_from(take(name)?)?);
     }
+    let ring: RingBuf<MapData> = RingBuf::try_from(take("ring")?)?;
+    let positions = RingPositions::map(&ring)?;
     let tap = Tap::new(
         control,
         bounds,
-        RingBuf::try_from(take("ring")?)?,
+        (ring, positions),
         rvm_rings,
         HashMap::try_from(take("conversations")?)?,
         PerCpuArray::try_from(take("counters")?)?,

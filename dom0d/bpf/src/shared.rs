@@ -4,10 +4,11 @@
 use std::num::NonZero;
 use std::os::fd::AsFd;
 use std::ptr::{NonNull, addr_of, addr_of_mut};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::unistd::{SysconfVar, sysconf};
 
 use crate::layout::{Bounds, Control, Server};
 
@@ -24,8 +25,11 @@ impl Mapping {
     /// Of so many values of this type, whose size is a multiple of 8 as the map's stride is.
     pub(crate) fn new<T>(map: impl AsFd, count: usize) -> nix::Result<Self> {
         const { assert!(size_of::<T>().is_multiple_of(8)) }
-        let length = NonZero::new(size_of::<T>() * count).unwrap_or(NonZero::<usize>::MIN);
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Self::with(map, size_of::<T>() * count, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+    }
+
+    fn with(map: impl AsFd, length: usize, protection: ProtFlags) -> nix::Result<Self> {
+        let length = NonZero::new(length).unwrap_or(NonZero::<usize>::MIN);
         // SAFETY: a new mapping, at an address of the kernel's choice, of a map whose values are at least that long.
         let address = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map, 0) }?;
         Ok(Self { address, length })
@@ -72,6 +76,39 @@ impl SharedBounds {
             up.store(bounds.up, Ordering::SeqCst);
             down.store(bounds.down, Ordering::SeqCst);
         }
+    }
+}
+
+/// How far a ring was read, and written: kernel/bpf/ringbuf.c has a page for each, which anybody may read.
+pub(crate) struct RingPositions {
+    mapping: Mapping,
+    page: usize,
+}
+
+impl RingPositions {
+    /// Those of a ring map.
+    pub(crate) fn map(ring: impl AsFd) -> nix::Result<Self> {
+        let page =
+            sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| usize::try_from(size).ok()).unwrap_or(4_096);
+        Ok(Self { mapping: Mapping::with(ring, 2 * page, ProtFlags::PROT_READ)?, page })
+    }
+
+    /// Everything before it was read, and its room given back.
+    pub(crate) fn consumed(&self) -> u64 {
+        self.at(0)
+    }
+
+    /// Everything that was reserved is before it.
+    pub(crate) fn reserved(&self) -> u64 {
+        self.at(self.page)
+    }
+
+    fn at(&self, offset: usize) -> u64 {
+        // A store before, as that of the active server, must be in force first.
+        fence(Ordering::SeqCst);
+        // SAFETY: the mapping is two pages long, a page begins with its position, and that changes atomically only.
+        let position = unsafe { AtomicU64::from_ptr(self.mapping.address.byte_add(offset).cast().as_ptr()) };
+        position.load(Ordering::Relaxed)
     }
 }
 

@@ -7,19 +7,19 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use aya::maps::ring_buf::RingBufItem;
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::layout::{
     Bounds, COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, SLOTS, Server,
     UNATTENDED,
 };
-use crate::shared::{SharedBounds, SharedControl};
+use crate::shared::{RingPositions, SharedBounds, SharedControl};
 
 /// See the module.
 pub struct Tap {
     control: SharedControl,
     bounds: SharedBounds,
     ring: Ring,
+    positions: RingPositions,
     rvm_rings: Vec<Ring>,
     conversations: HashMap<MapData, Key, Conversation>,
     counters: PerCpuArray<MapData, u64>,
@@ -40,6 +40,10 @@ pub enum Source {
     /// That of the server in this slot, with what it sent while it was not the OVM.
     Rvm(usize),
 }
+
+/// A place in the ring of clients and OVM: see [`Tap::end`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingEnd(u64);
 
 /// A packet, in the ring.
 #[derive(Debug)]
@@ -70,13 +74,13 @@ impl Tap {
     pub(crate) fn new(
         control: SharedControl,
         bounds: SharedBounds,
-        ring: RingBuf<MapData>,
+        (ring, positions): (RingBuf<MapData>, RingPositions),
         rvm_rings: Vec<RingBuf<MapData>>,
         conversations: HashMap<MapData, Key, Conversation>,
         counters: PerCpuArray<MapData, u64>,
     ) -> Self {
         let rvm_rings = rvm_rings.into_iter().map(Ring::new).collect();
-        Self { control, bounds, ring: Ring::new(ring), rvm_rings, conversations, counters }
+        Self { control, bounds, ring: Ring::new(ring), positions, rvm_rings, conversations, counters }
     }
 
     /// Begins a new epoch of the plane, in which the server in `slot` may speak, or nobody. In force at once;
@@ -157,10 +161,23 @@ impl Tap {
         }
     }
 
-    /// Nothing is in the ring of clients and OVM, nor being written there.
-    pub fn is_drained(&self) -> bool {
-        let mut polled = [PollFd::new(self.ring.map.as_fd(), PollFlags::POLLIN)];
-        poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready == 0)
+    /// Where the ring of clients and OVM ends at this moment. What was forwarded before an [`Tap::activate`] that came
+    /// before this is before it, written or yet being written.
+    pub fn end(&self) -> RingEnd {
+        RingEnd(self.positions.reserved())
+    }
+
+    /// What is said of the next packet before an end of the ring of clients and OVM, as [`Tap::next`] says it; `None` if
+    /// there is none any more, whatever came after. Waits for one that is being written at this moment.
+    pub fn next_before(&mut self, end: RingEnd) -> Option<Copied> {
+        self.ring.release();
+        while self.positions.consumed() < end.0 {
+            if let Some(copied) = self.ring.next() {
+                return Some(copied);
+            }
+            std::hint::spin_loop();
+        }
+        None
     }
 
     /// What to poll for a ring.
@@ -187,10 +204,15 @@ impl Ring {
         Self { map, held: false }
     }
 
-    fn next(&mut self) -> Option<Copied> {
+    /// Gives the place of the one read last away.
+    fn release(&mut self) {
         if std::mem::take(&mut self.held) {
             drop(self.map.next());
         }
+    }
+
+    fn next(&mut self) -> Option<Copied> {
+        self.release();
         let record = self.peek()?;
         let head = record.first_chunk::<{ size_of::<Record>() }>().unwrap_or(&[0; size_of::<Record>()]);
         let u32_at = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);

@@ -638,6 +638,32 @@ fn strangers_fill_half_of_the_ring_and_clients_go_on() {
 }
 
 #[test]
+fn what_comes_after_a_cutover_is_no_part_of_what_it_must_hear() {
+    let mut fixture = Fixture::new(FLOW);
+    let came = from_client();
+    let stranger = Segment { client_port: 40_001, flags: SYN, ..from_client() };
+    fixture.rehearse(true, &came.frame_before(), 1);
+    fixture.rehearse(true, &stranger.frame_before(), 2);
+    fixture.tap().activate(None);
+    let end = fixture.tap().end();
+    let mut heard = Vec::new();
+    fixture.rehearse(true, &stranger.frame_before(), 5);
+    while let Some(copied) = fixture.tap().next_before(end) {
+        heard.push(copied.forwarded);
+        // They go on as fast as they are heard.
+        fixture.rehearse(true, &stranger.frame_before(), 2);
+    }
+    assert_eq!(heard, [true, false, false]);
+    assert_eq!(fixture.tap().next_before(end), None);
+    let mut after = 0;
+    while let Some(copied) = fixture.tap().next(Source::Service) {
+        assert!(!copied.forwarded);
+        after += 1;
+    }
+    assert_eq!(after, 5 + 3 * 2);
+}
+
+#[test]
 fn without_room_for_its_record_nothing_is_forwarded() {
     let mut fixture = Fixture::new(FLOW);
     fixture.fill();

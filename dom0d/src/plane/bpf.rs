@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::poll::PollFlags;
 use understudy_api::config::{self, OnDaemonLoss};
 use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
-use understudy_bpf::{Copied, Settings, Source, Tap};
+use understudy_bpf::{Copied, RingEnd, Settings, Source, Tap};
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
 use super::device::Device;
@@ -42,6 +42,8 @@ pub(super) struct BpfPlane {
     slots: [Option<ServerId>; SLOTS],
     ovm: Option<ServerId>,
     stopped: bool,
+    /// Where the ring ended when it last stopped.
+    end: RingEnd,
     /// What may still be taken in this round: of the ring, and of each replica's.
     left: usize,
     rvms_left: [usize; SLOTS],
@@ -94,6 +96,7 @@ impl BpfPlane {
             slots: [None; SLOTS],
             ovm: None,
             stopped: false,
+            end: RingEnd::default(),
             left: 0,
             rvms_left: [0; SLOTS],
             idle: false,
@@ -272,6 +275,8 @@ impl Plane for BpfPlane {
             return false;
         }
         self.tap.activate(None);
+        // Once, or whoever goes on to fill the ring decides how long a cutover takes.
+        self.end = self.tap.end();
         self.stopped = true;
         true
     }
@@ -282,14 +287,10 @@ impl Plane for BpfPlane {
 
     fn rest(&mut self) -> Option<Inbound<'_>> {
         loop {
-            if let Some(taken) = self.take() {
+            let copied = self.tap.next_before(self.end)?;
+            if let Some(taken) = self.origin(Source::Service, &copied) {
                 return Some(self.inbound(taken));
             }
-            // A record that is being written at this moment belongs to the rest.
-            if self.tap.is_drained() {
-                return None;
-            }
-            std::hint::spin_loop();
         }
     }
 

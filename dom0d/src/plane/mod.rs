@@ -148,8 +148,8 @@ pub(crate) trait Plane: Send {
         false
     }
 
-    /// The next packet of those that were passed before [`Plane::stop`], or wait in their order; `None` when there is
-    /// none left, for good.
+    /// The next packet of those that came before [`Plane::stop`], passed or not; `None` when there is none left, whatever
+    /// clients have said since: that is received as ever.
     fn rest(&mut self) -> Option<Inbound<'_>> {
         None
     }

@@ -28,9 +28,6 @@ pub(crate) struct Options {
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
-    /// Play those that failed once more, one at a time: for a machine that is busy with other things
-    #[arg(long, requires = "keep_going")]
-    second_try: bool,
 }
 
 /// Plays what `options` select; the last line says how many passed and failed.
@@ -61,24 +58,18 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
     }
     let total = queue.len();
-    let (mut tally, failed) = play_all(queue, options.jobs, options, &directory, &interrupts);
-    if options.second_try && !tally.interrupted && !failed.is_empty() {
-        println!("{} failed; once more:", failed.len());
-        let (again, _) = play_all(failed, 1, options, &directory, &interrupts);
-        tally = Tally { passed: tally.passed + again.passed, ..again };
-    }
-    Ok(tally.conclude(total))
+    Ok(play_all(queue, options, &directory, &interrupts).conclude(total))
 }
 
-/// Plays what is in `queue`; gives also what failed.
+/// Plays what is in `queue`.
 fn play_all(
     queue: VecDeque<(String, Duration)>,
-    jobs: usize,
     options: &Options,
     directory: &Path,
     interrupts: &Interrupts,
-) -> (Tally, VecDeque<(String, Duration)>) {
-    let (queue, tally) = (Mutex::new(queue), Mutex::new((Tally::default(), VecDeque::new())));
+) -> Tally {
+    let (queue, tally) = (Mutex::new(queue), Mutex::new(Tally::default()));
+    let jobs = options.jobs;
     std::thread::scope(|scope| {
         for job in 0..jobs.max(1) {
             let (queue, tally) = (&queue, &tally);
@@ -88,13 +79,7 @@ fn play_all(
                     let Some((name, limit)) = next else { break };
                     let verdict =
                         lab_name(jobs, job).and_then(|lab| play(&name, limit, &lab, directory, interrupts));
-                    let mut tally = lock(tally);
-                    let before = tally.0.failed;
-                    let go_on = tally.0.count(&name, verdict, options.keep_going);
-                    if tally.0.failed > before {
-                        tally.1.push_back((name, limit));
-                    }
-                    if !go_on {
+                    if !lock(tally).count(&name, verdict, options.keep_going) {
                         lock(queue).clear();
                     }
                 }

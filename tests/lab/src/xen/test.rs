@@ -38,9 +38,6 @@ pub(crate) struct Options {
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
-    /// Play those that failed once more: for a machine that is busy with other things
-    #[arg(long, requires = "keep_going")]
-    second_try: bool,
 }
 
 /// Plays what `options` select, on the host that is up, else on one that it boots and takes down; the
@@ -67,28 +64,36 @@ pub(super) fn run(name: &str, options: &Options) -> Result<ExitCode> {
     let mut machine = find_or_boot(name, &patience, &progress)?;
     let again = || boot(name, &patience, &progress);
     let directory = log_directory(&format!("{name}.xen"))?;
-    let (mut tally, failed) = play_all(&wanted, options, (&mut machine, &again), &patience, &directory);
-    if options.second_try && !tally.interrupted && !failed.is_empty() {
-        println!("{} failed; once more:", failed.len());
-        let (again, _) = play_all(failed, options, (&mut machine, &again), &patience, &directory);
-        tally = Tally { passed: tally.passed + again.passed, ..again };
-    }
+    let (tally, lost) = play_all(&wanted, options, (&mut machine, &again), &patience, &directory);
     progress("played");
+    println!(
+        "{} hosts and {} guests were lost by the emulator, and their stories played again",
+        lost.hosts, lost.guests
+    );
     Ok(tally.conclude(wanted.len()))
 }
 
-/// Plays some; gives also those that failed. What the emulator is to blame for is said and played again.
-fn play_all<'a>(
-    stories: impl IntoIterator<Item = &'a Scenario>,
+/// What the emulator did to stories that it made fail: QEMU is known for these two, and for nothing else is a story played
+/// again.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lost {
+    /// Dom0 answered no more.
+    hosts: u32,
+    /// A guest ended in a triple fault.
+    guests: u32,
+}
+
+/// Plays some. What the emulator is to blame for is said, counted and played again.
+fn play_all(
+    stories: &[Scenario],
     options: &Options,
     (machine, boot): (&mut Machine, &dyn Fn() -> Result<Machine>),
     patience: &Patience,
     directory: &Path,
-) -> (Tally, Vec<&'a Scenario>) {
-    let (mut tally, mut failures) = (Tally::default(), Vec::new());
+) -> (Tally, Lost) {
+    let (mut tally, mut blame) = (Tally::default(), Lost::default());
     let mut lost_before = lost_guest(machine, patience);
     for story in stories {
-        let failed = tally.failed;
         let mut played = play(story, machine, patience, directory);
         for _ in 1..PLAYS {
             if !played.as_ref().is_ok_and(Played::has_failed) {
@@ -96,6 +101,7 @@ fn play_all<'a>(
             }
             if machine.is_ours_to_end() && !answers(machine, patience) {
                 println!("{}: dom0 answers no more; QEMU boots anew, and once more", story.name);
+                blame.hosts += 1;
                 let lost = directory.join("lost-machine");
                 if let Err(error) = logs::keep(&machine.log(), &lost) {
                     eprintln!("its logs could not be kept in {}: {error}", lost.display());
@@ -114,19 +120,16 @@ fn play_all<'a>(
                     break;
                 }
                 println!("{}: QEMU lost a guest in a triple fault; once more", story.name);
+                blame.guests += 1;
                 lost_before = lost;
             }
             played = play(story, machine, patience, directory);
         }
-        let goes_on = tally.count(&story.name, played, options.keep_going);
-        if tally.failed > failed {
-            failures.push(story);
-        }
-        if !goes_on {
+        if !tally.count(&story.name, played, options.keep_going) {
             break;
         }
     }
-    (tally, failures)
+    (tally, blame)
 }
 
 fn play(story: &Scenario, machine: &Machine, patience: &Patience, directory: &Path) -> Result<Played> {

@@ -97,6 +97,11 @@ fn known(event: &Event) -> Option<String> {
         "shutdown_requested" => {
             format!("the toolstack asks {} to shut down ({})", server()?, text("request")?)
         }
+        "own_connection" => format!(
+            "{} opened a connection of its own to {}, which is dropped while it is a replica",
+            server()?,
+            text("to")?
+        ),
         "problem" => format!("problem: {}", text("message")?),
         "solved" => format!("solved: {}", text("message")?),
         EVENTS_LOST => format!("{} events were dropped before they were read", number("count")?),

@@ -1,6 +1,7 @@
 //! What happened, when, and to which domain: the stream behind `understudy events`.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -104,6 +105,13 @@ pub(crate) enum DaemonEvent {
         server: ServerId,
         /// The request as written by the toolstack: `poweroff`, `reboot`, ...
         request: String,
+    },
+    /// A replica tried to open a TCP connection of its own, which was dropped; told once for each destination.
+    OwnConnection {
+        /// Which.
+        server: ServerId,
+        /// Where to.
+        to: SocketAddr,
     },
     /// This dom0d goes on where one was that did not end in order.
     TakenOver {

@@ -104,6 +104,7 @@ fn servers_of(happening: &Happening) -> Vec<ServerId> {
             | DaemonEvent::DomainMoved { server, .. }
             | DaemonEvent::MaintenanceBegan { server, .. }
             | DaemonEvent::MaintenanceEnded { server }
+            | DaemonEvent::OwnConnection { server, .. }
             | DaemonEvent::ShutdownRequested { server, .. } => vec![*server],
             DaemonEvent::PscReady { .. }
             | DaemonEvent::TakenOver { .. }

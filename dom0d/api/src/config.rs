@@ -73,6 +73,8 @@ pub struct Service {
     pub on_shutdown_request: OnShutdownRequest,
     /// Traffic that an RVM may send by itself.
     pub allow: Vec<Allowed>,
+    /// What it means that an RVM opens a TCP connection of its own that `allow` does not name.
+    pub own_connections: OwnConnections,
     /// Guest addresses, where the toolstack's `ip=` does not give them; the first match counts.
     pub addresses: Vec<(Selector, Vec<IpAddr>)>,
 }
@@ -214,6 +216,18 @@ pub enum OnShutdownRequest {
     None,
     /// A switchover to the best promotable RVM, if there is one.
     Switchover,
+}
+
+/// What it means that an RVM opens a TCP connection of its own, which is dropped: a service that asks another one (a proxy,
+/// a pool of connections to a database) can't answer there what the OVM answers, and repeats itself once promoted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OwnConnections {
+    /// The RVM is not promoted unasked.
+    #[default]
+    Refuse,
+    /// Nothing: the operator states that what the domain opens has nothing to do with the service.
+    Tolerate,
 }
 
 /// Traffic that an RVM may send by itself, in the file `"dhcp"`, `"udp/PORT"` or `"tcp/PORT"` (of the destination).

@@ -25,6 +25,10 @@ pub fn not_promotable(reason: NotPromotable) -> String {
         NotPromotable::NotRunning => {
             "its domain does not run; `understudy resume`, or start it".to_owned()
         }
+        NotPromotable::OwnConnections => {
+            "it opened connections of its own, which are dropped (understudy status says to where), so it may hold or do something else than the OVM; let them pass (allow = [\"tcp/PORT\"]), or state that they do no harm (own_connections = \"tolerate\"), then detach it, bring its state in line and attach it"
+                .to_owned()
+        }
     }
 }
 

@@ -316,6 +316,8 @@ pub enum NotPromotable {
     PromotionLimit,
     /// Its domain is not running.
     NotRunning,
+    /// It opened connections of its own, which went nowhere: it may have answered, or done, something else for that.
+    OwnConnections,
 }
 
 /// A server as the caller introduces it.

@@ -34,6 +34,8 @@ pub(crate) struct Server {
     pub(crate) mtu: u16,
     pub(crate) stale: Option<StaleReason>,
     pub(crate) running: bool,
+    /// It opened connections of its own.
+    pub(crate) own_connections: bool,
     /// It kept clients' bytes waiting for the service-wide order beyond the limit, and has not caught up since.
     pub(crate) lagging: bool,
     /// Since when it is no OVM any more, for a fault, and has not caught up.
@@ -112,6 +114,7 @@ impl Queue {
             server.stale = None;
             server.lagging = false;
             server.recovering = None;
+            server.own_connections = false;
         }
     }
 
@@ -125,6 +128,7 @@ impl Queue {
             mtu: spec.mtu.max(576),
             stale,
             running: true,
+            own_connections: false,
             lagging: false,
             recovering: None,
             goal: None,
@@ -169,6 +173,8 @@ impl Queue {
             Some(NotPromotable::NotRunning)
         } else if server.recovering.is_some() {
             Some(NotPromotable::Recovering)
+        } else if server.own_connections {
+            Some(NotPromotable::OwnConnections)
         } else {
             server.lagging.then_some(NotPromotable::Lagging)
         }

@@ -217,6 +217,18 @@ impl Service {
         }
     }
 
+    /// An RVM tried to open a connection of its own, which nobody answers, and the operator has not stated that this
+    /// does no harm: it is not promoted unasked any more.
+    pub fn handle_own_connection(&mut self, now: Instant, server: ServerId) {
+        self.begin(now);
+        let ovm = self.ctx.queue.ovm();
+        if let Some(slot) = self.ctx.queue.slot_of(server).filter(|slot| Some(*slot) != ovm)
+            && let Some(server) = self.ctx.queue.get_mut(slot)
+        {
+            server.own_connections = true;
+        }
+    }
+
     /// The time that [`Service::poll_timeout`] named has come (calling early or late is fine).
     pub fn handle_timeout(&mut self, now: Instant) {
         self.begin(now);

@@ -355,6 +355,10 @@ impl Plane for BpfPlane {
         self.portable.take_losses()
     }
 
+    fn take_own_connections(&mut self) -> Vec<(ServerId, SocketAddr)> {
+        self.portable.take_own_connections()
+    }
+
     fn counters(&mut self) -> BTreeMap<&'static str, u64> {
         let mut counters = self.portable.counters();
         counters.extend(self.tap.counters());

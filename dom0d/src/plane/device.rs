@@ -146,6 +146,9 @@ fn in_any_vlan(filter: &str) -> String {
     format!("({filter}) or (vlan and ({filter}))")
 }
 
+/// A SYN, and no answer to one: a connection of the server's own. (`tcp` looks into IPv4 only.)
+const OPENS: &str = "tcp[13] & 0x12 = 2 or (ip6[6] = 6 and ip6[53] & 0x12 = 2)";
+
 /// What a server's vif must give: the service's segments, and neighbours' questions.
 pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
     let hosts: Vec<String> = addresses.iter().map(|address| format!("src host {address}")).collect();
@@ -153,7 +156,7 @@ pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
     // Beside plain segments: IPv4 fragments behind the first, and IPv6 with extension headers
     // (hop-by-hop, routing, fragment, destination), of which `tcp` sees nothing.
     in_any_vlan(&format!(
-        "arp or icmp6 or (({}) and ({} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60))",
+        "arp or icmp6 or (({}) and ({} or {OPENS} or ip[6:2] & 0x1fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60))",
         hosts.join(" or "),
         ports.join(" or ")
     ))
@@ -163,7 +166,7 @@ pub(crate) fn server_filter(addresses: &[IpAddr], ports: &[u16]) -> String {
 pub(crate) fn odd_server_filter(addresses: &[IpAddr]) -> String {
     let hosts: Vec<String> = addresses.iter().map(|address| format!("src host {address}")).collect();
     in_any_vlan(&format!(
-        "arp or icmp6 or (({}) and (ip[6:2] & 0x3fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60))",
+        "arp or icmp6 or (({}) and ({OPENS} or ip[6:2] & 0x3fff != 0 or ip6[6] = 0 or ip6[6] = 43 or ip6[6] = 44 or ip6[6] = 60))",
         hosts.join(" or ")
     ))
 }

@@ -197,6 +197,9 @@ pub(crate) trait Plane: Send {
     /// Interfaces lost since the last call.
     fn take_losses(&mut self) -> Vec<Loss>;
 
+    /// Connections that RVMs tried to open by themselves since the last call, and where to: the first ones, if many.
+    fn take_own_connections(&mut self) -> Vec<(ServerId, SocketAddr)>;
+
     /// Monotonic counters.
     fn counters(&mut self) -> BTreeMap<&'static str, u64>;
 }

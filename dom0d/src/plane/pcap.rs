@@ -6,7 +6,7 @@
 //! never through the bridge.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -39,6 +39,9 @@ const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(60);
 /// Signs of an OVM's life that wait to be taken: those of one round, each asked address once.
 const SIGNS: usize = 64;
 
+/// Attempts of RVMs to open connections that are kept to be told.
+const OWN_CONNECTIONS: usize = 64;
+
 /// Least time between two defences of the PSC's addresses (RFC 5227 §2.4).
 const DEFEND_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -61,6 +64,7 @@ pub(crate) struct PcapPlane {
     losses: Vec<Loss>,
     /// Of the OVM's, not taken yet.
     signs: VecDeque<Sign>,
+    own_connections: Vec<(ServerId, SocketAddr)>,
     counters: Counters,
 }
 
@@ -147,6 +151,7 @@ struct Counters {
     neighbour_questions: u64,
     signs_asked: u64,
     psc_conflicts: u64,
+    own_connection_attempts: u64,
     capture_dropped: u64,
     capture_truncated: u64,
 }
@@ -176,6 +181,7 @@ impl PcapPlane {
             sending: Vec::with_capacity(65_536),
             losses: Vec::new(),
             signs: VecDeque::new(),
+            own_connections: Vec::new(),
             counters: Counters::default(),
         }
     }
@@ -338,6 +344,16 @@ impl PcapPlane {
         }
         match frame.content {
             Content::Ip(range) => {
+                if let Some(to) = opens(&self.received[range.clone()]) {
+                    // The OVM's go on to the bridge.
+                    if is_rvm {
+                        self.counters.own_connection_attempts += 1;
+                        if self.own_connections.len() < OWN_CONNECTIONS {
+                            self.own_connections.push((server, to));
+                        }
+                    }
+                    return Meaning::Done;
+                }
                 self.counters.server_frames += 1;
                 return Meaning::Packet(Origin::Server(server), range);
             }
@@ -658,6 +674,10 @@ impl Plane for PcapPlane {
         if self.is_anchored() { self.announce_at } else { None }
     }
 
+    fn take_own_connections(&mut self) -> Vec<(ServerId, SocketAddr)> {
+        std::mem::take(&mut self.own_connections)
+    }
+
     fn take_losses(&mut self) -> Vec<Loss> {
         std::mem::take(&mut self.losses)
     }
@@ -681,6 +701,7 @@ impl Plane for PcapPlane {
             neighbour_questions,
             signs_asked,
             psc_conflicts,
+            own_connection_attempts,
             capture_dropped,
             capture_truncated,
         } = self.counters;
@@ -701,6 +722,7 @@ impl Plane for PcapPlane {
             ("neighbour_questions", neighbour_questions),
             ("signs_asked", signs_asked),
             ("psc_conflicts", psc_conflicts),
+            ("own_connection_attempts", own_connection_attempts),
             ("capture_dropped", capture_dropped),
             ("capture_truncated", capture_truncated),
         ])
@@ -715,10 +737,56 @@ pub(super) fn source_address(packet: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// Where to, if it is the first segment of a connection.
+fn opens(packet: &[u8]) -> Option<SocketAddr> {
+    let header = match packet.first()? >> 4 {
+        4 if packet[9..].first() == Some(&6) => usize::from(packet[0] & 0xf) * 4,
+        6 if packet[6..].first() == Some(&6) => 40,
+        _ => return None,
+    };
+    let tcp = packet.get(header..header + 14)?;
+    let is_syn = tcp[13] & 0x12 == 0x02;
+    is_syn
+        .then(|| Some(SocketAddr::new(destination_address(packet)?, u16::from_be_bytes([tcp[2], tcp[3]]))))?
+}
+
 fn destination_address(packet: &[u8]) -> Option<IpAddr> {
     match packet.first()? >> 4 {
         4 => Some(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?.into()),
         6 => Some(<[u8; 16]>::try_from(packet.get(24..40)?).ok()?.into()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_syn_opens_a_connection_and_nothing_else_does() {
+        let v4 = |flags: u8| {
+            let mut packet = [0; 40];
+            (packet[0], packet[9], packet[33]) = (0x45, 6, flags);
+            packet[16..20].copy_from_slice(&[10, 0, 0, 5]);
+            packet[22..24].copy_from_slice(&5432_u16.to_be_bytes());
+            packet
+        };
+        assert_eq!(opens(&v4(0x02)), Some("10.0.0.5:5432".parse().unwrap()));
+        // With ECN on offer (RFC 3168 §6.1.1).
+        assert_eq!(opens(&v4(0xc2)), Some("10.0.0.5:5432".parse().unwrap()));
+        for flags in [0x12, 0x10, 0x18, 0x04, 0x14, 0x11] {
+            assert_eq!(opens(&v4(flags)), None, "{flags:#x}");
+        }
+        let mut udp = v4(0x02);
+        udp[9] = 17;
+        assert_eq!(opens(&udp), None);
+        let mut v6 = [0; 60];
+        (v6[0], v6[6], v6[53], v6[39], v6[43]) = (0x60, 6, 0x02, 1, 80);
+        assert_eq!(opens(&v6), Some("[::1]:80".parse().unwrap()));
+        for length in 0..33 {
+            assert_eq!(opens(&v4(0x02)[..length]), None);
+        }
     }
 }

@@ -7,9 +7,10 @@ mod joining;
 mod overview;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::mpsc;
 
-use understudy_api::config::{self, Fence, OnShutdownRequest};
+use understudy_api::config::{self, Allowed, Fence, OnShutdownRequest, OwnConnections};
 use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, StaleReason};
 
 use crate::clock;
@@ -30,6 +31,9 @@ pub(crate) use beginning::{leave_nothing, remove_strays};
 
 /// Packets sent in one go before others have their turn.
 const BURST: u32 = 256;
+
+/// Destinations of a replica's own connections that are told and kept.
+const DESTINATIONS: usize = 16;
 
 /// Domains whose names are kept for the events and counts of former servers.
 const NAMES: usize = 64;
@@ -89,6 +93,8 @@ pub(crate) struct Service {
     unusable: BTreeMap<DomainId, KnownDomain>,
     /// Servers to be reported as fenced when rules of this version are in force.
     isolating: Vec<(ServerId, Option<u64>)>,
+    /// Where replicas tried to open connections of their own, and how often.
+    own_connections: BTreeMap<ServerId, BTreeMap<SocketAddr, u64>>,
     /// How long the evictions for the last and for the slowest faulty RVM kept the packet path waiting.
     evictions_ns: Option<(u64, u64)>,
 }
@@ -123,6 +129,7 @@ impl Service {
             names: BTreeMap::new(),
             unusable: BTreeMap::new(),
             isolating: Vec::new(),
+            own_connections: BTreeMap::new(),
             evictions_ns: None,
         }
     }
@@ -427,9 +434,33 @@ impl Service {
             self.engine.handle_sign(now, server, sign);
             self.drain(now, around);
         }
+        self.note_own_connections(now, around);
         self.hand_over();
         self.follow_suspicion(now, around);
         any
+    }
+
+    /// A replica's own connections go nowhere: whose service opens some is no replica of one whose OVM's are answered.
+    fn note_own_connections(&mut self, now: Instant, around: &mut Surroundings<'_>) {
+        for (id, to) in self.plane.take_own_connections() {
+            let is_rvm = self.is_queued(id) && self.engine.ovm() != Some(id);
+            // What passes is the operator's choice.
+            if !is_rvm || self.config.allow.contains(&Allowed::Tcp(to.port())) {
+                continue;
+            }
+            self.own_connections.retain(|id, _| self.servers.contains_key(id));
+            let known = self.own_connections.entry(id).or_default();
+            if known.is_empty() && self.config.own_connections == OwnConnections::Refuse {
+                self.engine.handle_own_connection(now, id);
+            }
+            let is_new = known.len() < DESTINATIONS && !known.contains_key(&to);
+            if let Some(times) = known.get_mut(&to) {
+                *times += 1;
+            } else if is_new {
+                known.insert(to, 1);
+                self.daemon_event(now, DaemonEvent::OwnConnection { server: id, to }, around);
+            }
+        }
     }
 
     /// Lets the plane pass by itself what it may, once all that it told was heard.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use understudy_api::config::OwnConnections;
 use understudy_protocol::ServerId;
 
 use super::Service;
@@ -69,6 +70,20 @@ impl Service {
         found
     }
 
+    /// Replicas whose service asks somebody else, and whom.
+    fn own_connections(&self) -> impl Iterator<Item = String> {
+        let refused = self.config.own_connections == OwnConnections::Refuse;
+        let all = self.own_connections.iter().filter(move |(id, _)| refused && self.is_queued(**id));
+        all.filter_map(|(id, destinations)| {
+            let who = &self.servers.get(id)?.domain.name;
+            let to: Vec<_> = destinations.iter().map(|(to, times)| format!("{to} ({times} times)")).collect();
+            Some(format!(
+                "the replica {who} opens connections of its own, which are dropped: to {}; a service that does can't be protected as configured. Let them pass (allow), or state that they do no harm (own_connections = \"tolerate\")",
+                to.join(", ")
+            ))
+        })
+    }
+
     /// Everything an operator may want to see.
     pub(crate) fn status(&mut self, mut problems: Vec<String>) -> ServiceReport {
         let hindrances = self.hindrances();
@@ -93,6 +108,7 @@ impl Service {
         if let Some((last_ns, slowest_ns)) = self.evictions_ns {
             plane_counters.extend([("eviction_last_ns", last_ns), ("eviction_max_ns", slowest_ns)]);
         }
+        problems.extend(self.own_connections());
         problems.splice(0..0, hindrances);
         ServiceReport {
             name: self.name().to_owned(),

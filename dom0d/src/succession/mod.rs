@@ -66,6 +66,10 @@ enum Input {
         server: ServerId,
         sign: Sign,
     },
+    OwnConnection {
+        now: Instant,
+        server: ServerId,
+    },
     PlaneStopped,
     Untold,
     Confirmed {
@@ -265,6 +269,7 @@ impl Engine {
             Input::Evidence { now, server, evidence } => service.handle_evidence(now, server, evidence),
             Input::Running { now, server, running } => service.handle_running(now, server, running),
             Input::Sign { now, server, sign } => service.handle_sign(now, server, sign),
+            Input::OwnConnection { now, server } => service.handle_own_connection(now, server),
             Input::PlaneStopped => service.handle_plane_stopped(),
             Input::Untold => service.handle_untold(),
             Input::Confirmed { now, accused, evidence } => service.handle_confirmed(now, accused, evidence),
@@ -330,6 +335,12 @@ impl Engine {
     pub(crate) fn handle_evidence(&mut self, now: Instant, server: ServerId, evidence: Evidence) {
         self.note(&Input::Evidence { now, server, evidence }, &[]);
         self.service.handle_evidence(now, server, evidence);
+    }
+
+    /// See [`Service::handle_own_connection`].
+    pub(crate) fn handle_own_connection(&mut self, now: Instant, server: ServerId) {
+        self.note(&Input::OwnConnection { now, server }, &[]);
+        self.service.handle_own_connection(now, server);
     }
 
     /// See [`Service::handle_running`].

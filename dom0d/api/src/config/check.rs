@@ -106,6 +106,7 @@ impl Problems {
             ),
             on_shutdown_request: raw.on_shutdown_request,
             allow,
+            own_connections: raw.own_connections,
             addresses,
             engine: ServiceConfig {
                 limits: raw.limits,

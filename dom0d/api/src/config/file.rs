@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use understudy_protocol::{CandidatePolicy, LagPolicy, Limits};
 
-use super::{AttachAs, Fence, OnDaemonLoss, OnShutdownRequest, Plane};
+use super::{AttachAs, Fence, OnDaemonLoss, OnShutdownRequest, OwnConnections, Plane};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,6 +51,8 @@ pub(super) struct RawService {
     pub(super) on_shutdown_request: OnShutdownRequest,
     #[serde(default)]
     pub(super) allow: Vec<String>,
+    #[serde(default)]
+    pub(super) own_connections: OwnConnections,
     #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]

@@ -71,6 +71,7 @@ fn the_example_shows_the_defaults() {
     assert_eq!(full.pause_grace, plain.pause_grace);
     assert_eq!(full.maintenance_limit, plain.maintenance_limit);
     assert_eq!(full.on_shutdown_request, plain.on_shutdown_request);
+    assert_eq!(full.own_connections, plain.own_connections);
     assert_eq!((full.engine.masks.len(), full.allow.len(), full.addresses.len()), (3, 2, 1));
 }
 
@@ -103,6 +104,7 @@ pause_grace_ms = 5
 maintenance_limit_ms = 1000
 on_shutdown_request = "switchover"
 allow = ["dhcp", "udp/123", "tcp/53"]
+own_connections = "tolerate"
 addresses = { "web-1" = ["10.77.0.11", "fd77::11"], "web-2" = "10.77.0.12" }
 
 [service.limits]
@@ -126,6 +128,7 @@ unacked_limit_ms = 300
     assert_eq!(service.engine.masks[2].prefix, b"id=");
     assert_eq!(service.engine.masks[3].prefix, [255, 0]);
     assert_eq!(service.allow, [Allowed::Dhcp, Allowed::Udp(123), Allowed::Tcp(53)]);
+    assert_eq!(service.own_connections, OwnConnections::Tolerate);
     assert!(matches!(service.rvms[1], Selector::Uuid(_)));
     assert_eq!(service.addresses[1].1, ["10.77.0.12".parse::<IpAddr>().unwrap()]);
 }

@@ -1,6 +1,7 @@
 //! The OVM is gone; the conversation is not.
 
 use super::*;
+use crate::{NotPromotable, OperatorError};
 
 #[test]
 fn the_cutover_comes_before_any_packet_and_the_old_ovm_is_silent() {
@@ -313,4 +314,27 @@ fn an_ovm_that_may_not_have_heard_of_the_clients_acknowledgment_is_not_accused()
     story.client_says(Say { seq: at(4), ack: iss(0) + 5, ..Say::default() });
     story.wait(Duration::from_millis(260));
     assert!(!story.effects.is_empty());
+}
+
+/// What it opens goes nowhere: it may hold something else than the OVM by now.
+#[test]
+fn a_replica_that_opens_connections_of_its_own_is_promoted_only_by_an_operator() {
+    let mut story = Story::established(1);
+    for server in [0, 1] {
+        story.service.handle_own_connection(story.now, ServerId(server));
+    }
+    let status = story.service.status();
+    let why: Vec<_> = status.servers.iter().map(|server| server.not_promotable).collect();
+    assert_eq!(why, [Some(NotPromotable::IsOvm), Some(NotPromotable::OwnConnections)]);
+    story.fail_ovm();
+    assert_eq!(story.service.ovm(), Some(ServerId(0)));
+    assert!(matches!(
+        story.events.last(),
+        Some(EventKind::NoCandidate { because, .. }) if *because == [(ServerId(1), NotPromotable::OwnConnections)]
+    ));
+    assert_eq!(
+        story.service.failover(story.now, Some(ServerId(1)), false),
+        Err(OperatorError::NotPromotable)
+    );
+    assert_eq!(story.service.failover(story.now, Some(ServerId(1)), true), Ok(ServerId(1)));
 }

@@ -41,7 +41,7 @@ pub(crate) use plan::{
     LabConfig, Plane, default_config, domain_name, guest_addresses, guest_mac, instance_name, lab_addresses,
     psc_addresses,
 };
-pub(crate) use service::Service;
+pub(crate) use service::{PROXIED, Service};
 pub(crate) use vlan::Vlan;
 
 use std::fs::{self, File};

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Host, Lab};
 use crate::client::random::Random;
+
+/// Whom nginx asks for what is below `/proxied/`: a port of the client's.
+pub(crate) const PROXIED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1)), 8_000);
 
 /// A service of the lab's domUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ValueEnum)]
@@ -188,7 +191,8 @@ fn nginx_conf(directory: &Path, data: &Path) -> String {
          send_timeout 1h;\n  client_max_body_size 0;\n  default_type application/octet-stream;\n  \
          server {{\n    listen 80 backlog=4096;\n    listen [::]:80 backlog=4096;\n    \
          root {};\n    location /upload/ {{ root {data}; dav_methods PUT DELETE; \
-         create_full_put_path on; }}\n  }}\n}}\n",
+         create_full_put_path on; }}\n    \
+         location /proxied/ {{ proxy_pass http://{PROXIED}/; }}\n  }}\n}}\n",
         shared.display()
     )
 }

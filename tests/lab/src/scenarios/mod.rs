@@ -7,7 +7,9 @@ mod hostile;
 mod links;
 mod matrix;
 mod numbering;
+mod options;
 mod order;
+mod own;
 mod plain;
 mod refusals;
 mod repeated;
@@ -81,6 +83,8 @@ fn all() -> Vec<Scenario> {
     all.extend(replica::scenarios());
     all.extend(bridge::scenarios());
     all.extend(shared::scenarios());
+    all.extend(own::scenarios());
+    all.extend(options::scenarios());
     all.extend(links::scenarios());
     all.extend(numbering::scenarios());
     all.extend(hostile::scenarios());

@@ -103,6 +103,10 @@ fn known(event: &Event) -> Option<String> {
             text("to")?
         ),
         "problem" => format!("problem: {}", text("message")?),
+        "restored" => format!(
+            "somebody else changed or took away {}; it is there again, and guests may have been heard meanwhile",
+            text("what")?
+        ),
         "solved" => format!("solved: {}", text("message")?),
         EVENTS_LOST => format!("{} events were dropped before they were read", number("count")?),
         _ => return None,

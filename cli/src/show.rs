@@ -77,6 +77,9 @@ fn one_service(service: &Service) -> String {
             known.domain.name, known.domain.domid, known.reason
         );
     }
+    if !service.contained.is_empty() {
+        text += &format!("  nothing but what `allow` names passes from {}\n", listed(&service.contained));
+    }
     text
 }
 

@@ -21,17 +21,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let clang = env::var("CLANG").unwrap_or_else(|_| "clang".to_owned());
     // <asm/types.h> is where Debian keeps it for the host's architecture.
     let multiarch = format!("/usr/include/{}-linux-gnu", env::var("CARGO_CFG_TARGET_ARCH")?);
-    let status = Command::new(&clang)
-        .args(["-O2", "-g", "-Wall", "-Wextra", "-Werror", "-target", "bpf", "-mcpu=v3", "-c"])
-        .args(["-I", &multiarch, "-I"])
-        .arg(&out)
-        .arg("programs/understudy.bpf.c")
-        .arg("-o")
-        .arg(out.join("understudy.bpf.o"))
-        .status()
-        .map_err(|error| format!("can't run {clang} (Debian packages: clang libbpf-dev): {error}"))?;
-    if !status.success() {
-        return Err("clang refused the tc programs (Debian packages: clang libbpf-dev)".into());
+    for object in ["understudy", "contain"] {
+        let status = Command::new(&clang)
+            .args(["-O2", "-g", "-Wall", "-Wextra", "-Werror", "-target", "bpf", "-mcpu=v3", "-c"])
+            .args(["-I", &multiarch, "-I"])
+            .arg(&out)
+            .arg(format!("programs/{object}.bpf.c"))
+            .arg("-o")
+            .arg(out.join(format!("{object}.bpf.o")))
+            .status()
+            .map_err(|error| format!("can't run {clang} (Debian packages: clang libbpf-dev): {error}"))?;
+        if !status.success() {
+            return Err("clang refused the tc programs (Debian packages: clang libbpf-dev)".into());
+        }
     }
     Ok(())
 }

@@ -201,6 +201,8 @@ pub(crate) struct ServiceReport {
     pub(crate) servers: BTreeMap<u32, DomainRef>,
     /// Domains that match the service's configuration and are not in the queue, each with the reason.
     pub(crate) known: Vec<KnownDomain>,
+    /// Interfaces from which nothing passes but what the operator allows.
+    pub(crate) contained: Vec<String>,
     /// Monotonic counters of the data plane of this service.
     pub(crate) plane_counters: BTreeMap<&'static str, u64>,
 }

@@ -22,9 +22,9 @@ use crate::hypervisor::{DomainId, Hypervisor};
 use crate::memory::Memory;
 use crate::plane::Interface;
 use crate::plane::device::Device;
-use crate::plane::rules::{Numbered, RuleSet};
+use crate::plane::rules::{Numbered, RuleSet, RulesNews};
 use crate::report::Reporter;
-use crate::server::Arrival;
+use crate::server::{Arrival, GuestVif};
 use crate::service::{Doomed, Service, Surroundings};
 use crate::wake::Waker;
 
@@ -68,6 +68,20 @@ pub(crate) enum Message {
         /// Its interface in dom0 now, not connected yet.
         vif: String,
     },
+    /// All vifs that domains of a service have, by name.
+    Vifs {
+        /// Index of the service.
+        service: usize,
+        /// The vifs.
+        vifs: BTreeMap<String, GuestVif>,
+    },
+    /// Somebody took away a part of a service's plane, and it is there again.
+    Restored {
+        /// Index of the service.
+        service: usize,
+        /// What.
+        what: String,
+    },
     /// A domain can't be used by a service any more.
     Departed {
         /// Index of the service.
@@ -108,13 +122,8 @@ pub(crate) enum Message {
         /// What, and what to do.
         problems: Vec<String>,
     },
-    /// Rules were put in force, or not.
-    RulesApplied {
-        /// Their number.
-        version: u64,
-        /// What nft said.
-        result: Result<(), String>,
-    },
+    /// What became of the kernel's rules.
+    Rules(RulesNews),
     /// What became of an order to a domain.
     Outcome(Outcome),
     /// End the thread.
@@ -192,6 +201,10 @@ pub(crate) struct Counters {
     pub(crate) starved: u64,
     /// Times that the rules were written.
     pub(crate) rules_written: u64,
+    /// Times that they were put back after somebody else had changed them.
+    pub(crate) rules_restored: u64,
+    /// Times that a tc program was put back after somebody else had taken it away.
+    pub(crate) programs_restored: u64,
     /// Interfaces lost.
     pub(crate) interfaces_lost: u64,
     /// Fences verified.
@@ -377,7 +390,30 @@ impl DataPath {
                 service.shutdown_requested(now, domain, request, &mut around);
             }
             Message::Problems { source, problems } => self.set_problems(now, source, problems),
-            Message::RulesApplied { version, result } => self.rules_applied(now, version, result),
+            Message::Vifs { service, vifs } => self.services[service].set_vifs(vifs),
+            Message::Restored { service, what } => {
+                self.counters.programs_restored += 1;
+                self.restored(now, service, &what);
+            }
+            Message::Rules(RulesNews::Applied(version, result)) => self.rules_applied(now, version, result),
+            Message::Rules(RulesNews::Restored(result)) => {
+                self.counters.rules_restored += 1;
+                match result {
+                    Ok(()) => {
+                        for index in 0..self.services.len() {
+                            self.restored(now, index, "the nft table `bridge understudy`");
+                        }
+                    }
+                    Err(error) => self.rules_failed(now, &error),
+                }
+            }
+            Message::Rules(RulesNews::Counted(refused)) => {
+                for ((service, refusal), count) in refused {
+                    if let Some(service) = self.services.get_mut(service) {
+                        service.refused.insert(refusal.name(), count);
+                    }
+                }
+            }
             Message::Outcome(outcome) => self.outcome(now, outcome),
             Message::Stop => {}
         }
@@ -393,12 +429,18 @@ impl DataPath {
                     service.rules_applied(now, version, &mut around);
                 }
             }
-            Err(error) => {
-                let problem =
-                    format!("the kernel's rules can't be written, so no domain joins a queue: {error}");
-                self.set_problems(now, Source::Rules, vec![problem]);
-            }
+            Err(error) => self.rules_failed(now, &error),
         }
+    }
+
+    fn rules_failed(&mut self, now: Instant, error: &str) {
+        let problem = format!("the kernel's rules can't be written, so no domain joins a queue: {error}");
+        self.set_problems(now, Source::Rules, vec![problem]);
+    }
+
+    fn restored(&mut self, now: Instant, service: usize, what: &str) {
+        let (service, around) = self.split(service);
+        service.daemon_event(now, DaemonEvent::Restored { what: what.to_owned() }, &around);
     }
 
     fn outcome(&mut self, now: Instant, outcome: Outcome) {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use understudy_api::config;
 
-use crate::discovery::{Domain, Vif, XENBUS_CONNECTED, is_incoming, sent_away};
+use crate::discovery::{Domain, INCOMING, Vif, XENBUS_CONNECTED, is_incoming, sent_away};
 use crate::plane::anchor::{Link, LinkKind};
 use crate::server::Arrival;
 
@@ -22,6 +22,13 @@ pub(crate) fn rank(service: &config::Service, domain: &Domain) -> Option<usize> 
     }
     let place = service.rvms.iter().position(matches)?;
     Some(place + 1)
+}
+
+/// Whether a domain belongs to the service, or will once it has been received.
+pub(crate) fn is_of(service: &config::Service, domain: &Domain) -> bool {
+    let received =
+        domain.name.strip_suffix(INCOMING).map(|name| Domain { name: name.to_owned(), ..domain.clone() });
+    rank(service, received.as_ref().unwrap_or(domain)).is_some()
 }
 
 /// The bridge that the service's PSC belongs on.
@@ -52,6 +59,20 @@ pub(crate) fn bridge<'a>(
         })
 }
 
+/// Whether a domain has the PSC's address: held back, as it is then, it can't tell when it is asked.
+pub(crate) fn unclaimed(service: &config::Service, domains: &[&Domain]) -> Result<(), String> {
+    for domain in domains {
+        let mut addresses = domain.vifs.iter().flat_map(|vif| &vif.ips);
+        if let Some(address) = addresses.find(|address| service.engine.psc.contains(address)) {
+            return Err(format!(
+                "the PSC's address {address} is in use by {}; give that domain one of its own, or choose another PSC",
+                domain.name
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Since when the kernel cuts a large frame with a tag that a packet socket sends; older ones lose it, and say nothing.
 const CUTS_TAGGED: (u32, u32) = (5, 19);
 
@@ -67,20 +88,24 @@ pub(crate) fn vlan(service: &config::Service, release: &str) -> Result<(), Strin
     }
 }
 
-/// How `domain` can serve on `bridge`.
+/// How `domain` can serve on `bridge`. What `is_contained` names, tc programs can hold back wherever it is connected.
 pub(crate) fn usable(
     service: &config::Service,
     domain: &Domain,
     bridge: &Link,
     links: &[Link],
+    is_contained: impl Fn(&str) -> bool,
 ) -> Result<Arrival, String> {
     let vif = vif_on(domain, bridge, links)?;
-    let emulated = format!("{}-emu", vif.name);
-    if links.iter().any(|link| link.name == emulated) {
-        return Err(format!(
-            "has an emulated network card ({emulated}), whose frames pass the vif by; give it type=vif in the domain's vif= list, or use type=\"pvh\""
-        ));
+    for any in &domain.vifs {
+        let emulated = format!("{}-emu", any.name);
+        if links.iter().any(|link| link.name == emulated) {
+            return Err(format!(
+                "has an emulated network card ({emulated}), whose frames pass the vif by; give it type=vif in the domain's vif= list, or use type=\"pvh\""
+            ));
+        }
     }
+    containable(domain, vif, links, is_contained)?;
     if vif.state != XENBUS_CONNECTED {
         return Err(format!(
             "its vif {} is not connected yet (state {}); the guest is starting, or has no netfront driver",
@@ -97,6 +122,34 @@ pub(crate) fn usable(
         addresses,
         mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
     })
+}
+
+/// Whether what the domain sends through other vifs than that it serves by can be held back while it is a replica.
+fn containable(
+    domain: &Domain,
+    serving: &Vif,
+    links: &[Link],
+    is_contained: impl Fn(&str) -> bool,
+) -> Result<(), String> {
+    if let Some(devid) = domain.foreign_vifs.first() {
+        return Err(format!(
+            "its vif {devid} has its backend in another domain, where nothing holds back what a replica sends; driver domains are not supported, give that vif a backend in dom0"
+        ));
+    }
+    let others = domain.vifs.iter().filter(|vif| vif.devid != serving.devid);
+    for vif in others.filter(|vif| !is_contained(&vif.name)) {
+        let name = &vif.name;
+        let Some(link) = links.iter().find(|link| link.name == *name) else {
+            continue;
+        };
+        let master = link.master.and_then(|index| links.iter().find(|link| link.index == index));
+        if master.is_none_or(|master| master.kind != LinkKind::Bridge) {
+            return Err(format!(
+                "its other vif {name} is not a port of a Linux bridge, so what a replica sends there can't be held back; put it on one (vif-bridge), or take it from the domain"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn vif_on<'a>(domain: &'a Domain, bridge: &Link, links: &[Link]) -> Result<&'a Vif, String> {
@@ -193,6 +246,7 @@ mod tests {
                 state: XENBUS_CONNECTED,
                 ips: vec!["10.77.0.11".parse().unwrap()],
             }],
+            foreign_vifs: Vec::new(),
             received: false,
             shutdown_request: None,
         }
@@ -213,7 +267,7 @@ mod tests {
 
     fn reason(domain: &Domain, links: &[Link], keys: &str) -> String {
         let bridge = links[0].clone();
-        usable(&service(keys), domain, &bridge, links).unwrap_err()
+        usable(&service(keys), domain, &bridge, links, |_| false).unwrap_err()
     }
 
     #[test]
@@ -229,6 +283,7 @@ mod tests {
         ] {
             assert_eq!(rank(&service, &domain(name)), expected, "{name}");
         }
+        assert!(is_of(&service, &domain("c9--incoming")) && !is_of(&service, &domain("d--incoming")));
     }
 
     #[test]
@@ -268,10 +323,29 @@ mod tests {
     #[test]
     fn a_domain_on_the_bridge_with_an_address_is_usable() {
         let links = links();
-        let arrival = usable(&service(""), &domain("a"), &links[0], &links).unwrap();
+        let arrival = usable(&service(""), &domain("a"), &links[0], &links, |_| false).unwrap();
         assert_eq!(arrival.vif, "vif1.0");
         assert_eq!(arrival.addresses, ["10.77.0.11".parse::<IpAddr>().unwrap()]);
         assert_eq!(arrival.mtu, 1500);
+    }
+
+    #[test]
+    fn every_vif_can_be_contained_or_the_domain_is_refused() {
+        let mut two = domain("a");
+        two.vifs.push(Vif { devid: 1, name: "vif1.1".to_owned(), ..two.vifs[0].clone() });
+        // Not there yet, on another bridge, on none, on Open vSwitch.
+        assert!(usable(&service(""), &two, &links()[0], &links(), |_| false).is_ok());
+        for (master, is_fine) in [(Some(4), true), (None, false), (Some(5), false)] {
+            let mut links = links();
+            links.push(link(9, "vif1.1", LinkKind::Other, master));
+            let result = usable(&service(""), &two, &links[0], &links, |_| false);
+            assert_eq!(result.is_ok(), is_fine, "{result:?}");
+            assert!(result.is_ok_and(|arrival| arrival.vif == "vif1.0") || !is_fine);
+            assert!(usable(&service(""), &two, &links[0], &links, |vif| vif == "vif1.1").is_ok());
+        }
+        let mut elsewhere = domain("a");
+        elsewhere.foreign_vifs = vec![1];
+        assert!(reason(&elsewhere, &links(), "").contains("vif 1 has its backend in another domain"));
     }
 
     #[test]
@@ -279,7 +353,7 @@ mod tests {
         let links = links();
         let service = service("addresses = { \"a\" = \"10.77.0.99\" }");
         for name in ["a", "a--migratedaway"] {
-            let arrival = usable(&service, &domain(name), &links[0], &links).unwrap();
+            let arrival = usable(&service, &domain(name), &links[0], &links, |_| false).unwrap();
             assert_eq!(arrival.addresses, ["10.77.0.99".parse::<IpAddr>().unwrap()]);
         }
     }
@@ -320,6 +394,12 @@ mod tests {
         let mut several = domain("a");
         several.vifs[0].ips.push("10.77.0.12".parse().unwrap());
         assert!(reason(&several, &links(), "").contains("several IPv4"));
+
+        let mut psc = domain("b");
+        assert_eq!(unclaimed(&service(""), &[&domain("a"), &psc]), Ok(()));
+        psc.vifs[0].ips = vec!["10.77.0.100".parse().unwrap()];
+        let claimed = unclaimed(&service(""), &[&domain("a"), &psc]).unwrap_err();
+        assert!(claimed.contains("10.77.0.100 is in use by b"), "{claimed}");
 
         let mut psc = domain("a");
         psc.vifs[0].ips = vec!["10.77.0.100".parse().unwrap()];

@@ -113,6 +113,11 @@ pub(crate) enum DaemonEvent {
         /// Where to.
         to: SocketAddr,
     },
+    /// Somebody took away what keeps the service's guests contained, or its packets passing; it is there again.
+    Restored {
+        /// What.
+        what: String,
+    },
     /// This dom0d goes on where one was that did not end in order.
     TakenOver {
         /// Open conversations, as the other knew them.

@@ -49,6 +49,7 @@ use crate::hypervisor::HypervisorKind;
 use crate::memory::Memory;
 use crate::notify::Notifier;
 use crate::placement::Placement;
+use crate::plane::changes::Changes;
 use crate::plane::{anchor, rules};
 use crate::report::Reporter;
 use crate::service::{Service, leave_nothing, remove_strays};
@@ -207,15 +208,28 @@ async fn run(
     anchor::remove_clsact(&netlink, &left).await?;
     remove_strays(&config.services, directory);
     let can_be_followed = services.iter().all(|service| service.engine.is_journaled());
-    let mut threads = start_threads(&config, hypervisor, &events, lost, (memory_path, memory), services)?;
+    let (containment, holds) = match understudy_bpf::load_containment() {
+        Ok((containment, holds)) => (Some(containment), Some(holds)),
+        Err(error) => {
+            tracing::warn!(%error, "nft alone holds back what replicas send");
+            (None, None)
+        }
+    };
+    let mut threads =
+        start_threads(&config, hypervisor, &events, lost, (memory_path, memory), (services, holds))?;
     let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
     let relist = Relist::default();
     let control = tokio::spawn(control::serve(socket, commands, relist.clone(), &events));
     let (found, domains) = watch::channel(Found::default());
     let discovery = tokio::spawn(discovery::watch_domains(found, relist));
     let (messages, waker) = (threads.messages.clone(), threads.waker.clone());
-    let placement = Placement::new(Arc::clone(&config), netlink.clone(), messages, waker, beginnings);
-    let placement = tokio::spawn(placement.run(domains, lost_interfaces));
+    let placement =
+        Placement::new(Arc::clone(&config), netlink.clone(), messages, waker, containment, beginnings);
+    let changes = Changes::listen(macs.clone()).unwrap_or_else(|error| {
+        tracing::error!(%error, "changes of interfaces are not told; they are looked at every few seconds");
+        Changes::default()
+    });
+    let placement = tokio::spawn(placement.run(domains, lost_interfaces, changes));
     for warning in preflight::warnings() {
         tracing::warn!("{warning}");
     }
@@ -257,7 +271,7 @@ fn start_threads(
     events: &Events,
     lost: tokio::sync::mpsc::UnboundedSender<datapath::LostInterface>,
     (memory_path, memory): (PathBuf, Memory),
-    services: Vec<Service>,
+    (services, holds): (Vec<Service>, Option<understudy_bpf::Holds>),
 ) -> anyhow::Result<Threads> {
     let waker = Waker::new().context("eventfd")?;
     let (messages, inbox) = mpsc::channel();
@@ -274,9 +288,7 @@ fn start_threads(
         tell_outcome(Message::Outcome(outcome));
     })?;
     let tell_rules = tell(&messages, &waker);
-    let (rules, rules_writer) = rules::spawn_writer(move |version, result| {
-        tell_rules(Message::RulesApplied { version, result });
-    })?;
+    let (rules, rules_writer) = rules::spawn_writer(holds, move |news| tell_rules(Message::Rules(news)))?;
     let (memory_sender, memory_writer) = memory::spawn_writer(memory_path)?;
     let heartbeat = Arc::new(AtomicU64::new(clock::now().as_micros()));
     let datapath = DataPath::new(

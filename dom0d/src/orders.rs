@@ -80,6 +80,8 @@ impl DataPath {
                 ("liveness_errors", counters.liveness_errors),
                 ("starved", counters.starved),
                 ("rules_written", counters.rules_written),
+                ("rules_restored", counters.rules_restored),
+                ("programs_restored", counters.programs_restored),
                 ("interfaces_lost", counters.interfaces_lost),
                 ("fenced", counters.fenced),
             ]),
@@ -159,7 +161,19 @@ impl DataPath {
     fn detach(&mut self, now: Instant, service: &str, domain: &str) -> Outcome<DomainRef> {
         let index = self.index(service)?;
         let (service, mut around) = self.split(index);
-        let id = find(service, domain)?;
+        let id = match find(service, domain) {
+            Ok(id) => id,
+            Err(error) => match service.find_unusable(domain).map(|known| known.domain.clone()) {
+                // Nothing of it is in use; its network opens, and it stays out should it become usable.
+                Some(domain) if !service.memory.is_detached(domain.uuid) => {
+                    service.memory.set_detached(domain.uuid, true);
+                    service.memory_changed = true;
+                    service.rules_changed = true;
+                    return Ok(domain);
+                }
+                _ => return Err(error),
+            },
+        };
         let queued = service.is_queued(id);
         if queued {
             let detached = service.engine.detach(now, id);

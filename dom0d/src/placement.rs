@@ -15,27 +15,30 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use understudy_api::config::{self, Config};
-use understudy_bpf::Programs;
+use understudy_bpf::{Containment, Programs};
 use uuid::Uuid;
 
-use crate::command::KnownDomain;
+use crate::command::{DomainRef, KnownDomain};
 use crate::datapath::{LostInterface, Message, Source};
 use crate::discovery::{Domain, Found, Snapshot, is_incoming, sent_away};
-use crate::eligibility::{bridge, rank, usable, vlan};
+use crate::eligibility::{bridge, is_of, rank, unclaimed, usable, vlan};
 use crate::hypervisor::DomainId;
 use crate::plane::anchor::{self, AnchorError, Link};
+use crate::plane::changes::Changes;
 use crate::plane::device::{Device, DeviceError, anchor_filter, odd_server_filter, server_filter};
 use crate::plane::pcap::Psc;
 use crate::plane::{Interface, mac_text};
-use crate::server::Arrival;
+use crate::server::{Arrival, GuestVif};
 use crate::wake::Waker;
 
 /// How often everything is looked at again while something is missing.
 const IMPATIENT: Duration = Duration::from_secs(1);
 
-/// How often everything is looked at again while nothing is: netlink is not watched, and interfaces can
-/// be moved between bridges without xenstore's notice.
+/// How often everything is looked at again while nothing is: what netlink tells of may have been too much to be heard.
 const PATIENT: Duration = Duration::from_secs(10);
+
+/// Shortest time between two looks that changes of interfaces cause.
+const CHANGES: Duration = Duration::from_millis(20);
 
 /// How long a lost interface waits before it is opened again.
 const AFTER_LOSS: Duration = Duration::from_millis(200);
@@ -58,6 +61,11 @@ pub(crate) struct Placement {
     /// By service: what the plane has for interfaces.
     programs: Vec<Option<Programs>>,
     given: BTreeMap<(usize, DomainId), Given>,
+    /// By service: every vif that a domain of it has, or had and that is still there.
+    vifs: Vec<BTreeMap<String, GuestVif>>,
+    /// What holds domains back in the kernel, if it can, and the numbers of the vifs that it is on.
+    containment: Option<Containment>,
+    contained: BTreeMap<String, u32>,
     /// Domains with two lives at present: what of them is not usable now may be in a moment.
     in_transit: BTreeSet<Uuid>,
     told: BTreeMap<Source, Vec<String>>,
@@ -114,6 +122,7 @@ impl Placement {
         netlink: Handle,
         messages: mpsc::Sender<Message>,
         waker: Waker,
+        containment: Option<Containment>,
         beginnings: Vec<(Option<Programs>, Vec<Arrival>)>,
     ) -> Self {
         let mut anchors = Vec::new();
@@ -129,10 +138,13 @@ impl Placement {
             }
         }
         Self {
+            vifs: vec![BTreeMap::new(); programs.len()],
             config,
             netlink,
             messages,
             waker,
+            containment,
+            contained: BTreeMap::new(),
             anchors,
             programs,
             given,
@@ -146,7 +158,9 @@ impl Placement {
         mut self,
         mut found: watch::Receiver<Found>,
         mut lost: UnboundedReceiver<LostInterface>,
+        changes: Changes,
     ) {
+        let mut not_before = Instant::now();
         loop {
             let now = found.borrow_and_update().clone();
             self.complain(Source::Xenstore, now.problem.into_iter().collect());
@@ -163,6 +177,7 @@ impl Placement {
                     }
                     None => return,
                 },
+                () = changes.next(not_before) => not_before = Instant::now() + CHANGES,
                 () = tokio::time::sleep(wait) => {}
             }
         }
@@ -172,9 +187,25 @@ impl Placement {
     async fn pass(&mut self, snapshot: &Snapshot) -> bool {
         let mut complete = true;
         self.follow_moves(snapshot);
+        let links = anchor::links(&self.netlink).await.map_err(|error| error.to_string());
+        if let Ok(links) = &links {
+            // First: a vif must be contained before it comes up.
+            let services = 0..self.config.services.len();
+            let changed: Vec<usize> =
+                services.filter(|&index| self.note_vifs(index, snapshot, links)).collect();
+            self.contain(links, !changed.is_empty()).await;
+            // Now, so that what is held at first is not held for good.
+            for service in changed {
+                self.tell(Message::Vifs { service, vifs: self.vifs[service].clone() });
+            }
+        }
         for index in 0..self.config.services.len() {
             let mut problems = Vec::new();
-            match self.service(index, snapshot).await {
+            let looked = match &links {
+                Ok(links) => self.service(index, snapshot, links).await,
+                Err(error) => Err(error.clone()),
+            };
+            match looked {
                 Ok(all_usable) => complete &= all_usable,
                 Err(problem) => {
                     complete = false;
@@ -184,6 +215,75 @@ impl Placement {
             self.complain(Source::Placement(index), problems);
         }
         complete
+    }
+
+    /// Notes all vifs that the service's domains have, whatever their state is. One whose domain, or backend, is not listed
+    /// any more counts as long as its interface is there. Whether they are others than before.
+    fn note_vifs(&mut self, index: usize, snapshot: &Snapshot, links: &[Link]) -> bool {
+        let service = &self.config.services[index];
+        let number = |name: &str| links.iter().find(|link| link.name == name).map(|link| link.index);
+        let mut vifs = self.vifs[index].clone();
+        // One that was given another name is nobody's here any more.
+        let is_still_of = |was: &DomainRef| {
+            let mut listed = snapshot.domains.iter();
+            let now = listed.find(|domain| (domain.uuid, domain.domid) == (was.uuid, was.domid));
+            now.is_none_or(|domain| is_of(service, domain))
+        };
+        vifs.retain(|name, vif| vif.index.is_some() && vif.index == number(name) && is_still_of(&vif.domain));
+        for domain in snapshot.domains.iter().filter(|domain| is_of(service, domain)) {
+            let is_incoming = is_incoming(&domain.name);
+            for vif in &domain.vifs {
+                let index = number(&vif.name);
+                let guest = GuestVif { domain: domain.reference(), is_incoming, mac: vif.mac, index };
+                vifs.insert(vif.name.clone(), guest);
+            }
+        }
+        let before = std::mem::replace(&mut self.vifs[index], vifs);
+        before != self.vifs[index]
+    }
+
+    /// Puts what holds domains back on all their vifs, and back where somebody has taken it away. A vif that is new is held
+    /// as a whole if the data path is about to hear of it, which then says what may go on from it.
+    async fn contain(&mut self, links: &[Link], is_told: bool) {
+        let Some(containment) = &mut self.containment else { return };
+        let own: BTreeSet<&String> = self.vifs.iter().flat_map(BTreeMap::keys).collect();
+        for vif in containment.vifs().iter().filter(|vif| !own.contains(vif)) {
+            tokio::task::block_in_place(|| containment.leave(vif));
+            self.contained.remove(vif);
+        }
+        let mut restored = Vec::new();
+        for link in links.iter().filter(|link| own.contains(&link.name)) {
+            let is_new = self.contained.get(&link.name) != Some(&link.index);
+            let place = (understudy_bpf::CONTAIN_PRIORITY, understudy_bpf::CONTAIN_NUMBER);
+            // One that can't be asked is gone, or answers the next time.
+            if !is_new && anchor::has_program(&self.netlink, link, true, place).await.unwrap_or(true) {
+                continue;
+            }
+            let put = tokio::task::block_in_place(|| {
+                if is_new && is_told {
+                    containment.hold(link.index)?;
+                }
+                containment.attach(&link.name)
+            });
+            match put {
+                Ok(()) => {
+                    self.contained.insert(link.name.clone(), link.index);
+                    if !is_new {
+                        restored.push(link.name.clone());
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(interface = link.name, %error, "nft alone holds back what a replica sends there");
+                }
+            }
+        }
+        for vif in restored {
+            let services = (0..self.vifs.len()).filter(|&index| self.vifs[index].contains_key(&vif));
+            for service in services.collect::<Vec<_>>() {
+                let what = format!("the tc program that contains {vif}");
+                self.tell(Message::Restored { service, what });
+            }
+        }
     }
 
     /// A domain that was migrated within this host has the same UUID and memory under another number. What was
@@ -231,7 +331,7 @@ impl Placement {
     }
 
     /// Brings one service up to date; whether all its domains are usable, or what hinders the service.
-    async fn service(&mut self, index: usize, snapshot: &Snapshot) -> Result<bool, String> {
+    async fn service(&mut self, index: usize, snapshot: &Snapshot, links: &[Link]) -> Result<bool, String> {
         let config = Arc::clone(&self.config);
         let service = &config.services[index];
         let mut domains: Vec<(usize, &Domain)> =
@@ -243,16 +343,76 @@ impl Placement {
         domains.retain(|domain| !self.is_left_behind(index, domain));
 
         vlan(service, std::fs::read_to_string(KERNEL_RELEASE).unwrap_or_default().trim())?;
-        let links = anchor::links(&self.netlink).await;
-        let links = links.map_err(|error| error.to_string())?;
-        let bridge = bridge(service, &domains, &links)?;
+        // Before all that may be refused: clients wait for it.
+        self.mend_programs(index, service, links).await;
+        let bridge = bridge(service, &domains, links)?;
+        if self.anchors[index].on.is_none() && !self.anchors[index].is_left {
+            unclaimed(service, &domains)?;
+        }
         let mut all_usable = !domains.is_empty();
         for domain in domains {
-            all_usable &= self.domain(index, service, domain, bridge, &links).await;
+            all_usable &= self.domain(index, service, domain, bridge, links).await;
         }
         // Last, so that clients find a service with its replicas in place.
-        self.anchor(index, service, bridge, &links).await?;
+        self.anchor(index, service, bridge, links).await?;
         Ok(all_usable)
+    }
+
+    /// Puts the service's programs back where somebody has taken them away.
+    async fn mend_programs(&mut self, index: usize, service: &config::Service, links: &[Link]) {
+        let Some(programs) = &mut self.programs[index] else { return };
+        let mut again = Vec::new();
+        for (interface, is_ingress) in programs.places() {
+            // An interface that is gone, or another by now, is opened anew in any case.
+            let Some(link) = links.iter().find(|link| link.name == interface) else { continue };
+            let is_as_opened = !is_ingress
+                || self.given.iter().any(|((service, _), given)| {
+                    matches!(&given.state, GivenState::Open { arrival, index: number }
+                        if *service == index && arrival.vif == interface && *number == link.index)
+                });
+            if !is_as_opened {
+                continue;
+            }
+            let place = (understudy_bpf::PRIORITY, understudy_bpf::number(service.psc_mac));
+            match anchor::has_program(&self.netlink, link, is_ingress, place).await {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::debug!(interface, %error, "can't be looked at");
+                    continue;
+                }
+            }
+            let put = tokio::task::block_in_place(|| match is_ingress {
+                true => programs.attach_vif(&interface),
+                false => programs.attach_anchor(&interface),
+            });
+            match put {
+                Ok(()) => {
+                    let what = format!("the tc program on {interface}");
+                    let _ = self.messages.send(Message::Restored { service: index, what });
+                    self.waker.wake();
+                }
+                Err(error) => {
+                    tracing::error!(interface, %error, "a tc program was taken away by somebody else, and can't be put back yet");
+                    again.push((interface, is_ingress));
+                }
+            }
+        }
+        for (interface, is_ingress) in again {
+            if is_ingress {
+                let given = self.given.iter_mut().filter(|((service, _), _)| *service == index);
+                for (_, given) in given {
+                    if let GivenState::Open { arrival, index } = &mut given.state
+                        && arrival.vif == interface
+                    {
+                        // No interface has this number, so it is opened again.
+                        *index = 0;
+                    }
+                }
+            } else {
+                self.anchors[index] = Anchor::default();
+            }
+        }
     }
 
     /// Whether a domain's memory is elsewhere, or was, and what is here is on its way out.
@@ -306,7 +466,7 @@ impl Placement {
             && has == far_index.map(|far| (bridge.index, far))
         {
             // An operator who flushes the bridge (`bridge fdb flush`) unties it.
-            return anchor::tie(&self.netlink, service.psc_mac, anchor.index)
+            return anchor::tie(&self.netlink, service.psc_mac, service.vlan, anchor.index)
                 .await
                 .map_err(|error| error.to_string());
         }
@@ -394,8 +554,8 @@ impl Placement {
         links: &[Link],
     ) -> bool {
         let key = (index, domain.id());
-        let decided =
-            usable(service, domain, bridge, links).and_then(|arrival| self.unshared(index, arrival));
+        let decided = usable(service, domain, bridge, links, |vif| self.contained.contains_key(vif))
+            .and_then(|arrival| self.unshared(index, arrival));
         let opened = match decided {
             Ok(arrival) => self.open(key, service, arrival, links).await,
             Err(reason) => Err(reason),

@@ -63,6 +63,7 @@ fn log(event: &TimedEvent) {
         Happening::Daemon(
             kind @ (DaemonEvent::Problem { .. }
             | DaemonEvent::FenceFailed { .. }
+            | DaemonEvent::Restored { .. }
             | DaemonEvent::NotAttached { .. }),
         ) => tracing::warn!(service, domains, ?kind),
         Happening::Protocol(kind) => tracing::info!(service, domains, ?kind),
@@ -107,6 +108,7 @@ fn servers_of(happening: &Happening) -> Vec<ServerId> {
             | DaemonEvent::OwnConnection { server, .. }
             | DaemonEvent::ShutdownRequested { server, .. } => vec![*server],
             DaemonEvent::PscReady { .. }
+            | DaemonEvent::Restored { .. }
             | DaemonEvent::TakenOver { .. }
             | DaemonEvent::DomainAppeared { .. }
             | DaemonEvent::DomainGone { .. }

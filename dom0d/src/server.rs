@@ -76,6 +76,19 @@ pub(crate) struct Arrival {
     pub(crate) mtu: u16,
 }
 
+/// A vif of a domain of the service, whether the domain can be used or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GuestVif {
+    /// Whose, in which life.
+    pub(crate) domain: DomainRef,
+    /// That life is being received by a migration.
+    pub(crate) is_incoming: bool,
+    /// The guest's MAC there.
+    pub(crate) mac: Mac,
+    /// The number of its interface, once it has one.
+    pub(crate) index: Option<u32>,
+}
+
 impl Server {
     /// A server that has just appeared.
     pub(crate) fn new(arrival: &Arrival, place: Place) -> Self {

@@ -75,6 +75,8 @@ pub struct Service {
     pub allow: Vec<Allowed>,
     /// What it means that an RVM opens a TCP connection of its own that `allow` does not name.
     pub own_connections: OwnConnections,
+    /// What becomes of frames for a server's own address at a port of the service.
+    pub direct: Direct,
     /// Guest addresses, where the toolstack's `ip=` does not give them; the first match counts.
     pub addresses: Vec<(Selector, Vec<IpAddr>)>,
 }
@@ -228,6 +230,18 @@ pub enum OwnConnections {
     Refuse,
     /// Nothing: the operator states that what the domain opens has nothing to do with the service.
     Tolerate,
+}
+
+/// What becomes of frames for a server's own address at a port of the service: beside the PSC, a client can change one
+/// server that the others know nothing of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direct {
+    /// They are dropped on every bridge of dom0, dom0's own too, and counted.
+    #[default]
+    Drop,
+    /// They pass; what comes of it is unprotected, and may make replicas stale.
+    Allow,
 }
 
 /// Traffic that an RVM may send by itself, in the file `"dhcp"`, `"udp/PORT"` or `"tcp/PORT"` (of the destination).

@@ -74,6 +74,10 @@ pub struct Service {
     pub servers: Vec<Server>,
     /// Domains that match the configuration and are not in the queue.
     pub known: Vec<KnownDomain>,
+    /// Interfaces in dom0 of the service's domains from which nothing passes but what `allow` names, also while their
+    /// domains are starting or can't be used.
+    #[serde(default)]
+    pub contained: Vec<String>,
     /// Open conversations.
     pub conversations: u64,
     /// Handshakes that clients began and did not complete.

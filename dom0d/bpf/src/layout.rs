@@ -36,6 +36,12 @@ pub const UNATTENDED: u16 = 8;
 /// In [`Control::policy`]: a daemon that stays away does not stop conversations.
 pub const SERVE: u16 = 1;
 
+/// Ports per protocol that a contained domain may be allowed to send to.
+pub const ALLOWED: usize = 16;
+
+/// Own addresses per family that a contained domain may say it has.
+pub const ADDRESSES: usize = 2;
+
 /// Mark of a server's frame that speaks for the PSC, translated.
 pub const MARK: u32 = 0x5553;
 
@@ -128,6 +134,29 @@ shared! {
         ports: [u16; 16],
         /// The servers by slot.
         servers: [Server; 8],
+    }
+
+    /// What a domain may send from one vif: a contained one what it is allowed; the OVM all but its own segments of the
+    /// service, which the daemon forwards, translated. Everything else is dropped.
+    struct Hold as "hold" {
+        /// Frames dropped of a contained domain.
+        dropped: u64,
+        /// 1 if it is the OVM of a service.
+        is_ovm: u32,
+        /// 1 if it may ask for addresses, as a client of DHCP and DHCPv6.
+        dhcp: u32,
+        /// 1 if it may be found by those it may send to: say which MAC its own addresses have.
+        found: u32,
+        /// Keeps the size a multiple of eight.
+        padding: u32,
+        /// UDP ports that it may send to; 0 where there are fewer.
+        udp: [u16; 16],
+        /// TCP ports that it may send to, or for the OVM those of the service; 0 where there are fewer.
+        tcp: [u16; 16],
+        /// Its own IPv4 addresses, network order; 0 where there are fewer.
+        v4: [u8; 8],
+        /// Its own IPv6 addresses; 0 where there are fewer.
+        v6: [u8; 32],
     }
 
     /// Names a conversation: client and port of the PSC.
@@ -228,6 +257,8 @@ pub fn c_header() -> String {
         ("FROM_CLIENT", u64::from(FROM_CLIENT)),
         ("UNATTENDED", u64::from(UNATTENDED)),
         ("SERVE", u64::from(SERVE)),
+        ("ALLOWED", ALLOWED as u64),
+        ("ADDRESSES", ADDRESSES as u64),
         ("MARK", u64::from(MARK)),
     ] {
         header.push_str(&format!("#define {name} {value}\n"));

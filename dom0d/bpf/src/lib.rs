@@ -31,6 +31,7 @@
 //! [`layout`] is the one definition of what both sides share. The programs are C, in `programs/`, compiled by
 //! `build.rs`.
 
+mod contain;
 mod inject;
 pub mod layout;
 mod load;
@@ -38,9 +39,11 @@ mod pages;
 mod shared;
 mod tap;
 
+pub use contain::{CONTAIN_NUMBER, Containment, Holds, load_containment};
 pub use inject::{Cut, Injector, ignore_outgoing};
 pub use load::{
-    LoadError, PRIORITY, Programs, Settings, is_pinned, load, number, prepared_interfaces, take_off, unpin,
+    CONTAIN_PRIORITY, LoadError, PRIORITY, Programs, Settings, is_pinned, load, number, prepared_interfaces,
+    take_off, unpin,
 };
 pub use pages::Pages;
 pub use tap::{Copied, Packet, RingEnd, Source, Tap};

@@ -38,6 +38,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/un
 /// succeeds is found.
 pub const PRIORITY: u16 = 40_000;
 
+/// The same for what contains domains: behind those, which take what is theirs first.
+pub const CONTAIN_PRIORITY: u16 = 40_001;
+
 /// Which of the filters there is this service's: its domains may serve others, too.
 fn handle(psc_mac: [u8; 6]) -> TcHandle {
     let [_, _, a, b, c, d] = psc_mac;
@@ -53,11 +56,11 @@ pub fn number(psc_mac: [u8; 6]) -> u32 {
     handle(psc_mac).into()
 }
 
-/// Takes the program of this number from one side of an interface, whichever dom0d has put it there. One that is gone is
-/// fine.
-pub fn take_off(interface: &str, is_ingress: bool, number: u32) {
+/// Takes the program of this priority and number from one side of an interface, whichever dom0d has put it there. One that
+/// is gone is fine.
+pub fn take_off(interface: &str, is_ingress: bool, priority: u16, number: u32) {
     let side = if is_ingress { TcAttachType::Ingress } else { TcAttachType::Egress };
-    if let Ok(link) = SchedClassifierLink::attached(interface, side, PRIORITY, number.into(), None) {
+    if let Ok(link) = SchedClassifierLink::attached(interface, side, priority, number.into(), None) {
         // It may have gone with its interface.
         let _ = link.detach();
     }
@@ -246,6 +249,45 @@ fn first_control(settings: &Settings) -> Control {
     control
 }
 
+/// Notes that the place for programs on an interface was made by dom0d, or not.
+fn note_prepared(interface: &str, ours: bool) {
+    let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+    *prepared.entry(interface.to_owned()).or_default() |= ours;
+}
+
+/// Puts a program on one side of an interface, at once in place of one that a killed dom0d left there. Gives also whether
+/// the place for it is dom0d's.
+pub(crate) fn put_on(
+    program: &mut SchedClassifier,
+    interface: &str,
+    side: TcAttachType,
+    priority: u16,
+    handle: TcHandle,
+) -> Result<SchedClassifierLinkId, LoadError> {
+    let failed = |error: String| LoadError::Attach { interface: interface.to_owned(), error };
+    // If this fails for another reason than that it is there, attaching says why.
+    let made = qdisc_add_clsact(interface).is_ok();
+    let left = SchedClassifierLink::attached(interface, side, priority, handle, None);
+    let replaced = left.ok().and_then(|left| program.attach_to_link(left).ok());
+    note_prepared(interface, made || replaced.is_some());
+    match replaced {
+        Some(link) => Ok(link),
+        None => {
+            let options = NlOptions { priority, handle, classid: None };
+            program
+                .attach_with_options(interface, side, TcAttachOptions::Netlink(options))
+                .map_err(|error| failed(error.to_string()))
+        }
+    }
+}
+
+/// Forgets an interface that is gone.
+pub(crate) fn forget_gone(interface: &str) {
+    if !Path::new("/sys/class/net").join(interface).exists() {
+        PREPARED.lock().unwrap_or_else(PoisonError::into_inner).remove(interface);
+    }
+}
+
 fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, LoadError> {
     Ok(ebpf.program_mut(name).ok_or(LoadError::Missing(name))?.try_into()?)
 }
@@ -261,12 +303,16 @@ impl Programs {
         self.attach("server", interface, TcAttachType::Ingress)
     }
 
+    /// The interfaces that the programs were put on, each with whether on its ingress.
+    pub fn places(&self) -> Vec<(String, bool)> {
+        let places = self.attached.iter();
+        places.map(|(name, interface, _)| (interface.clone(), *name == "server")).collect()
+    }
+
     /// Leaves an interface, if it is still there, for good.
     pub fn leave(&mut self, interface: &str) {
         self.detach(interface);
-        if !Path::new("/sys/class/net").join(interface).exists() {
-            PREPARED.lock().unwrap_or_else(PoisonError::into_inner).remove(interface);
-        }
+        forget_gone(interface);
     }
 
     /// Takes the programs from an interface, if it is still there.
@@ -305,26 +351,9 @@ impl Programs {
     }
 
     fn attach(&mut self, name: &'static str, interface: &str, side: TcAttachType) -> Result<(), LoadError> {
-        let failed = |error: String| LoadError::Attach { interface: interface.to_owned(), error };
         self.detach(interface);
-        // If this fails for another reason than that it is there, attaching says why.
-        let made = qdisc_add_clsact(interface).is_ok();
-        let program = classifier(&mut self.ebpf, name)?;
-        // One that a killed dom0d left is replaced at once.
-        let left = SchedClassifierLink::attached(interface, side, PRIORITY, self.handle, None);
-        let replaced = left.ok().and_then(|left| program.attach_to_link(left).ok());
-        let ours = made || replaced.is_some();
-        let link = match replaced {
-            Some(link) => link,
-            None => {
-                let options = NlOptions { priority: PRIORITY, handle: self.handle, classid: None };
-                program
-                    .attach_with_options(interface, side, TcAttachOptions::Netlink(options))
-                    .map_err(|error| failed(error.to_string()))?
-            }
-        };
-        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
-        *prepared.entry(interface.to_owned()).or_default() |= ours;
+        let handle = self.handle;
+        let link = put_on(classifier(&mut self.ebpf, name)?, interface, side, PRIORITY, handle)?;
         self.attached.push((name, interface.to_owned(), link));
         Ok(())
     }

@@ -229,6 +229,7 @@ fn report() -> DaemonStatus {
             },
             servers: (1..=3).map(|id| (id, domain(id))).collect(),
             known: vec![KnownDomain { domain: domain(4), reason: "its vif is not on xenbr0".to_owned() }],
+            contained: vec!["vif2.0".to_owned()],
             plane_counters: BTreeMap::from([("tagged frames", 3)]),
         }],
     }

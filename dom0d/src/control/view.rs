@@ -35,6 +35,7 @@ fn service(report: ServiceReport) -> Service {
             .into_iter()
             .map(|known| KnownDomain { domain: domain(&known.domain), reason: known.reason })
             .collect(),
+        contained: report.contained,
         name: report.name,
         psc: report.psc,
         psc_mac: report.psc_mac,

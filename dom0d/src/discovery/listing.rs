@@ -78,7 +78,23 @@ impl<X: AsyncXs> Walk<'_, X> {
             }
         }
         vifs.sort_by_key(|vif| vif.devid);
-        Ok(Some(Domain { domid, uuid, name, vifs, received: false, shutdown_request }))
+        let foreign_vifs = self.foreign_vifs(domid).await?;
+        Ok(Some(Domain { domid, uuid, name, vifs, foreign_vifs, received: false, shutdown_request }))
+    }
+
+    /// By libxl's own copy, which no guest can write.
+    async fn foreign_vifs(&mut self, domid: u16) -> io::Result<Vec<u32>> {
+        let home = format!("/libxl/{domid}/device/vif");
+        let mut foreign = Vec::new();
+        for child in self.children(&home).await? {
+            let path = format!("{home}/{child}/backend");
+            let is_foreign = self.parsed(&path, |text| Some(!text.starts_with("/local/domain/0/"))).await?;
+            if is_foreign == Some(true) {
+                foreign.extend(child.parse::<u32>().ok());
+            }
+        }
+        foreign.sort_unstable();
+        Ok(foreign)
     }
 
     async fn request(&mut self, domid: u16) -> io::Result<Option<String>> {
@@ -276,6 +292,16 @@ mod tests {
     async fn the_backends_own_name_for_a_vif_counts() {
         let snapshot = listed(&[("/local/domain/0/backend/vif/3/0/vifname", Some("redis0"))]).await;
         assert_eq!(snapshot.domains[0].vifs[0].name, "redis0");
+    }
+
+    #[tokio::test]
+    async fn a_vif_of_a_driver_domain_is_noticed() {
+        let snapshot = listed(&[
+            ("/libxl/3/device/vif/0/backend", Some("/local/domain/0/backend/vif/3/0")),
+            ("/libxl/3/device/vif/1/backend", Some("/local/domain/2/backend/vif/3/1")),
+        ])
+        .await;
+        assert_eq!(snapshot.domains[0].foreign_vifs, [1]);
     }
 
     #[tokio::test]

@@ -35,6 +35,8 @@ pub(crate) struct Domain {
     pub(crate) name: String,
     /// Its network interfaces, by ascending devid.
     pub(crate) vifs: Vec<Vif>,
+    /// Numbers of those whose backend is in another domain.
+    pub(crate) foreign_vifs: Vec<u32>,
     /// It was received by a migration: this life was listed under a name for that before.
     pub(crate) received: bool,
     /// What the toolstack asks of it in `control/shutdown`: `poweroff`, `reboot`, ...
@@ -54,7 +56,7 @@ impl Domain {
 }
 
 /// Suffix that xl gives to a domain that is being received; it is not that domain yet.
-const INCOMING: &str = "--incoming";
+pub(crate) const INCOMING: &str = "--incoming";
 
 /// Suffix that xl gives to a domain that has been sent away; it is that domain until it is gone.
 const MIGRATED_AWAY: &str = "--migratedaway";
@@ -138,6 +140,7 @@ mod tests {
             uuid: Uuid::from_u128(identity),
             name: name.to_owned(),
             vifs: Vec::new(),
+            foreign_vifs: Vec::new(),
             received: false,
             shutdown_request: None,
         }

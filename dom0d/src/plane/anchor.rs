@@ -173,17 +173,22 @@ async fn set_up(
     if let Err(error) = netlink.link().set_port(port).execute().await {
         tracing::warn!(port = anchor, %error, "can't make the anchor a multicast router port; where a multicast querier runs, IPv6 clients may not find the PSC");
     }
-    // Before the PSC's MAC is tied to it, which counts for the VLANs that the port is in by then.
-    if let Some(vlan) = vlan {
-        join(netlink, (anchor, index), vlan).await?;
-    }
     let message = LinkUnspec::new_with_name(far).up().build();
     refused(format!("set {far} up"), netlink.link().set(message).execute().await)?;
-    tie(netlink, psc_mac, index).await
+    tie(netlink, psc_mac, vlan, index).await
 }
 
-/// Has the bridge send what is for the PSC's MAC to its anchor, whose number this is.
-pub(crate) async fn tie(netlink: &Handle, psc_mac: Mac, index: u32) -> Result<(), AnchorError> {
+/// Has the bridge send what is for the PSC's MAC to its anchor, whose number this is, in the service's VLAN.
+pub(crate) async fn tie(
+    netlink: &Handle,
+    psc_mac: Mac,
+    vlan: Option<u16>,
+    index: u32,
+) -> Result<(), AnchorError> {
+    // The MAC is tied in the VLANs that the port is in by then.
+    if let Some(vlan) = vlan {
+        join(netlink, (&names(psc_mac).0, index), vlan).await?;
+    }
     // Not learned: a merely static entry, too, would be moved by one frame of a guest with the PSC's MAC.
     let entry = netlink.neighbours().add_bridge(index, &psc_mac).state(NeighbourState::Noarp);
     let entry = entry.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
@@ -235,19 +240,10 @@ pub(crate) async fn remove_programs(netlink: &Handle, kept: &[Mac]) -> Result<Ve
     let mut found = Vec::new();
     for link in links(netlink).await? {
         for is_ingress in [true, false] {
-            for filter in filters(netlink, &link, is_ingress).await? {
-                let number =
-                    (u32::from(filter.header.handle.major) << 16) | u32::from(filter.header.handle.minor);
-                let is_bpf =
-                    filter.attributes.iter().any(|part| *part == TcAttribute::Kind("bpf".to_owned()));
-                let priority = filter.header.info >> 16;
-                // The kernel lists the place of a filter, too, under number 0.
-                if is_bpf
-                    && priority == u32::from(understudy_bpf::PRIORITY)
-                    && number != 0
-                    && !kept.contains(&number)
-                {
-                    understudy_bpf::take_off(&link.name, is_ingress, number);
+            for (priority, number) in filters(netlink, &link, is_ingress).await?.iter().filter_map(program) {
+                // What contains domains is anew with each dom0d.
+                if priority != understudy_bpf::PRIORITY || !kept.contains(&number) {
+                    understudy_bpf::take_off(&link.name, is_ingress, priority, number);
                     found.push(link.name.clone());
                 }
             }
@@ -255,6 +251,27 @@ pub(crate) async fn remove_programs(netlink: &Handle, kept: &[Mac]) -> Result<Ve
     }
     found.dedup();
     Ok(found)
+}
+
+/// Priority and number of a program that some dom0d has put on an interface; `None` if the filter is somebody else's.
+fn program(filter: &TcMessage) -> Option<(u16, u32)> {
+    let number = (u32::from(filter.header.handle.major) << 16) | u32::from(filter.header.handle.minor);
+    let is_bpf = filter.attributes.iter().any(|part| *part == TcAttribute::Kind("bpf".to_owned()));
+    let priority = u16::try_from(filter.header.info >> 16).ok()?;
+    let is_ours = [understudy_bpf::PRIORITY, understudy_bpf::CONTAIN_PRIORITY].contains(&priority);
+    // The kernel lists the place of a filter, too, under number 0.
+    (is_bpf && is_ours && number != 0).then_some((priority, number))
+}
+
+/// Whether the program of this priority and number is where it was put.
+pub(crate) async fn has_program(
+    netlink: &Handle,
+    link: &Link,
+    is_ingress: bool,
+    (priority, number): (u16, u32),
+) -> Result<bool, AnchorError> {
+    let wanted = Some((priority, number));
+    Ok(filters(netlink, link, is_ingress).await?.iter().any(|filter| program(filter) == wanted))
 }
 
 /// The filters on one side of an interface; none if it has no place for them.

@@ -5,11 +5,13 @@
 
 pub(crate) mod anchor;
 mod bpf;
+pub(crate) mod changes;
 pub(crate) mod device;
 mod frame;
 mod neighbours;
 pub(crate) mod pcap;
 pub(crate) mod rules;
+mod ruleset_watch;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

@@ -4,6 +4,7 @@ use understudy_api::config::AttachAs;
 use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
 
 use super::{Service, Surroundings};
+use crate::command::DomainRef;
 use crate::event::DaemonEvent;
 use crate::memory::InStep;
 use crate::server::{Place, Server};
@@ -78,7 +79,11 @@ impl Service {
 
     /// Whether a server is the one to serve first.
     fn serves_first(&self, id: ServerId) -> bool {
-        let domain = &self.servers[&id].domain;
+        self.may_serve_first(&self.servers[&id].domain)
+    }
+
+    /// Whether a domain is the one to serve first.
+    pub(super) fn may_serve_first(&self, domain: &DomainRef) -> bool {
         self.memory.is_promoted(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
     }
 

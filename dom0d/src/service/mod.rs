@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::mpsc;
 
-use understudy_api::config::{self, Allowed, Fence, OnShutdownRequest, OwnConnections};
+use understudy_api::config::{self, Allowed, Direct, Fence, OnShutdownRequest, OwnConnections};
 use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, StaleReason};
 
 use crate::clock;
@@ -21,10 +21,10 @@ use crate::hypervisor::{DomainId, DomainState};
 use crate::liveness::PausePolicy;
 use crate::memory::{InStep, ServiceMemory};
 use crate::plane::device::Device;
-use crate::plane::rules::{Part, RuleSet};
+use crate::plane::rules::{Part, Refusal, RuleSet};
 use crate::plane::{Inbound, Interface, Origin, Plane, mac_text};
 use crate::report::Reporter;
-use crate::server::{Arrival, Place, Server};
+use crate::server::{Arrival, GuestVif, Place, Server};
 use crate::succession::Engine;
 
 pub(crate) use beginning::{leave_nothing, remove_strays};
@@ -91,6 +91,10 @@ pub(crate) struct Service {
     clients_seen: bool,
     names: BTreeMap<ServerId, DomainRef>,
     unusable: BTreeMap<DomainId, KnownDomain>,
+    /// Every vif that a domain of the service has, by name.
+    vifs: BTreeMap<String, GuestVif>,
+    /// Frames that the kernel's rules refused.
+    pub(crate) refused: BTreeMap<&'static str, u64>,
     /// Servers to be reported as fenced when rules of this version are in force.
     isolating: Vec<(ServerId, Option<u64>)>,
     /// Where replicas tried to open connections of their own, and how often.
@@ -128,6 +132,8 @@ impl Service {
             bridge: None,
             names: BTreeMap::new(),
             unusable: BTreeMap::new(),
+            vifs: BTreeMap::new(),
+            refused: Refusal::ALL.map(|refusal| (refusal.name(), 0)).into(),
             isolating: Vec::new(),
             own_connections: BTreeMap::new(),
             evictions_ns: None,
@@ -611,23 +617,66 @@ impl Service {
         }
     }
 
+    /// All vifs of the service's domains.
+    pub(crate) fn set_vifs(&mut self, vifs: BTreeMap<String, GuestVif>) {
+        self.vifs = vifs;
+        self.rules_changed = true;
+    }
+
     /// Adds this service's part to the rules.
     pub(crate) fn add_rules(&self, rules: &mut RuleSet) {
-        let ovm = self.engine.ovm();
-        for (&id, server) in &self.servers {
-            if server.is_contained() && !server.gone {
-                let vif = rules.vifs.entry(server.vif.clone()).or_default();
-                vif.mac = server.mac;
-                vif.parts.push(Part {
-                    is_ovm: ovm == Some(id),
-                    addresses: server.addresses.clone(),
-                    ports: self.config.engine.ports.clone(),
-                    psc: self.config.engine.psc.clone(),
-                    psc_mac: self.config.psc_mac,
-                    allow: self.config.allow.clone(),
-                });
+        let mut add = |name: &str, (mac, index), server: Option<&Server>, is_ovm| {
+            let vif = rules.vifs.entry(name.to_owned()).or_default();
+            (vif.mac, vif.index) = (mac, index);
+            vif.parts.push(Part {
+                service: self.index,
+                is_ovm,
+                addresses: server.map(|server| server.addresses.clone()).unwrap_or_default(),
+                ports: self.config.engine.ports.clone(),
+                psc: self.config.engine.psc.clone(),
+                psc_mac: self.config.psc_mac,
+                allow: self.config.allow.clone(),
+                direct: self.config.direct == Direct::Allow,
+            });
+        };
+        for (name, vif) in &self.vifs {
+            match self.hold(vif) {
+                Hold::Free => {}
+                Hold::Server(server, is_ovm) => add(name, (vif.mac, vif.index), Some(server), is_ovm),
+                Hold::NoServer { is_ovm } => add(name, (vif.mac, vif.index), None, is_ovm),
             }
         }
+        // Of those that another process had, and of one that was moved, nothing else may be known yet.
+        let ovm = self.engine.ovm();
+        for (&id, server) in &self.servers {
+            if server.is_contained() && !server.gone && !self.vifs.contains_key(&server.vif) {
+                add(&server.vif, (server.mac, None), Some(server), ovm == Some(id));
+            }
+        }
+    }
+
+    /// How a vif is held. As a replica's, unless there is a reason: a domain that is starting, can't be used, or was
+    /// a server until a moment ago must not be heard either.
+    fn hold(&self, vif: &GuestVif) -> Hold<'_> {
+        let life = DomainId { uuid: vif.domain.uuid, domid: vif.domain.domid };
+        let former =
+            || self.servers.iter().find(|(_, server)| server.domain.uuid == life.uuid).map(|(&id, _)| id);
+        let id = self.find_life(life).or_else(|| if vif.is_incoming { former() } else { None });
+        let ovm = self.engine.ovm();
+        match id.and_then(|id| Some((id, self.servers.get(&id)?))) {
+            Some((_, server)) if !server.is_contained() => Hold::Free,
+            Some((id, server)) => Hold::Server(server, ovm == Some(id)),
+            None if self.memory.is_detached(life.uuid) => Hold::Free,
+            None => Hold::NoServer { is_ovm: ovm.is_none() && self.may_serve_first(&vif.domain) },
+        }
+    }
+
+    /// Interfaces from which nothing passes but what the operator allows.
+    pub(super) fn contained(&self) -> Vec<String> {
+        let mut rules = RuleSet::default();
+        self.add_rules(&mut rules);
+        let vifs = rules.vifs.into_iter().filter(|(_, vif)| !vif.parts.iter().any(|part| part.is_ovm));
+        vifs.map(|(name, _)| name).collect()
     }
 
     /// The server that is this life of a domain.
@@ -669,6 +718,16 @@ impl Service {
     fn report(&self, at: Instant, happening: Happening, around: &Surroundings<'_>) {
         around.reporter.report(at, Some(self.name()), happening, |id| self.domain(id).cloned());
     }
+}
+
+/// How a vif is held.
+enum Hold<'a> {
+    /// Not at all.
+    Free,
+    /// As the vif of this server, which is the OVM or not.
+    Server(&'a Server, bool),
+    /// As that of a domain that is no server, but may be the OVM soon.
+    NoServer { is_ovm: bool },
 }
 
 /// Tells the engine of a packet.

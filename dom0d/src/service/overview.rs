@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use understudy_api::config::OwnConnections;
 use understudy_protocol::ServerId;
 
-use super::Service;
+use super::{Hold, Service};
 use crate::command::{KnownDomain, ServiceReport};
 use crate::plane::mac_text;
 
@@ -84,6 +84,22 @@ impl Service {
         })
     }
 
+    /// Says how to open the network of a domain that can't be used.
+    fn with_remedy(&self, known: &KnownDomain) -> KnownDomain {
+        let KnownDomain { domain, reason } = known;
+        let mut own = self.vifs.values().filter(|vif| vif.domain.domid == domain.domid);
+        let is_held = own.any(|vif| matches!(self.hold(vif), Hold::NoServer { is_ovm: false }));
+        let reason = match is_held {
+            true => format!(
+                "{reason}. Meanwhile nothing passes from its vifs but what `allow` names (understudy detach {} {} opens them)",
+                self.name(),
+                domain.name
+            ),
+            false => reason.clone(),
+        };
+        KnownDomain { domain: domain.clone(), reason }
+    }
+
     /// Everything an operator may want to see.
     pub(crate) fn status(&mut self, mut problems: Vec<String>) -> ServiceReport {
         let hindrances = self.hindrances();
@@ -101,14 +117,16 @@ impl Service {
                 domain: server.domain.clone(),
                 reason: server.absence().unwrap_or_default(),
             })
-            .chain(self.unusable.values().cloned())
+            .chain(self.unusable.values().map(|known| self.with_remedy(known)))
             .collect();
         let serving = hindrances.is_empty();
+        let contained = self.contained();
         let mut plane_counters = self.plane.counters();
         if let Some((last_ns, slowest_ns)) = self.evictions_ns {
             plane_counters.extend([("eviction_last_ns", last_ns), ("eviction_max_ns", slowest_ns)]);
         }
         problems.extend(self.own_connections());
+        plane_counters.extend(&self.refused);
         problems.splice(0..0, hindrances);
         ServiceReport {
             name: self.name().to_owned(),
@@ -122,6 +140,7 @@ impl Service {
             status,
             servers,
             known,
+            contained,
             plane_counters,
         }
     }

@@ -107,6 +107,7 @@ impl Problems {
             on_shutdown_request: raw.on_shutdown_request,
             allow,
             own_connections: raw.own_connections,
+            direct: raw.direct,
             addresses,
             engine: ServiceConfig {
                 limits: raw.limits,

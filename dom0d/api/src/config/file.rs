@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use understudy_protocol::{CandidatePolicy, LagPolicy, Limits};
 
-use super::{AttachAs, Fence, OnDaemonLoss, OnShutdownRequest, OwnConnections, Plane};
+use super::{AttachAs, Direct, Fence, OnDaemonLoss, OnShutdownRequest, OwnConnections, Plane};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -53,6 +53,8 @@ pub(super) struct RawService {
     pub(super) allow: Vec<String>,
     #[serde(default)]
     pub(super) own_connections: OwnConnections,
+    #[serde(default)]
+    pub(super) direct: Direct,
     #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]

@@ -26,10 +26,21 @@ pub(crate) fn bare(source: Mac, destination: Mac) -> Vec<u8> {
 
 /// An ARP announcement (RFC 5227 section 3) that `address` is at `mac`, to everybody.
 pub(crate) fn arp_announcement(mac: Mac, address: Ipv4Addr) -> Vec<u8> {
-    let mut frame = [BROADCAST, mac].concat();
-    frame.extend_from_slice(&[0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 2]);
-    for part in [mac.as_slice(), &address.octets(), &BROADCAST, &address.octets()] {
-        frame.extend_from_slice(part);
+    arp(2, (mac, address), (BROADCAST, address), BROADCAST)
+}
+
+/// An ARP message of this operation from the sender to the target, in a frame to `destination`.
+pub(crate) fn arp(
+    operation: u8,
+    sender: (Mac, Ipv4Addr),
+    target: (Mac, Ipv4Addr),
+    destination: Mac,
+) -> Vec<u8> {
+    let mut frame = [destination, sender.0].concat();
+    frame.extend_from_slice(&[0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, operation]);
+    for (mac, address) in [sender, target] {
+        frame.extend_from_slice(&mac);
+        frame.extend_from_slice(&address.octets());
     }
     frame.resize(60, 0);
     frame
@@ -38,22 +49,49 @@ pub(crate) fn arp_announcement(mac: Mac, address: Ipv4Addr) -> Vec<u8> {
 /// An unsolicited neighbour advertisement (RFC 4861 section 4.4) that `address` is at `mac`, to all nodes, with the
 /// override flag.
 pub(crate) fn advertisement(mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+    discovery(136, mac, address, address)
+}
+
+/// A neighbour solicitation (RFC 4861 section 4.3) of `source` at `mac` for `target`, to all nodes.
+pub(crate) fn solicitation(mac: Mac, source: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
+    discovery(135, mac, source, target)
+}
+
+/// A message of neighbour discovery of this type, to all nodes, with `mac` as the link-layer address that it is about.
+pub(crate) fn discovery(kind: u8, mac: Mac, source: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
     let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-    let mut icmp = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
-    icmp.extend_from_slice(&address.octets());
-    icmp.extend_from_slice(&[2, 1]);
+    let (flags, option) = if kind == 136 { (0x20, 2) } else { (0, 1) };
+    let mut icmp = vec![kind, 0, 0, 0, flags, 0, 0, 0];
+    icmp.extend_from_slice(&target.octets());
+    icmp.extend_from_slice(&[option, 1]);
     icmp.extend_from_slice(&mac);
     let length = (icmp.len() as u32).to_be_bytes();
-    let sum = checksum(&[&address.octets(), &all_nodes.octets(), &length, &[0, 0, 0, 58], &icmp]);
+    let sum = checksum(&[&source.octets(), &all_nodes.octets(), &length, &[0, 0, 0, 58], &icmp]);
     icmp[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut frame = [[0x33, 0x33, 0, 0, 0, 1], mac].concat();
     frame.extend_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0]);
     frame.extend_from_slice(&(icmp.len() as u16).to_be_bytes());
     frame.extend_from_slice(&[58, 255]);
-    frame.extend_from_slice(&address.octets());
+    frame.extend_from_slice(&source.octets());
     frame.extend_from_slice(&all_nodes.octets());
     frame.extend_from_slice(&icmp);
     frame
+}
+
+/// An IPv6 frame with a hop-by-hop header (RFC 8200 section 4.3) that holds padding only before what it has.
+pub(crate) fn behind_options(frame: &[u8]) -> Vec<u8> {
+    let mut longer = frame[..54].to_vec();
+    longer.extend_from_slice(&[frame[20], 0, 1, 4, 0, 0, 0, 0]);
+    longer.extend_from_slice(&frame[54..]);
+    longer[20] = 0;
+    let length = u16::from_be_bytes([frame[18], frame[19]]) + 8;
+    longer[18..20].copy_from_slice(&length.to_be_bytes());
+    longer
+}
+
+/// A frame with these tags.
+pub(crate) fn tagged(frame: &[u8], tags: &[u8]) -> Vec<u8> {
+    [&frame[..12], tags, &frame[12..]].concat()
 }
 
 /// One TCP segment in one frame; [`Segment::frame`] gives its bytes, correct unless changed after.

@@ -64,15 +64,23 @@ impl Wire {
         limit: Duration,
         mut wanted: impl FnMut(&Seen) -> bool,
     ) -> Result<Option<Seen>> {
+        self.next_frame(limit, |frame| parse(frame).filter(&mut wanted))
+    }
+
+    /// What `read` makes of the next frame in either direction of which it makes something, if one comes in time. The
+    /// outer tag of a frame that came is not in it.
+    pub(crate) fn next_frame<T>(
+        &self,
+        limit: Duration,
+        mut read: impl FnMut(&[u8]) -> Option<T>,
+    ) -> Result<Option<T>> {
         let deadline = Instant::now() + limit;
         let mut frame = vec![0; 64 << 10];
         loop {
             match recv(self.socket.as_raw_fd(), &mut frame, MsgFlags::empty()) {
                 Ok(n) => {
-                    if let Some(seen) = parse(&frame[..n])
-                        && wanted(&seen)
-                    {
-                        return Ok(Some(seen));
+                    if let Some(found) = read(&frame[..n]) {
+                        return Ok(Some(found));
                     }
                 }
                 Err(Errno::EINTR) => {}

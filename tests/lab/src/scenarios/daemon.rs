@@ -3,6 +3,7 @@
 
 use std::iter;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -154,11 +155,16 @@ fn killed(lab: &str) -> Result<()> {
     stage.until("the restarted dom0d serves", Duration::from_secs(10), |status| {
         status.services[0].serving && status.services[0].servers.len() == 2
     })?;
-    let again = traces(&stage.lab)?;
-    ensure!(
-        again.lines().count() == running.lines().count(),
-        "before the kill:\n{running}\nafter the restart:\n{again}"
-    );
+    // Rules are written in steps.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let again = traces(&stage.lab)?;
+        if again.lines().count() == running.lines().count() {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "before the kill:\n{running}\nafter the restart:\n{again}");
+        sleep(Duration::from_millis(50));
+    }
     // Connections that the first daemon knew and the second does not are its affair to let flow or
     // to reset; they may not answer wrong.
     let outcome = load.finish()?;

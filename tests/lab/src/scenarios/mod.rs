@@ -1,6 +1,7 @@
 //! `cargo lab test`: stories that the whole of Understudy must pass, with real services.
 
 mod bridge;
+mod containment;
 mod daemon;
 pub(crate) mod database;
 mod hostile;
@@ -85,6 +86,7 @@ fn all() -> Vec<Scenario> {
     all.extend(shared::scenarios());
     all.extend(own::scenarios());
     all.extend(options::scenarios());
+    all.extend(containment::scenarios());
     all.extend(links::scenarios());
     all.extend(numbering::scenarios());
     all.extend(hostile::scenarios());

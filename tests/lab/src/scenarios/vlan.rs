@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::Scenario;
-use crate::client::frames::{ACK, Mac, SYN, Segment};
+use crate::client::frames::{ACK, Mac, SYN, Segment, tagged};
 use crate::client::place::{Place, join};
 use crate::client::sniff::Wire;
 use crate::host::{LabConfig, Service, Vlan};
@@ -126,10 +126,6 @@ fn knock(client: &Place, tag: &'static [u8], port: u16, (psc, psc_mac): (SocketA
         }
         Ok(answered)
     })
-}
-
-fn tagged(frame: &[u8], tag: &[u8]) -> Vec<u8> {
-    [&frame[..12], tag, &frame[12..]].concat()
 }
 
 /// A guest that says that it has the PSC's address: in the VLAN as without one, nobody on the bridge hears of it.

@@ -740,8 +740,8 @@ pub(super) fn source_address(packet: &[u8]) -> Option<IpAddr> {
 /// Where to, if it is the first segment of a connection.
 fn opens(packet: &[u8]) -> Option<SocketAddr> {
     let header = match packet.first()? >> 4 {
-        4 if packet[9..].first() == Some(&6) => usize::from(packet[0] & 0xf) * 4,
-        6 if packet[6..].first() == Some(&6) => 40,
+        4 if packet.get(9) == Some(&6) => usize::from(packet[0] & 0xf) * 4,
+        6 if packet.get(6) == Some(&6) => 40,
         _ => return None,
     };
     let tcp = packet.get(header..header + 14)?;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use simulator::{Coverage, Path, run, run_unbroken};
+use simulator::{Coverage, Path, run, run_hostile, run_unbroken};
 
 fn must_pass(seeds: impl Iterator<Item = u64>, path: Path) -> Coverage {
     let kernel = if path == Path::Kernel { " --kernel" } else { "" };
@@ -29,6 +29,22 @@ fn seeds_that_failed_once_pass() {
 #[test]
 fn seeds_that_failed_once_with_a_plane_that_passes_pass() {
     must_pass(seeds(include_str!("../seeds-kernel.txt")), Path::Kernel);
+}
+
+/// On both paths: most of them failed on both.
+#[test]
+fn hostile_seeds_that_failed_once_pass() {
+    let mut failures = Vec::new();
+    for seed in seeds(include_str!("../seeds-hostile.txt")) {
+        for (path, kernel) in [(Path::Daemon, ""), (Path::Kernel, " --kernel")] {
+            failures.extend(run_hostile(seed, false, path).failure.map(|failure| {
+                format!(
+                    "seed {seed}: {failure}\n  replay: cargo run --release -p simulator -- --seed {seed}{kernel} --hostile --verbose"
+                )
+            }));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 fn seeds(corpus: &str) -> impl Iterator<Item = u64> {

@@ -56,10 +56,13 @@ impl World {
         let mut whole = packet.to_vec();
         complete_checksum(&mut whole);
         self.trace.packet(self.now, &format!("{id:?} >"), &whole);
-        let to_nobody = Segment::parse(&whole).is_ok_and(|segment| is_nobody(segment.dst.ip()));
-        if to_nobody && self.service.ovm() == Some(id) {
+        let to = Segment::parse(&whole).map(|segment| segment.dst.ip());
+        if let Ok(to) = to
+            && is_nobody(to)
+            && self.service.ovm() == Some(id)
+        {
             // It asks for that address, and nobody answers. Replicas' questions are answered by dom0.
-            return self.asks_in_vain(id);
+            return self.asks_in_vain(id, to);
         }
         if let Ok(segment) = Segment::parse(&whole) {
             self.see(&Seen::FromServer(id, &segment));

@@ -1,6 +1,8 @@
 //! What hostile clients do in a run; see [`crate::hostile`].
 
-use understudy_protocol::ServerId;
+use core::net::IpAddr;
+
+use understudy_protocol::{ServerId, Sign};
 
 use super::{Event, World};
 use crate::client::Client;
@@ -54,7 +56,9 @@ impl World {
     }
 
     /// The OVM asks who has an address that nobody has.
-    pub(super) fn asks_in_vain(&mut self, _: ServerId) {
+    pub(super) fn asks_in_vain(&mut self, ovm: ServerId, target: IpAddr) {
         self.coverage.hit("guest.asked in vain");
+        self.service.handle_sign(self.instant(), ovm, Sign::Asked { target, link: None });
+        self.drain();
     }
 }

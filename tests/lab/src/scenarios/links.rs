@@ -8,9 +8,9 @@ use super::Scenario;
 use super::transfer::{Direction, Large};
 use crate::client::clock::now_ns;
 use crate::client::redis::load::Plan;
-use crate::host::{Fault, LabConfig, Link, Service};
-use crate::stage::Stage;
+use crate::host::{Fault, LabConfig, Link, Plane, Service};
 use crate::stage::failover::Failover;
+use crate::stage::{Stage, with_plane};
 
 const IMPAIRMENTS: [&str; 4] = ["loss", "reordering", "duplication", "all"];
 const SIDES: [&str; 2] = ["client", "guest-2"];
@@ -39,18 +39,24 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             }
         }
     }
-    all.push(
-        Scenario::new("links/guest-3/narrow/download", |lab| narrow(lab, Direction::Download)).within(long),
-    );
-    all.push(Scenario::new("links/guest-3/narrow/upload", |lab| narrow(lab, Direction::Upload)).within(long));
+    for (plane, name) in [(Plane::Bpf, "bpf"), (Plane::Pcap, "pcap")] {
+        for (direction, direction_name) in [(Direction::Download, "download"), (Direction::Upload, "upload")]
+        {
+            let scenario =
+                Scenario::new(format!("links/guest-3/narrow/{direction_name}/{name}"), move |lab| {
+                    narrow(lab, plane, direction)
+                });
+            all.push(scenario.within(long));
+        }
+    }
     all
 }
 
 /// One of two replicas is behind a link of 40 Mbit/s: it goes when it has kept the client waiting, and the other
 /// one stays.
-fn narrow(lab: &str, direction: Direction) -> Result<()> {
+fn narrow(lab: &str, plane: Plane, direction: Direction) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Http]), |config| {
-        config.replace("rvms = ", "timing = { lag_limit_ms = 4000 }\nrvms = ")
+        with_plane(&config, plane).replace("rvms = ", "timing = { lag_limit_ms = 4000 }\nrvms = ")
     })?;
     stage.lab.link("guest-3", Link { rate_bits: Some(40_000_000), ..Link::default() })?;
     let begun_us = now_ns() / 1_000;

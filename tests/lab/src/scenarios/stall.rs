@@ -7,9 +7,9 @@ use anyhow::{Result, ensure};
 
 use super::Scenario;
 use crate::client::redis::load::Plan;
-use crate::host::{Fault, Service};
-use crate::stage::Stage;
+use crate::host::{Fault, Plane, Service};
 use crate::stage::failover::Failover;
+use crate::stage::{Stage, with_plane};
 
 /// A fork, an fsync, a stolen vCPU.
 const STALL: Duration = Duration::from_millis(700);
@@ -19,15 +19,17 @@ const RECOVERY: Duration = Duration::from_secs(8);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
-        Scenario::new("stall/service", |lab| stalls(lab, Fault::Hang)),
-        Scenario::new("stall/domain", |lab| stalls(lab, Fault::Spin)),
+        Scenario::new("stall/service/bpf", |lab| stalls(lab, Plane::Bpf, Fault::Hang)),
+        Scenario::new("stall/service/pcap", |lab| stalls(lab, Plane::Pcap, Fault::Hang)),
+        Scenario::new("stall/domain/bpf", |lab| stalls(lab, Plane::Bpf, Fault::Spin)),
+        Scenario::new("stall/domain/pcap", |lab| stalls(lab, Plane::Pcap, Fault::Spin)),
         Scenario::new("stall/for-good", for_good),
     ]
 }
 
 /// One OVM after the other stalls, three of three, under the same connections.
-fn stalls(lab: &str, fault: Fault) -> Result<()> {
-    let stage = Stage::up(lab, 2, &[Service::Redis])?;
+fn stalls(lab: &str, plane: Plane, fault: Fault) -> Result<()> {
+    let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| with_plane(&config, plane))?;
     let mut plan = Plan::new(stage.psc(Service::Redis)?, "stall");
     plan.depth = 4;
     plan.pace = Some(Duration::from_millis(5));

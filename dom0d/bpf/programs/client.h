@@ -12,7 +12,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 	struct key key;
 	__u64 active;
 	__u32 zero = 0, slot, flags = FROM_CLIENT;
-	int recorded, is_full = 0;
+	int recorded, trusted = 0, is_full = 0;
 
 	service = bpf_map_lookup_elem(&control, &zero);
 	scratch = bpf_map_lookup_elem(&scratches, &zero);
@@ -57,8 +57,10 @@ static __always_inline int from_client(struct __sk_buff *skb)
 
 		next = *known;
 		outcome = client_to_server(skb, &segment, scratch, &next, bounds_of(service, known));
-		if (outcome == PASSES) {
-			flags |= FORWARDED;
+		if (outcome == PASSES)
+			trusted = is_trusted(skb, &segment, scratch);
+		if (outcome == PASSES && trusted >= 0) {
+			flags |= trusted ? FORWARDED | TRUSTED : FORWARDED;
 			/* At once: the next one may be with another CPU while this one is copied. */
 			known->ts_recent = next.ts_recent;
 			known->up_nxt = next.up_nxt;

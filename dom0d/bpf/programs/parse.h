@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* Is a frame a TCP segment right behind an IP header, whole, and where are its parts?
+/* Is a frame a TCP segment right behind an IP header, whole, and where are its parts? The protocol crate's `wire` says what
+ * that is, for the engine, too.
  *
- * What is not (fragments, extension headers, a tag within a tag, truncated headers) is left to the daemon, which
- * reads it from a socket. Headers are copied out: they lie wherever their sender likes, beyond the linear area too.
+ * What is not (fragments, options and extension headers, a broken IP header, a tag within a tag) is left to the daemon,
+ * which reads it from a socket, and drops it: it would be out of order. Headers are copied out: they lie wherever their sender likes, beyond the linear area too.
  */
 #pragma once
 
@@ -61,6 +62,17 @@ static __always_inline int read_frame(struct __sk_buff *skb, __u32 from, void *t
 	return 0;
 }
 
+/* Whether the checksum of an IPv4 header without options is its own: a receiver drops what it is not. */
+static __always_inline int is_sound(const __u8 *ip)
+{
+	__u64 sum = (__u64)word_at(ip) + word_at(ip + 4) + word_at(ip + 8) + word_at(ip + 12) + word_at(ip + 16);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum == 0xffff;
+}
+
 /* Fills `segment`, the Ethernet and IP headers and the first 20 bytes of the TCP header; 0 if the frame is no such
  * segment.
  */
@@ -73,18 +85,15 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 		return 0;
 	__builtin_memcpy(segment->source_mac, HALF(scratch->frame + 6), 6);
 	switch (be16_at(scratch->frame + 12)) {
-	case 0x0800: {
-		__u32 ihl = (ip[0] & 0x0f) * 4;
-
-		if (ip[0] >> 4 != 4 || ihl < 20 || be16_at(ip + 6) & 0x3fff || ip[9] != 6)
+	case 0x0800:
+		if (ip[0] != 0x45 || be16_at(ip + 6) & 0x3fff || ip[9] != 6 || !is_sound(ip))
 			return 0;
 		segment->version = 4;
-		segment->l4 = ETHERNET + ihl;
+		segment->l4 = ETHERNET + 20;
 		segment->ip_length = be16_at(ip + 2);
 		__builtin_memcpy(segment->source, WORD(ip + 12), 4);
 		__builtin_memcpy(segment->destination, WORD(ip + 16), 4);
 		break;
-	}
 	case 0x86dd:
 		if (ip[0] >> 4 != 6 || ip[6] != 6 || read_frame(skb, ETHERNET + 20, ip + 20, 20))
 			return 0;

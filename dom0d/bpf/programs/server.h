@@ -14,7 +14,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 	struct key key;
 	__u64 active;
 	__u32 zero = 0, slot = SLOTS, flags = 0;
-	int recorded, is_full = 0;
+	int recorded, trusted = 0, is_full = 0;
 
 	service = bpf_map_lookup_elem(&control, &zero);
 	scratch = bpf_map_lookup_elem(&scratches, &zero);
@@ -69,8 +69,10 @@ static __always_inline int from_server(struct __sk_buff *skb)
 		next = *known;
 		outcome = server_to_client(skb, &segment, scratch, &next, bounds_of(service, known));
 		known->server_tsval = next.server_tsval;
-		if (outcome == PASSES) {
-			flags |= FORWARDED;
+		if (outcome == PASSES)
+			trusted = is_trusted(skb, &segment, scratch);
+		if (outcome == PASSES && trusted >= 0) {
+			flags |= trusted ? FORWARDED | TRUSTED : FORWARDED;
 			/* At once: the next one may be with another CPU while this one is copied. */
 			known->told_tsval = next.told_tsval;
 			known->server_edge = next.server_edge;

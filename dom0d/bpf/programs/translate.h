@@ -49,7 +49,7 @@ static long next_option(__u32 index, void *context)
 		   (length == 10 || length == 18 || length == 26 || length == 34)) {
 		options->sack = at;
 		options->sack_length = length;
-	} else if (bytes[0] == 5 || bytes[0] == 8 || bytes[0] == 19 || bytes[0] == 29) {
+	} else if (bytes[0] <= 5 || bytes[0] == 8 || bytes[0] == 19 || bytes[0] == 29) {
 		options->malformed = 1;
 		return 1;
 	} else {
@@ -181,6 +181,19 @@ static __always_inline __u32 bounded(__u32 edge, __u32 bound)
 	return later(edge, bound) ? bound : edge;
 }
 
+static __always_inline int is_between(__u32 low, __u32 seq, __u32 high)
+{
+	return seq - low <= high - low;
+}
+
+/* A segment is behind all that came so far, and in the window. */
+static __always_inline int is_new(__u32 next, __u32 seq, __u32 end, __u32 edge)
+{
+	if (later(next, edge))
+		edge = next;
+	return is_between(next, seq, edge) && is_between(next, end, edge);
+}
+
 static __always_inline void move_sack(struct scratch *scratch, __u32 seq_delta)
 {
 	struct options *options = &scratch->options;
@@ -239,9 +252,8 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 		return ASIDE_FROM_NOW;
 	if ((old[13] & (SYN | ACK)) != ACK || !read_header(skb, segment, scratch))
 		return aside(moves);
-	if (later(next->up_nxt, seq) ||
-	    (segment->payload > 0 && later(end, bounded(next->server_edge, bounds.up))) ||
-	    later(ack, next->down_nxt) || later(next->client_acked, ack) ||
+	if (!is_new(next->up_nxt, seq, end, bounded(next->server_edge, bounds.up)) ||
+	    !is_between(next->client_acked, ack, next->down_nxt) ||
 	    (options->timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
 	if (options->timestamps) {
@@ -294,8 +306,8 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 		if (later(tsval, next->server_tsval) || next->server_tsval == 0)
 			next->server_tsval = tsval;
 	}
-	if (later(next->down_nxt, seq) || later(ack, next->up_nxt) || later(next->told_acked, ack) ||
-	    (segment->payload > 0 && later(end, next->client_edge + 1)) ||
+	if (!is_new(next->down_nxt, seq, end, next->client_edge + 1) ||
+	    !is_between(next->told_acked, ack, next->up_nxt) ||
 	    (options->timestamps != 0) != (next->timestamps != 0))
 		return aside(moves);
 	if (options->timestamps) {
@@ -318,6 +330,24 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 	if (segment->payload > 0)
 		next->down_nxt = end;
 	return PASSES;
+}
+
+/* Whether whoever receives the frame takes it without a look at its TCP checksum, because a device has verified that, or
+ * is still to fill it in; nothing but the helper that then leaves it alone tells the latter. -1 if the frame can't be
+ * written.
+ */
+static __always_inline int is_trusted(struct __sk_buff *skb, const struct segment *segment, struct scratch *scratch)
+{
+	__u32 at = segment->l4 + 16;
+	__u16 now;
+
+	if (bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY) >= 0)
+		return 1;
+	if (bpf_l4_csum_replace(skb, at, 0, 1, 0) || bpf_skb_load_bytes(skb, at, &now, sizeof(now)))
+		return -1;
+	if (now == *(half *)(scratch->old + 16))
+		return 1;
+	return bpf_skb_store_bytes(skb, at, scratch->old + 16, sizeof(now), 0) ? -1 : 0;
 }
 
 /* Writes the new header, `address` in place of the one at `at` in the IP header, and both MACs. The helpers know a

@@ -33,6 +33,9 @@ pub const FROM_CLIENT: u16 = 4;
 /// In [`Record::flags`]: it was forwarded because the daemon was away, or had been.
 pub const UNATTENDED: u16 = 8;
 
+/// In [`Record::flags`]: who receives the segment takes it without a look at its TCP checksum.
+pub const TRUSTED: u16 = 16;
+
 /// In [`Control::policy`]: a daemon that stays away does not stop conversations.
 pub const SERVE: u16 = 1;
 
@@ -256,6 +259,7 @@ pub fn c_header() -> String {
         ("HANDED_OVER", u64::from(HANDED_OVER)),
         ("FROM_CLIENT", u64::from(FROM_CLIENT)),
         ("UNATTENDED", u64::from(UNATTENDED)),
+        ("TRUSTED", u64::from(TRUSTED)),
         ("SERVE", u64::from(SERVE)),
         ("ALLOWED", ALLOWED as u64),
         ("ADDRESSES", ADDRESSES as u64),

@@ -10,7 +10,7 @@ use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
 
 use crate::layout::{
     Bounds, COUNTERS, Conversation, FORWARDED, FROM_CLIENT, HANDED_OVER, Key, NO_SLOT, Record, SLOTS, Server,
-    UNATTENDED,
+    TRUSTED, UNATTENDED,
 };
 use crate::shared::{RingPositions, SharedBounds, SharedControl};
 
@@ -60,6 +60,8 @@ pub struct Copied {
     pub forwarded: bool,
     /// If so: right edge of the window that its receiver was told.
     pub edge: u32,
+    /// If so: its receiver takes it without a look at its TCP checksum.
+    pub trusted: bool,
     /// It did so because the daemon was away, or had been.
     pub unattended: bool,
     /// The kernel forwards nothing of this conversation any more, this packet included.
@@ -226,6 +228,7 @@ impl Ring {
             handed_over: flags & HANDED_OVER != 0,
             epoch: u32_at(8),
             edge: u32_at(20),
+            trusted: flags & TRUSTED != 0,
             source_mac: [head[12], head[13], head[14], head[15], head[16], head[17]],
         };
         self.held = true;

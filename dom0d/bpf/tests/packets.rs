@@ -177,6 +177,14 @@ impl Segment {
     }
 }
 
+/// With the checksum of its IPv4 header made anew.
+fn summed(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[24..26].fill(0);
+    let check = !fold(sum(&frame[14..14 + usize::from(frame[14] & 15) * 4]));
+    frame[24..26].copy_from_slice(&check.to_be_bytes());
+    frame
+}
+
 /// The programs with one conversation per family.
 struct Fixture {
     bench: Bench,
@@ -345,6 +353,10 @@ fn a_wrong_checksum_stays_wrong() {
     check(&mut after);
     let (_, out) = fixture.rehearse(true, &before, 1);
     assert_eq!(out, after);
+    // No device has verified it: who reads the record must not believe it either.
+    let (record, packet) = fixture.record().unwrap();
+    assert!(record.forwarded && !record.trusted);
+    assert_eq!(packet, before[14..]);
 }
 
 #[test]
@@ -487,6 +499,51 @@ fn an_authenticated_segment_goes_to_the_daemon() {
 }
 
 #[test]
+fn what_may_be_read_in_more_than_one_way_goes_to_the_daemon() {
+    // Options of a handshake, of a wrong length or not; without a sensible length; twice.
+    let twice = [stamps(700, 106_000), stamps(700, 106_000)].concat();
+    let ambiguous: [&[u8]; 12] = [
+        &[2, 3, 0, 1],
+        &[3, 2, 1, 1],
+        &[4, 3, 0, 1],
+        &[2, 4, 5, 0xb4],
+        &[3, 3, 7, 1],
+        &[4, 2, 1, 1],
+        &[5, 2, 1, 1],
+        &[8, 4, 1, 1],
+        &[253, 0, 1, 1],
+        &[253, 1, 1, 1],
+        &[1, 1, 253, 3],
+        &twice,
+    ];
+    for options in ambiguous {
+        for came in [from_client(), from_server()] {
+            let mut fixture = Fixture::new(FLOW);
+            let came = Segment { options: options.to_vec(), ..came };
+            fixture.goes_to_the_daemon(&came, true, &["malformed_options"]);
+        }
+    }
+}
+
+#[test]
+fn an_acknowledgment_outside_of_the_window_goes_to_the_daemon() {
+    let flow = Flow { server_edge: 2_500, client_edge: 3_000_500, ..FLOW };
+    for (inside, outside) in [
+        (Segment { seq: 2_500, ..from_client() }, Segment { seq: 2_501, ..from_client() }),
+        (Segment { seq: 2_000_501, ..from_server() }, Segment { seq: 2_000_502, ..from_server() }),
+    ] {
+        let mut fixture = Fixture::new(flow);
+        fixture.goes_to_the_daemon(&Segment { payload: Vec::new(), ..outside }, false, &[]);
+        let (verdict, _) = fixture.rehearse(
+            inside.from_client,
+            &Segment { payload: Vec::new(), ..inside }.frame_before(),
+            1,
+        );
+        assert_ne!(verdict, TC_ACT_SHOT);
+    }
+}
+
+#[test]
 fn an_end_goes_to_the_daemon_with_all_that_follows() {
     for flags in [FIN | ACK, RST | ACK, RST, URG | ACK] {
         for first in [from_client(), from_server()] {
@@ -571,7 +628,18 @@ fn what_is_not_a_whole_tcp_segment_is_left_alone() {
         let changed = |at: usize, byte: u8| {
             let mut frame = whole.clone();
             frame[at] = byte;
+            summed(frame)
+        };
+        let broken = {
+            let mut frame = whole.clone();
+            frame[14 + 10] ^= 0x5a;
             frame
+        };
+        // RFC 791: a record of the route.
+        let with_options = {
+            let mut frame = [&whole[..34], &[7, 3, 4, 0], &whole[34..]].concat();
+            (frame[14], frame[14 + 3]) = (0x46, frame[14 + 3] + 4);
+            summed(frame)
         };
         let v6 = Segment { v6: true, ..segment.clone() }.frame_before();
         let extended = {
@@ -584,6 +652,8 @@ fn what_is_not_a_whole_tcp_segment_is_left_alone() {
         let frames = [
             ("first fragment", changed(14 + 6, 0x20)),
             ("later fragment", changed(14 + 7, 0x05)),
+            ("broken IPv4 header", broken),
+            ("IPv4 options", with_options),
             ("UDP", changed(14 + 9, 17)),
             ("IPv4 in name only", changed(14, 0x65)),
             ("header too short", changed(34 + 12, 0x40)),
@@ -607,13 +677,13 @@ fn what_is_for_or_from_somebody_else_is_left_alone() {
     fixture.is_left_alone(true, &other_port, Some("not_service_port"));
     let mut other_address = client;
     other_address[14 + 19] = 101;
-    fixture.is_left_alone(true, &other_address, None);
+    fixture.is_left_alone(true, &summed(other_address), None);
     let mut other_port = server.clone();
     other_port[34..34 + 2].copy_from_slice(&22_u16.to_be_bytes());
     fixture.is_left_alone(false, &other_port, None);
     let mut other_address = server;
     other_address[14 + 15] = 12;
-    fixture.is_left_alone(false, &other_address, None);
+    fixture.is_left_alone(false, &summed(other_address), None);
 }
 
 #[test]

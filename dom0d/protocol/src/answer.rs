@@ -12,6 +12,9 @@ use crate::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 use crate::{Passage, ServerId, Uncovered};
 
+/// Kernels take a segment whole that begins in their window; the FIN takes one place more.
+const BEYOND_WINDOW: u64 = (64 << 10) + 1;
+
 impl Conversation {
     /// A segment that the server in `slot` sent.
     pub(crate) fn handle_server(
@@ -30,6 +33,7 @@ impl Conversation {
             Phase::SynSent => self.handle_syn_ack(&mut leg, slot, segment, ctx),
             Phase::Open if leg.through => {
                 self.handle_ovm(&mut leg, segment, ctx);
+                self.check_passed_to_client(leg.iss, segment, ctx);
                 Ok(())
             }
             Phase::Open => {
@@ -113,10 +117,15 @@ impl Conversation {
             return;
         }
         let ack = position_of(self.client.iss, segment.ack, leg.rcv_nxt);
-        if segment.flags.has(Flags::ACK) && ack.is_some_and(|ack| ack > self.up_end()) {
-            // It acknowledges what nobody sent (RFC 9293 §3.10.7.4): no kernel says that.
-            ctx.counters.bad_ack += 1;
-            return;
+        if let Some(ack) = ack.filter(|ack| segment.flags.has(Flags::ACK) && *ack > self.up_end()) {
+            if ack > leg.edge.max(self.told.edge) + BEYOND_WINDOW {
+                // Nobody was ever told to send so much (RFC 9293 §3.10.7.4): no kernel says that.
+                ctx.counters.bad_ack += 1;
+                return;
+            }
+            // By whatever way they came there, it has bytes that no RVM will get.
+            ctx.counters.acknowledged_unrecorded += 1;
+            self.go_on_alone(ack, ctx);
         }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
@@ -142,7 +151,6 @@ impl Conversation {
         let before = self.down.end();
         let recorded = self.record_answer(start, text, ctx);
         leg.asked &= self.down.end() == before;
-        self.check_passed_to_client(leg.iss, segment, ctx);
         let Some(payload) = recorded else { return };
         let mut flags = segment.flags;
         let position = start + segment.payload.len() as u64;
@@ -257,7 +265,7 @@ impl Conversation {
         self.told.acked = self.told.acked.max(leg.rcv_nxt);
         self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), ctx);
         self.shown.0 = match ctx.passage {
-            Passage::Passed { edge } => position_of(self.client.iss, edge, self.told.edge).unwrap_or(0),
+            Passage::Passed { edge, .. } => position_of(self.client.iss, edge, self.told.edge).unwrap_or(0),
             _ => self.told.edge,
         };
         let timestamps = segment

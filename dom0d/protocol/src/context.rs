@@ -12,6 +12,7 @@ use crate::order::Order;
 use crate::queue::{MAX_SERVERS, Queue, Slot};
 use crate::saved;
 use crate::suspicion::REMINDERS;
+use crate::wire::Checksum;
 use crate::{
     Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Passage, ServerId, ServiceConfig,
     Sign, StaleReason, Transmit,
@@ -88,6 +89,9 @@ pub(crate) struct Context {
     pub(crate) plane: Option<u32>,
     /// What the data plane did with the packet at hand.
     pub(crate) passage: Passage,
+    /// The data plane has passed the packet at hand, and nothing shows yet that its bytes are recorded.
+    #[serde(skip)]
+    pub(crate) untaken: bool,
     /// Evidence against the OVM found while working.
     pub(crate) suspicion: Option<Evidence>,
     /// RVMs that fell behind a limit.
@@ -136,6 +140,7 @@ impl Context {
             cutover_untold: false,
             plane: None,
             passage: Passage::Kept,
+            untaken: false,
             suspicion: None,
             laggards: Vec::new(),
             last_answer: Instant::default(),
@@ -197,6 +202,21 @@ impl Context {
             self.cutover_untold = false;
         }
         effect
+    }
+
+    /// A packet comes, of which the data plane says this.
+    pub(crate) fn begin_passage(&mut self, passage: Passage) {
+        self.passage = passage;
+        self.untaken = self.passed();
+    }
+
+    /// What the checksum of the packet at hand must be: as its receiver sees it, if it is with that one already.
+    pub(crate) fn checksum(&self) -> Checksum {
+        match self.passage {
+            Passage::Passed { trusted: true, .. } => Checksum::Trusted,
+            Passage::Passed { trusted: false, .. } => Checksum::Right,
+            _ => Checksum::RightOrPartial,
+        }
     }
 
     /// The packet at hand is with the other side already.

@@ -29,8 +29,10 @@ counters! {
     rvm_segments,
     /// Packets too short for their headers.
     malformed_truncated,
-    /// Packets with impossible header fields.
+    /// Packets with impossible header fields, or a wrong checksum of the IP header.
     malformed_header,
+    /// Packets with IPv4 options or IPv6 extension headers: not forwarded, what they ask for can't be kept.
+    ip_options,
     /// TCP options with impossible lengths.
     malformed_options,
     /// IP fragments: not forwarded, since their place in a stream is unknown.
@@ -49,10 +51,13 @@ counters! {
     authenticated,
     /// Client segments that a TCP would not accept: forwarded or answered, not recorded.
     unacceptable,
-    /// Segments of clients and of the OVM that acknowledge what was never sent (RFC 5961 §5).
+    /// Segments of clients that acknowledge what was never sent (RFC 5961 §5), and of the OVM that acknowledge what no
+    /// client was ever told to send.
     bad_ack,
-    /// Segments that the data plane passed and that could not be recorded.
+    /// Times that client or OVM had what could not be recorded: the conversation goes on without RVMs.
     passed_unrecorded,
+    /// Times that the OVM acknowledged bytes that were never recorded: no RVM is promotable from then on.
+    acknowledged_unrecorded,
     /// Client segments whose urgent pointer was cleared: servers would differ in what they read.
     urgent,
     /// Segments dropped for [`crate::Limits::conversation_bytes`].

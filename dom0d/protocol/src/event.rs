@@ -391,6 +391,9 @@ pub enum Passage {
     Passed {
         /// Right edge of the window that the receiver was told.
         edge: u32,
+        /// The receiver takes it without a look at its TCP checksum, which a device has verified or is still to fill in.
+        /// Otherwise it drops one that is not right, a partial one too.
+        trusted: bool,
     },
     /// Nothing, and it passes nothing more of this conversation by itself.
     HandedOver,

@@ -46,9 +46,9 @@ impl Service {
         if passage == Passage::Unattended {
             return self.lose_sight(now, packet, |_, segment| Some((segment.src, segment.dst)));
         }
-        self.ctx.passage = passage;
+        self.ctx.begin_passage(passage);
         self.handle_client(now, link, packet);
-        self.ctx.passage = Passage::Kept;
+        self.end_passage();
     }
 
     /// As [`Service::handle_server`], of a packet that the plane may have passed on.
@@ -58,9 +58,19 @@ impl Service {
                 service.psc_of(segment.src).map(|psc| (segment.dst, psc))
             });
         }
-        self.ctx.passage = passage;
+        self.ctx.begin_passage(passage);
         self.handle_server(now, server, packet);
+        self.end_passage();
+    }
+
+    /// What was passed and no conversation has taken is with its receiver, who may have taken it: no RVM can follow.
+    fn end_passage(&mut self) {
         self.ctx.passage = Passage::Kept;
+        if core::mem::take(&mut self.ctx.untaken) {
+            self.ctx.counters.passed_unrecorded += 1;
+            self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
+            self.settle();
+        }
     }
 
     /// The plane goes on with a conversation without the engine: no RVM can follow.
@@ -307,15 +317,27 @@ impl Conversation {
         }
     }
 
+    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded.
+    pub(crate) fn go_on_alone(&mut self, end: u64, ctx: &mut Context) {
+        self.uncover(ctx);
+        // One that has no part in this conversation lacks them, too.
+        ctx.mark_all_stale(StaleReason::UncoveredConversation);
+        ctx.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
+        if let Some((ovm, _)) = ctx.ovm() {
+            ctx.due(ovm, end.saturating_sub(self.up.end()) as i64);
+        }
+        self.up = Stream::new(end);
+        self.up_fin = None;
+    }
+
     /// What the plane has passed to the OVM must be recorded, or no RVM can follow.
     pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
+        ctx.untaken = false;
         if ctx.passed() && !segment.payload.is_empty() {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.up.highest()) {
-                self.uncover(ctx);
-                // It goes on, alone.
-                self.up = Stream::new(end);
+                self.go_on_alone(end, ctx);
             }
         }
     }
@@ -327,6 +349,7 @@ impl Conversation {
         segment: &Segment<'_>,
         ctx: &mut Context,
     ) {
+        ctx.untaken = false;
         if ctx.passed() && !segment.payload.is_empty() {
             let end = position_of(server_iss, segment.seq, self.down.end())
                 .map(|start| start + segment.payload.len() as u64);

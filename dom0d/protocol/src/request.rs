@@ -25,8 +25,12 @@ impl Conversation {
             ctx.counters.unacceptable += 1;
             return;
         }
+        let sent = self.down_end();
         let ack = position_of(self.told.iss, segment.ack, self.client.acked);
-        let Some(ack) = ack.filter(|ack| *ack <= self.down_end()) else {
+        // What was passed acknowledges nothing that was not: at most another CPU records that at this moment, which a
+        // client who waits for it can't be ahead of.
+        let ack = ack.map(|ack| if ctx.passed() { ack.min(sent) } else { ack });
+        let Some(ack) = ack.filter(|ack| *ack <= sent) else {
             // RFC 5961 §5: neither recorded nor passed on.
             ctx.counters.bad_ack += 1;
             return;
@@ -39,7 +43,8 @@ impl Conversation {
             ctx.counters.urgent += 1;
             passed = Segment { flags: segment.flags.without(Flags::URG), urgent: 0, ..passed };
         }
-        if self.is_acceptable(start, segment) {
+        // What was passed is what is taken: the plane has judged it by the same rules.
+        if ctx.passed() || self.is_acceptable(start, segment) {
             self.last_heard = ctx.now;
             self.probes = 0;
             self.link = link;
@@ -144,7 +149,8 @@ impl Conversation {
         if !text.is_empty() {
             let before = self.up.end();
             let mark = ctx.order.mark();
-            let room = self.told.edge.max(self.told.acked).saturating_sub(start);
+            let stop = if ctx.passed() { end } else { self.told.edge.max(self.told.acked) };
+            let room = stop.saturating_sub(start);
             let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
             let beyond = start > before;
             let inserted = self.up.insert(start, taken, mark, ctx.room(beyond));
@@ -185,7 +191,7 @@ impl Conversation {
     /// Passes the client's segment to the OVM, if the OVM has the conversation.
     fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
         self.shown.1 = self.client.edge;
-        if let Passage::Passed { edge } = ctx.passage {
+        if let Passage::Passed { edge, .. } = ctx.passage {
             self.shown.1 = position_of(self.told.iss, edge, self.client.edge).unwrap_or(0);
             return;
         }

@@ -81,12 +81,13 @@ impl Service {
     /// An IP packet from a client to the PSC. `link` is the frame's source address.
     pub fn handle_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8]) {
         self.begin(now);
-        let segment = match wire::parse(packet) {
+        let segment = match wire::parse_with(packet, self.ctx.checksum()) {
             Ok(Parsed::Tcp(segment)) => segment,
             Ok(Parsed::Icmp(icmp)) => return self.handle_icmp(&icmp),
             Ok(Parsed::Other { .. }) => return self.ctx.counters.not_replicated += 1,
             Err(malformed) => return self.count_malformed(malformed),
         };
+        self.ctx.untaken &= !segment.payload.is_empty();
         let config = &self.ctx.config;
         if !config.psc.contains(&segment.dst.ip()) || !config.ports.contains(&segment.dst.port()) {
             self.ctx.counters.not_replicated += 1;
@@ -133,11 +134,12 @@ impl Service {
             self.ctx.counters.fenced += 1;
             return;
         };
-        let segment = match wire::parse(packet) {
+        let segment = match wire::parse_with(packet, self.ctx.checksum()) {
             Ok(Parsed::Tcp(segment)) => segment,
             Ok(_) => return self.ctx.counters.not_replicated += 1,
             Err(malformed) => return self.count_malformed(malformed),
         };
+        self.ctx.untaken &= !segment.payload.is_empty();
         let Some(psc) =
             self.psc_of(segment.src).filter(|psc| self.ctx.guest(slot, *psc) == Some(segment.src))
         else {
@@ -308,10 +310,13 @@ impl Service {
     }
 
     fn count_malformed(&mut self, malformed: Malformed) {
+        // Its receiver drops it for that, too.
+        self.ctx.untaken &= malformed != Malformed::Checksum;
         let counters = &mut self.ctx.counters;
         *match malformed {
             Malformed::Truncated => &mut counters.malformed_truncated,
             Malformed::Header => &mut counters.malformed_header,
+            Malformed::IpOptions => &mut counters.ip_options,
             Malformed::Options => &mut counters.malformed_options,
             Malformed::Fragment => &mut counters.fragments,
             Malformed::Checksum => &mut counters.bad_checksum,

@@ -2,9 +2,10 @@
 //! their headers change on the way.
 //!
 //! This is the specification of the data plane in the kernel, which does the same to the same bytes, and
-//! the engine translates by the same functions. Only what is new in its direction passes, perhaps beyond a gap:
-//! whatever repeats, ends or contradicts is the daemon's. A segment is never resized; options that
-//! have no translation are overwritten by NOPs.
+//! the engine translates by the same functions. What passes is what the engine then takes as it is: a packet of the
+//! grammar of [`crate::wire`], with nothing in it that may be read in more than one way. Only what is new in its direction
+//! passes, perhaps beyond a gap: whatever repeats, ends or contradicts is the daemon's. A segment is never resized; options
+//! that have no translation are overwritten by NOPs.
 //!
 //! Read before an edit: RFC 9293 §3.4, RFC 7323 §3 to §5, RFC 2018, RFC 1624 (incremental checksums).
 
@@ -13,6 +14,8 @@ use core::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::seq::later;
+use crate::wire::options::{self, AO, MD5, MSS, SACK, SACK_PERMITTED, TIMESTAMPS, WINDOW_SCALE};
+use crate::wire::{self, TCP};
 
 /// What both sides know of one conversation, as the numbers that its segments carry. "Told" is what the
 /// client was told.
@@ -96,6 +99,18 @@ const fn bounded(edge: u32, bound: u32) -> u32 {
     if later(edge, bound) { bound } else { edge }
 }
 
+/// `seq` is not before `low`, nor after `high`, on a circle with no more room than that: half of it away is neither.
+const fn is_between(low: u32, seq: u32, high: u32) -> bool {
+    seq.wrapping_sub(low) <= high.wrapping_sub(low)
+}
+
+/// A segment is behind all that came so far, and in the window; without payload, too: of what is outside its receiver would
+/// take no notice.
+const fn is_new(next: u32, seq: u32, end: u32, edge: u32) -> bool {
+    let edge = if later(next, edge) { next } else { edge };
+    is_between(next, seq, edge) && is_between(next, end, edge)
+}
+
 /// The later of a server's TSvals (RFC 7323 §4.3; its segments come by one wire, so the latest counts).
 pub(crate) const fn latest_tsval(known: u32, tsval: u32) -> u32 {
     if later(tsval, known) || known == 0 { tsval } else { known }
@@ -118,9 +133,10 @@ impl Flow {
         let Some(found) = read_options(&mut new, layout.header) else { return aside };
         let ack = be32(&old, 8);
         let edge = bounded(self.server_edge, self.bounds.up);
-        let is_old = later(self.up_nxt, seq) || (layout.payload > 0 && later(end, edge));
-        let acceptable = !later(ack, self.down_nxt) && !later(self.client_acked, ack);
-        if is_old || !acceptable || found.timestamps.is_some() != self.timestamps {
+        if !is_new(self.up_nxt, seq, end, edge)
+            || !is_between(self.client_acked, ack, self.down_nxt)
+            || found.timestamps.is_some() != self.timestamps
+        {
             return aside;
         }
         if let Some(at) = found.timestamps {
@@ -182,11 +198,9 @@ impl Flow {
             self.server_tsval = latest_tsval(self.server_tsval, be32(&old, at + 2));
         }
         let ack = be32(&old, 8);
-        if later(self.down_nxt, seq)
-            || later(ack, self.up_nxt)
-            || later(self.told_acked, ack)
-            // A window probe may carry one byte more.
-            || (layout.payload > 0 && later(end, self.client_edge.wrapping_add(1)))
+        // A window probe may carry one byte more.
+        if !is_new(self.down_nxt, seq, end, self.client_edge.wrapping_add(1))
+            || !is_between(self.told_acked, ack, self.up_nxt)
             || found.timestamps.is_some() != self.timestamps
         {
             return aside;
@@ -298,33 +312,15 @@ struct Layout {
 impl Layout {
     /// Of a packet of the same family as `other`.
     fn of(packet: &[u8], other: IpAddr) -> Option<Self> {
-        let (tcp, total) = match (packet.first()? >> 4, other) {
-            (4, IpAddr::V4(_)) => {
-                let ip = packet.get(..20)?;
-                let header = usize::from(ip[0] & 0x0f) * 4;
-                let fragment = u16::from_be_bytes([ip[6], ip[7]]) & 0x3fff;
-                if header < 20 || fragment != 0 || ip[9] != 6 {
-                    return None;
-                }
-                (header, usize::from(u16::from_be_bytes([ip[2], ip[3]])))
-            }
-            (6, IpAddr::V6(_)) => {
-                let ip = packet.get(..40)?;
-                if ip[6] != 6 {
-                    return None;
-                }
-                (40, 40 + usize::from(u16::from_be_bytes([ip[4], ip[5]])))
-            }
-            _ => return None,
-        };
-        if total > packet.len() || tcp + 20 > total {
+        let ip = wire::read_ip(packet).ok()?;
+        if ip.protocol != TCP || ip.src.is_ipv4() != other.is_ipv4() {
             return None;
         }
-        let header = usize::from(packet[tcp + 12] >> 4) * 4;
-        let payload = total.checked_sub(tcp + header).filter(|_| header >= 20)?;
+        let header = wire::tcp_header(ip.payload).ok()?;
         let is_ipv4 = other.is_ipv4();
         let (source, destination) = if is_ipv4 { (12, 16) } else { (8, 24) };
-        Some(Self { source, destination, tcp, header, payload: payload as u32, is_ipv4 })
+        let payload = (ip.payload.len() - header) as u32;
+        Some(Self { source, destination, tcp: ip.header, header, payload, is_ipv4 })
     }
 
     fn header(&self, packet: &[u8]) -> [u8; LONGEST_HEADER] {
@@ -386,31 +382,20 @@ struct Found {
     sack: Option<(usize, usize)>,
 }
 
-/// Finds the options; those without a translation become NOPs. `None` if they are malformed, given twice, or
-/// authenticate the segment, which then can't be rewritten (RFC 2385, RFC 5925).
+/// Finds the options; those without a translation become NOPs. `None` if they are malformed, given twice, of a handshake,
+/// or authenticate the segment, which then can't be rewritten (RFC 2385, RFC 5925).
 fn read_options(header: &mut [u8; LONGEST_HEADER], end: usize) -> Option<Found> {
     let mut found = Found::default();
-    let mut at = 20;
-    while at < end {
-        let length = match header[at] {
-            0 => break,
-            1 => {
-                at += 1;
-                continue;
-            }
-            _ if at + 1 < end => usize::from(header[at + 1]),
-            _ => return None,
-        };
-        if length < 2 || at + length > end {
-            return None;
-        }
-        match (header[at], length) {
-            (8, 10) if found.timestamps.is_none() => found.timestamps = Some(at),
-            (5, 10 | 18 | 26 | 34) if found.sack.is_none() => found.sack = Some((at, length)),
-            (5 | 8 | 19 | 29, _) => return None,
+    let old = *header;
+    for option in options::each(&old[20..end]) {
+        let option = option?;
+        let (at, length) = (20 + option.start, option.len());
+        match (old[at], length) {
+            (TIMESTAMPS, 10) if found.timestamps.is_none() => found.timestamps = Some(at),
+            (SACK, 10 | 18 | 26 | 34) if found.sack.is_none() => found.sack = Some((at, length)),
+            (MSS | WINDOW_SCALE | SACK_PERMITTED | SACK | TIMESTAMPS | MD5 | AO, _) => return None,
             _ => header[at..at + length].fill(1),
         }
-        at += length;
     }
     Some(found)
 }

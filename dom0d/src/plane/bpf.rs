@@ -124,7 +124,7 @@ impl BpfPlane {
     fn origin(&mut self, source: Source, copied: &Copied) -> Option<Taken> {
         let passage = match copied {
             Copied { unattended: true, .. } => Passage::Unattended,
-            Copied { forwarded: true, edge, .. } => Passage::Passed { edge: *edge },
+            &Copied { forwarded: true, edge, trusted, .. } => Passage::Passed { edge, trusted },
             Copied { handed_over: true, .. } => Passage::HandedOver,
             _ => Passage::Kept,
         };

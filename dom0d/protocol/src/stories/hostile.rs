@@ -344,11 +344,74 @@ fn what_an_ovm_says_beyond_the_clients_window_keeps_nobody_from_recuperating() {
 }
 
 #[test]
-fn an_ovm_that_acknowledges_what_nobody_sent_is_not_heard() {
+fn an_ovm_that_acknowledges_what_nobody_was_told_to_send_is_not_heard() {
     let mut story = Story::established(1);
-    story.server_sends(0, 1, b"lie", 12);
+    story.server_sends(0, 1, b"lie", 80_000);
     story.silence();
     assert!(is_promotable(&story, 1));
+}
+
+#[test]
+fn what_the_ovm_acknowledges_and_nobody_recorded_every_replica_lacks() {
+    // By whatever way it came there; one who reaches the guest's own address knows of ways.
+    let mut story = Story::established(2);
+    story.client_sends(1, b"SET", 1);
+    story.server_hears(0);
+    story.server_sends(0, 1, b"OK", 12);
+    // The client is not left waiting for it.
+    let answer = story.client_hears();
+    assert_eq!((answer.ack, answer.payload), (at(12), b"OK".to_vec()));
+    for replica in [1, 2] {
+        assert!(!is_promotable(&story, replica));
+    }
+    story.client_sends(12, b"GET", 3);
+    assert_eq!(heard_by(&mut story, 0), [(12, b"GET".to_vec(), false)]);
+    story.server_sends(0, 3, b"1", 15);
+    assert_eq!(story.client_hears().payload, b"1");
+    let status = story.service.status();
+    assert_eq!((status.servers[0].behind_bytes, status.counters["acknowledged_unrecorded"]), (0, 1));
+    // Nobody's state is known to equal what it has told its clients.
+    story.fail_ovm();
+    assert_eq!(story.service.ovm(), Some(ServerId(0)));
+}
+
+/// The client's segment with other bytes in the IP header, as `change` has them.
+fn with_ip_header(mut packet: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    change(&mut packet);
+    packet
+}
+
+#[test]
+fn what_a_guests_kernel_drops_acknowledges_nothing() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"GET big", 1);
+    for server in 0..2 {
+        story.server_sends(server, 1, &[7; 800], 8);
+    }
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    let acknowledgment = story.client_packet(&Say { seq: at(8), ack: iss(0) + 801, ..Say::default() });
+    let broken = [
+        // The checksum of the IP header, that of the segment, a record of the route.
+        with_ip_header(acknowledgment.clone(), |packet| packet[10] ^= 0x5a),
+        with_ip_header(acknowledgment.clone(), |packet| packet[36] ^= 0x5a),
+        with_ip_header(acknowledgment, |packet| {
+            packet.splice(20..20, [7, 3, 4, 0]);
+            (packet[0], packet[3]) = (0x46, packet[3] + 4);
+            packet[10..12].fill(0);
+            let sum: u32 =
+                packet[..24].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+            let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        }),
+    ];
+    for packet in broken {
+        story.service.handle_client(story.now, LINK, &packet);
+        story.drain();
+    }
+    assert!(story.servers.iter().all(VecDeque::is_empty), "it was handed on: {:?}", story.servers);
+    let counters = story.service.status().counters;
+    let counted = ["malformed_header", "bad_checksum", "ip_options"].map(|name| counters[name]);
+    assert_eq!(counted, [1, 1, 1]);
 }
 
 #[test]

@@ -1,10 +1,14 @@
 //! IP packets in, TCP segments out and back (RFC 791, RFC 8200, RFC 9293 §3.1).
 //!
 //! Every byte may be hostile: parsing names what is wrong and never panics.
+//!
+//! [`read_ip`], [`tcp_header`] and [`options`] are the grammar of what is taken: written here once, for the engine, for
+//! [`crate::Flow`], and so for the programs in the kernel (`parse.h`, `translate.h`), which pass nothing else. Whatever a
+//! receiver's kernel would drop must not match it: it would be believed here, and nobody would have it.
 
 mod checksum;
 mod icmp;
-mod options;
+pub(crate) mod options;
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -14,11 +18,13 @@ use checksum::Sum;
 pub(crate) use icmp::{Icmp, IcmpError};
 pub(crate) use options::{Options, SackBlocks};
 
-const TCP: u8 = 6;
+pub(crate) const TCP: u8 = 6;
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;
 /// Hops given to packets that the daemon makes or rebuilds.
 const HOP_LIMIT: u8 = 64;
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
 const TCP_HEADER: usize = 20;
 
 /// TCP's control bits (RFC 9293 §3.1).
@@ -79,8 +85,11 @@ pub(crate) enum Parsed<'a> {
 pub(crate) enum Malformed {
     /// Shorter than its headers say.
     Truncated,
-    /// Neither IPv4 nor IPv6, or a header with impossible fields.
+    /// Neither IPv4 nor IPv6, a header with impossible fields, or with another checksum than its own.
     Header,
+    /// IPv4 options or IPv6 extension headers. Who makes headers anew can't keep what they ask for, a route or a label
+    /// of secrecy; and no kernel program finds the segment behind all of them, so that it would come out of order.
+    IpOptions,
     /// An IP fragment: positions of its bytes in the stream are unknown.
     Fragment,
     /// The checksum is neither right nor partial.
@@ -89,38 +98,67 @@ pub(crate) enum Malformed {
     Options,
 }
 
+/// What the checksum field of a TCP segment must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Checksum {
+    /// The checksum, or the partial one of a local guest, who leaves the sum of the pseudo-header in the field and the rest
+    /// to a device that the frame never reaches (`CHECKSUM_PARTIAL` in Linux).
+    RightOrPartial,
+    /// The checksum: its receiver checks it.
+    Right,
+    /// Anything: its receiver does not look.
+    Trusted,
+}
+
 /// Reads one IP packet. Bytes beyond the IP length (Ethernet padding) are ignored.
 pub(crate) fn parse(packet: &[u8]) -> Result<Parsed<'_>, Malformed> {
-    let ip = parse_ip(packet)?;
+    parse_with(packet, Checksum::RightOrPartial)
+}
+
+/// Likewise, with another checksum.
+pub(crate) fn parse_with(packet: &[u8], checksum: Checksum) -> Result<Parsed<'_>, Malformed> {
+    let ip = read_ip(packet)?;
     match ip.protocol {
-        TCP => parse_tcp(&ip).map(Parsed::Tcp),
+        TCP => parse_tcp(&ip, checksum).map(Parsed::Tcp),
         ICMP | ICMP_V6 => Ok(icmp::parse(ip.src, ip.dst, ip.protocol, ip.payload)
             .map_or(Parsed::Other { src: ip.src, dst: ip.dst }, Parsed::Icmp)),
         _ => Ok(Parsed::Other { src: ip.src, dst: ip.dst }),
     }
 }
 
-struct Ip<'a> {
-    src: IpAddr,
-    dst: IpAddr,
-    protocol: u8,
+/// The header of an IP packet, and what is behind it.
+pub(crate) struct Ip<'a> {
+    pub(crate) src: IpAddr,
+    pub(crate) dst: IpAddr,
+    pub(crate) protocol: u8,
+    /// Bytes of the header.
+    pub(crate) header: usize,
     ecn: u8,
-    payload: &'a [u8],
+    pub(crate) payload: &'a [u8],
 }
 
-fn parse_ip(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
+/// Reads the IP header that a packet begins with. There are no options in it, nor behind it (RFC 791 §3.1, RFC 8200 §4).
+/// A TTL or hop limit that has run out is no reason for a receiver to drop the packet (RFC 1122 §3.2.1.7).
+pub(crate) fn read_ip(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
     match packet.first().ok_or(Malformed::Truncated)? >> 4 {
-        4 => parse_ipv4(packet),
-        6 => parse_ipv6(packet),
+        4 => read_ipv4(packet),
+        6 => read_ipv6(packet),
         _ => Err(Malformed::Header),
     }
 }
 
-fn parse_ipv4(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
-    let header = packet.get(..20).ok_or(Malformed::Truncated)?;
+fn read_ipv4(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
+    let header = packet.get(..IPV4_HEADER).ok_or(Malformed::Truncated)?;
     let header_length = usize::from(header[0] & 0x0f) * 4;
     let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
-    if header_length < 20 || total < header_length {
+    if header_length < IPV4_HEADER || total < header_length {
+        return Err(Malformed::Header);
+    }
+    if header_length > IPV4_HEADER {
+        return Err(Malformed::IpOptions);
+    }
+    // RFC 1122 §3.2.1.2: a packet with a wrong one is dropped in silence.
+    if Sum::default().add(header).finish() != 0 {
         return Err(Malformed::Header);
     }
     // More Fragments, or a fragment offset (RFC 791 §3.1).
@@ -131,37 +169,40 @@ fn parse_ipv4(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
         src: Ipv4Addr::new(header[12], header[13], header[14], header[15]).into(),
         dst: Ipv4Addr::new(header[16], header[17], header[18], header[19]).into(),
         protocol: header[9],
+        header: IPV4_HEADER,
         ecn: header[1] & 0x03,
-        payload: packet.get(header_length..total).ok_or(Malformed::Truncated)?,
+        payload: packet.get(IPV4_HEADER..total).ok_or(Malformed::Truncated)?,
     })
 }
 
-fn parse_ipv6(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
-    let header = packet.get(..40).ok_or(Malformed::Truncated)?;
+fn read_ipv6(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
+    let header = packet.get(..IPV6_HEADER).ok_or(Malformed::Truncated)?;
     let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
-    let mut payload = packet.get(40..40 + length).ok_or(Malformed::Truncated)?;
-    let mut protocol = header[6];
-    // Hop-by-hop, routing and destination options come before TCP (RFC 8200 §4.1), each at most
-    // once or twice; more is somebody's attempt to keep us busy.
-    for _ in 0..4 {
-        match protocol {
-            0 | 43 | 60 => {
-                let extension = payload.get(..8).ok_or(Malformed::Truncated)?;
-                protocol = extension[0];
-                let length = 8 + usize::from(extension[1]) * 8;
-                payload = payload.get(length..).ok_or(Malformed::Truncated)?;
-            }
-            44 => return Err(Malformed::Fragment),
-            _ => break,
-        }
+    let payload = packet.get(IPV6_HEADER..IPV6_HEADER + length).ok_or(Malformed::Truncated)?;
+    match header[6] {
+        // Hop-by-hop options, routing, destination options (RFC 8200 §4.1).
+        0 | 43 | 60 => return Err(Malformed::IpOptions),
+        44 => return Err(Malformed::Fragment),
+        _ => {}
     }
     Ok(Ip {
         src: ipv6_at(header, 8).into(),
         dst: ipv6_at(header, 24).into(),
-        protocol,
+        protocol: header[6],
+        header: IPV6_HEADER,
         ecn: (header[1] >> 4) & 0x03,
         payload,
     })
+}
+
+/// Bytes of the TCP header that `segment` begins with, options included.
+pub(crate) fn tcp_header(segment: &[u8]) -> Result<usize, Malformed> {
+    let header = segment.get(..TCP_HEADER).ok_or(Malformed::Truncated)?;
+    let data_offset = usize::from(header[12] >> 4) * 4;
+    if data_offset < TCP_HEADER {
+        return Err(Malformed::Header);
+    }
+    if data_offset > segment.len() { Err(Malformed::Truncated) } else { Ok(data_offset) }
 }
 
 fn ipv6_at(header: &[u8], at: usize) -> Ipv6Addr {
@@ -170,15 +211,10 @@ fn ipv6_at(header: &[u8], at: usize) -> Ipv6Addr {
     octets.into()
 }
 
-fn parse_tcp<'a>(ip: &Ip<'a>) -> Result<Segment<'a>, Malformed> {
+fn parse_tcp<'a>(ip: &Ip<'a>, checksum: Checksum) -> Result<Segment<'a>, Malformed> {
     let bytes = ip.payload;
-    let header = bytes.get(..TCP_HEADER).ok_or(Malformed::Truncated)?;
-    let data_offset = usize::from(header[12] >> 4) * 4;
-    if data_offset < TCP_HEADER {
-        return Err(Malformed::Header);
-    }
-    let options = bytes.get(TCP_HEADER..data_offset).ok_or(Malformed::Truncated)?;
-    if !checksum_acceptable(ip, header) {
+    let (header, payload) = bytes.split_at(tcp_header(bytes)?);
+    if !checksum.accepts(ip, header) {
         return Err(Malformed::Checksum);
     }
     Ok(Segment {
@@ -189,18 +225,22 @@ fn parse_tcp<'a>(ip: &Ip<'a>) -> Result<Segment<'a>, Malformed> {
         flags: Flags(header[13]),
         window: u16::from_be_bytes([header[14], header[15]]),
         urgent: u16::from_be_bytes([header[18], header[19]]),
-        options: Options::parse(options).ok_or(Malformed::Options)?,
+        options: Options::parse(&header[TCP_HEADER..]).ok_or(Malformed::Options)?,
         ecn: ip.ecn,
-        payload: &bytes[data_offset..],
+        payload,
     })
 }
 
-/// Right, or partial: a local guest leaves the sum of the pseudo-header in the field and the rest to
-/// a device that the frame never reaches (`CHECKSUM_PARTIAL` in Linux).
-fn checksum_acceptable(ip: &Ip<'_>, header: &[u8]) -> bool {
-    let pseudo = Sum::default().pseudo_header(ip.src, ip.dst, TCP, ip.payload.len());
-    let field = u16::from_be_bytes([header[16], header[17]]);
-    field == pseudo.folded() || pseudo.add(ip.payload).finish() == 0
+impl Checksum {
+    fn accepts(self, ip: &Ip<'_>, header: &[u8]) -> bool {
+        let pseudo = Sum::default().pseudo_header(ip.src, ip.dst, TCP, ip.payload.len());
+        let field = u16::from_be_bytes([header[16], header[17]]);
+        match self {
+            Self::Trusted => true,
+            Self::RightOrPartial if field == pseudo.folded() => true,
+            _ => pseudo.add(ip.payload).finish() == 0,
+        }
+    }
 }
 
 impl Segment<'_> {
@@ -369,6 +409,36 @@ mod tests {
         assert!(parse(&packet).is_ok());
         packet[37] ^= 1;
         assert_eq!(parse(&packet), Err(Malformed::Checksum));
+    }
+
+    #[test]
+    fn what_a_receivers_kernel_drops_is_not_read() {
+        let sound = segment(b"hello").emit();
+        let mut broken = sound.clone();
+        broken[10] ^= 0x5a;
+        assert_eq!(parse(&broken), Err(Malformed::Header));
+        // Loose source route, record route, padding: right but for what a receiver makes of them.
+        for option in [[131, 3, 4, 0], [7, 3, 4, 0], [1, 1, 1, 0]] {
+            let mut routed = [&sound[..20], &option, &sound[20..]].concat();
+            routed[0] = 0x46;
+            routed[3] += 4;
+            routed[10..12].fill(0);
+            let sum = Sum::default().add(&routed[..24]).finish();
+            routed[10..12].copy_from_slice(&sum.to_be_bytes());
+            assert_eq!(parse(&routed), Err(Malformed::IpOptions));
+        }
+        let v6 = Segment {
+            src: "[fd00::1]:1".parse().unwrap(),
+            dst: "[fd00::2]:2".parse().unwrap(),
+            ..segment(b"hello")
+        };
+        let sound = v6.emit();
+        for extension in [0, 43, 60] {
+            let mut extended = [&sound[..40], &[TCP, 0, 1, 4, 0, 0, 0, 0], &sound[40..]].concat();
+            extended[5] += 8;
+            extended[6] = extension;
+            assert_eq!(parse(&extended), Err(Malformed::IpOptions));
+        }
     }
 
     #[test]

@@ -1,6 +1,20 @@
 //! TCP options (RFC 9293 §3.2, RFC 7323, RFC 2018).
 
+use core::ops::Range;
+
 use serde::{Deserialize, Serialize};
+
+const END: u8 = 0;
+const NOP: u8 = 1;
+pub(crate) const MSS: u8 = 2;
+pub(crate) const WINDOW_SCALE: u8 = 3;
+pub(crate) const SACK_PERMITTED: u8 = 4;
+pub(crate) const SACK: u8 = 5;
+pub(crate) const TIMESTAMPS: u8 = 8;
+/// RFC 2385.
+pub(crate) const MD5: u8 = 19;
+/// RFC 5925.
+pub(crate) const AO: u8 = 29;
 
 /// Most SACK blocks that fit beside nothing else (RFC 2018 §3).
 pub(crate) const MAX_SACK_BLOCKS: usize = 4;
@@ -59,35 +73,27 @@ pub(crate) struct Options {
 
 impl Options {
     /// Reads options until their end; `None` if one overruns the header or has an impossible length.
-    pub(super) fn parse(mut bytes: &[u8]) -> Option<Self> {
+    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
-        loop {
-            let (&kind, rest) = match bytes.split_first() {
-                None | Some((0, _)) => return Some(options),
-                Some((1, rest)) => {
-                    bytes = rest;
-                    continue;
-                }
-                Some(split) => split,
-            };
-            let length = usize::from(*rest.first()?);
-            let value = bytes.get(2..length)?;
-            match (kind, value.len()) {
-                (2, 2) => options.mss = Some(be16(value)),
-                (3, 1) => options.window_shift = Some(value[0].min(MAX_WINDOW_SHIFT)),
-                (4, 0) => options.sack_permitted = true,
-                (5, len) if len % 8 == 0 => {
+        for option in each(bytes) {
+            let option = option?;
+            let value = &bytes[option.start + 2..option.end];
+            match (bytes[option.start], value.len()) {
+                (MSS, 2) => options.mss = Some(be16(value)),
+                (WINDOW_SCALE, 1) => options.window_shift = Some(value[0].min(MAX_WINDOW_SHIFT)),
+                (SACK_PERMITTED, 0) => options.sack_permitted = true,
+                (SACK, len) if len % 8 == 0 => {
                     for block in value.chunks_exact(8) {
                         options.sack.push(be32(block), be32(&block[4..]));
                     }
                 }
-                (8, 8) => options.timestamps = Some((be32(value), be32(&value[4..]))),
-                (19 | 29, _) => options.authenticated = true,
-                (2 | 3 | 4 | 5 | 8, _) => return None,
+                (TIMESTAMPS, 8) => options.timestamps = Some((be32(value), be32(&value[4..]))),
+                (MD5 | AO, _) => options.authenticated = true,
+                (MSS | WINDOW_SCALE | SACK_PERMITTED | SACK | TIMESTAMPS, _) => return None,
                 _ => {}
             }
-            bytes = &bytes[length..];
         }
+        Some(options)
     }
 
     /// Appends the options, padded to a multiple of four with NOPs in front (as Linux lays them out).
@@ -120,6 +126,22 @@ impl Options {
             }
         }
     }
+}
+
+/// Where each option is in `bytes`, but for NOPs, up to the end of the list (RFC 9293 §3.2). `None` for one without a
+/// sensible length: nothing behind it can be read.
+pub(crate) fn each(bytes: &[u8]) -> impl Iterator<Item = Option<Range<usize>>> + '_ {
+    let mut at = 0;
+    core::iter::from_fn(move || {
+        while bytes.get(at) == Some(&NOP) {
+            at += 1;
+        }
+        let begins = at;
+        bytes.get(begins).filter(|kind| **kind != END)?;
+        let length = bytes.get(begins + 1).map_or(0, |length| usize::from(*length));
+        at = if length < 2 { usize::MAX } else { begins + length };
+        Some((at <= bytes.len()).then_some(begins..at))
+    })
 }
 
 fn be16(bytes: &[u8]) -> u16 {

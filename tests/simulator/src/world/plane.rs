@@ -65,7 +65,8 @@ impl Plane {
             return Passage::Kept;
         }
         match translate(flow) {
-            Ok(edge) => Passage::Passed { edge },
+            // Who receives it gets it as it was before it was made partial.
+            Ok(edge) => Passage::Passed { edge, trusted: true },
             Err(Aside::DaemonFromNow) => {
                 // Of no epoch.
                 *epoch = u64::MAX;

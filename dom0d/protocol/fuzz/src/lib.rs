@@ -5,6 +5,7 @@
 mod bytes;
 mod oracle;
 mod packet;
+mod plane;
 mod world;
 
 use understudy_protocol::{Instant, LinkAddress, ServerId};

@@ -126,6 +126,27 @@ impl Tcp {
     }
 }
 
+/// Source and destination of a plain TCP packet.
+pub(crate) fn parties(packet: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+    let ports = |at: usize| packet.get(at..at + 2).map(|port| u16::from_be_bytes([port[0], port[1]]));
+    let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+    let v6 = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+    let (src, dst, tcp) = match packet.first()? >> 4 {
+        4 => (v4(12)?, v4(16)?, 20),
+        6 => (v6(8)?, v6(24)?, 40),
+        _ => return None,
+    };
+    Some((SocketAddr::new(src, ports(tcp)?), SocketAddr::new(dst, ports(tcp + 2)?)))
+}
+
+/// Whether the checksum of a plain TCP packet is right: else its receiver drops it.
+pub(crate) fn is_right(packet: &[u8]) -> bool {
+    let (Some((src, dst)), v4) = (parties(packet), packet[0] >> 4 == 4) else { return false };
+    let (header, at) = if v4 { (20, 2) } else { (40, 4) };
+    let length = usize::from(u16::from_be_bytes([packet[at], packet[at + 1]])) + if v4 { 0 } else { 40 };
+    packet.get(header..length).is_some_and(|tcp| checksum(src.ip(), dst.ip(), 6, tcp) == 0)
+}
+
 fn checksum(src: IpAddr, dst: IpAddr, protocol: u8, message: &[u8]) -> u16 {
     let pseudo = sum(sum(0, &octets(src)), &octets(dst)) + u64::from(protocol) + message.len() as u64;
     fold(sum(pseudo, message))

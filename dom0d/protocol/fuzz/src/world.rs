@@ -4,14 +4,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use understudy_protocol::{
-    Destination, Effect, Evidence, Instant, LagPolicy, LinkAddress, Mask, Seeding, ServerId, ServerSpec,
-    Service, ServiceConfig, Sign,
+    Destination, Effect, Evidence, Instant, LagPolicy, LinkAddress, Mask, Passage, Seeding, ServerId,
+    ServerSpec, Service, ServiceConfig, Sign,
 };
 
 use crate::START;
 use crate::bytes::Bytes;
 use crate::oracle::{self, Voices};
 use crate::packet::{self, ACK, FIN, RST, SYN, Tcp};
+use crate::plane::Plane;
 
 const PORT: u16 = 80;
 const SERVERS: usize = 4;
@@ -67,6 +68,8 @@ pub(crate) struct World {
     /// By server and client.
     ends: Vec<End>,
     voices: Voices,
+    /// If there is one that passes conversations by itself.
+    plane: Option<Plane>,
     /// Only servers' own marks have the highest bit.
     is_marked: bool,
     last: Vec<u8>,
@@ -122,9 +125,13 @@ impl World {
             ovm: None,
             ends: vec![End::default(); SERVERS * CLIENTS],
             voices: Voices::default(),
+            plane: (knobs & 0x20 != 0).then(Plane::default),
             is_marked: true,
             last: Vec::new(),
         };
+        if world.plane.is_some() {
+            world.service.set_plane_passes();
+        }
         let spec = world.spec(0);
         let _ = world.service.install_ovm(world.now, spec);
         for server in 1..1 + usize::from(knobs >> 3 & 3) {
@@ -158,12 +165,9 @@ impl World {
         while let Some(effect) = self.service.poll_effect() {
             effects += 1;
             assert!(effects <= limit, "effects without end");
-            if let Effect::Cutover { to, .. } = effect {
-                self.note_cutover(to);
-            }
+            self.carry_out(&effect);
         }
-        let tracked: Vec<SocketAddr> =
-            self.service.conversations(0, CLIENTS).into_iter().map(|known| known.client).collect();
+        let tracked = self.tracked();
         for client in &mut self.clients {
             if !tracked.contains(&client.address) {
                 client.oracle.forget();
@@ -181,9 +185,42 @@ impl World {
         oracle::check(&self.service, packets);
         // A conversation that was looked at meanwhile may have led to a promotion.
         while let Some(effect) = self.service.poll_effect() {
-            if let Effect::Cutover { to, .. } = effect {
-                self.note_cutover(to);
+            self.carry_out(&effect);
+        }
+        if let Some((accused, evidence)) = self.plane.as_mut().and_then(|plane| plane.suspicion.take()) {
+            self.stop_plane();
+            self.service.handle_confirmed(self.now, accused, evidence);
+            return self.drain();
+        }
+        if let Some(plane) = &mut self.plane {
+            while let Some(handover) = self.service.poll_handover() {
+                plane.install(&handover);
             }
+        }
+    }
+
+    /// Clients whose conversations the engine knows.
+    fn tracked(&self) -> Vec<SocketAddr> {
+        self.service.conversations(0, CLIENTS).into_iter().map(|known| known.client).collect()
+    }
+
+    fn carry_out(&mut self, effect: &Effect) {
+        match (effect, &mut self.plane) {
+            (Effect::Cutover { to, .. }, _) => self.note_cutover(*to),
+            (Effect::StopPlane { accused, evidence }, Some(plane)) => {
+                plane.suspicion = Some((*accused, *evidence));
+            }
+            (Effect::Extend { place, bounds }, Some(plane)) => plane.extend(*place, *bounds),
+            (Effect::TakeBack { client, .. }, Some(plane)) => plane.remove(*client),
+            _ => {}
+        }
+    }
+
+    /// As before anything that may depose the OVM.
+    fn stop_plane(&mut self) {
+        if let Some(plane) = &mut self.plane {
+            plane.stop();
+            self.service.handle_plane_stopped();
         }
     }
 
@@ -211,22 +248,7 @@ impl World {
         self.last.clear();
         self.last.extend_from_slice(packet);
         match to {
-            Destination::Client(_) => {
-                if self.is_marked {
-                    self.voices.check(&tcp);
-                }
-                let Some(client) = self.clients.iter_mut().find(|client| client.address == tcp.dst) else {
-                    return;
-                };
-                assert_eq!(tcp.src, client.psc);
-                if tcp.flags & SYN != 0 {
-                    client.oracle.forget();
-                    client.oracle.acked = tcp.seq;
-                } else if tracked.contains(&client.address) && !client.oracle.ambiguous {
-                    client.oracle.hears(&tcp);
-                }
-                client.end.hears(&tcp);
-            }
+            Destination::Client(_) => self.client_hears(tracked, &tcp),
             Destination::Server(id) => {
                 let Some(server) = self.server_of(id) else { return };
                 assert_eq!(tcp.dst, guest(server, tcp.dst.ip()));
@@ -235,6 +257,21 @@ impl World {
                 }
             }
         }
+    }
+
+    fn client_hears(&mut self, tracked: &[SocketAddr], tcp: &Tcp) {
+        if self.is_marked {
+            self.voices.check(tcp);
+        }
+        let Some(client) = self.clients.iter_mut().find(|client| client.address == tcp.dst) else { return };
+        assert_eq!(tcp.src, client.psc);
+        if tcp.flags & SYN != 0 {
+            client.oracle.forget();
+            client.oracle.acked = tcp.seq;
+        } else if tracked.contains(&client.address) && !client.oracle.ambiguous {
+            client.oracle.hears(tcp);
+        }
+        client.end.hears(tcp);
     }
 
     // ---- what goes in ---------------------------------------------------------------------------
@@ -248,13 +285,73 @@ impl World {
         for client in &mut self.clients {
             client.oracle.ambiguous = true;
         }
-        self.service.handle_client(self.now, link, packet);
-        self.drain();
+        self.hears_client(link, packet);
     }
 
     pub(crate) fn raw_from_server(&mut self, id: ServerId, packet: &[u8]) {
-        self.service.handle_server(self.now, id, packet);
+        self.hears_server(id, packet);
+    }
+
+    /// A client's packet, which the plane may pass on by itself.
+    fn hears_client(&mut self, link: LinkAddress, packet: &[u8]) {
+        let ovm = self.ovm.and_then(|ovm| self.server_of(ovm));
+        let mut passage = Passage::Kept;
+        if let (Some(plane), Some((src, dst)), Some(ovm)) = (&mut self.plane, packet::parties(packet), ovm)
+            && self.clients.iter().any(|client| (client.address, client.psc) == (src, dst))
+        {
+            let mut passed = packet.to_vec();
+            passage = plane.pass(src, |flow| flow.client_to_server(&mut passed, guest(ovm, src.ip()).ip()));
+            if let (Passage::Passed { .. }, true) = (passage, packet::is_right(&passed)) {
+                self.deliver(&[], Destination::Server(self.ids[ovm].unwrap_or(ServerId(0))), &passed);
+            }
+        }
+        let before = self.untaken();
+        self.service.handle_tapped_client(self.now, link, packet, passage);
+        self.check_taken(before, packet, passage);
         self.drain();
+    }
+
+    /// A server's packet; the plane may pass on an OVM's.
+    fn hears_server(&mut self, id: ServerId, packet: &[u8]) {
+        let mut passage = Passage::Kept;
+        let server = self.server_of(id).filter(|_| self.ovm == Some(id));
+        if let (Some(plane), Some((src, dst)), Some(server)) =
+            (&mut self.plane, packet::parties(packet), server)
+            && src == guest(server, src.ip())
+            && let Some(client) = self.clients.iter().find(|client| client.address == dst)
+        {
+            let mut passed = packet.to_vec();
+            passage = plane.pass(dst, |flow| flow.server_to_client(&mut passed, client.psc.ip()));
+            if let (Passage::Passed { .. }, true) = (passage, packet::is_right(&passed)) {
+                let tracked = self.tracked();
+                self.client_hears(&tracked, &Tcp::read(&passed));
+            }
+        }
+        let before = self.untaken();
+        self.service.handle_tapped_server(self.now, id, packet, passage);
+        self.check_taken(before, packet, passage);
+        self.drain();
+    }
+
+    /// What the engine counted of what it did not take.
+    fn untaken(&self) -> u64 {
+        if self.plane.is_none() {
+            return 0;
+        }
+        let counters = self.service.status().counters;
+        let names = ["passed_unrecorded", "unacceptable", "bad_ack", "malformed_options", "malformed_header"];
+        names.iter().map(|name| counters[name]).sum()
+    }
+
+    /// What is passed is what the engine takes.
+    fn check_taken(&self, before: u64, packet: &[u8], passage: Passage) {
+        if matches!(passage, Passage::Passed { .. }) && packet::is_right(packet) {
+            assert_eq!(
+                self.untaken(),
+                before,
+                "it was passed, and the engine does not take it: {packet:02x?}"
+            );
+        }
     }
 
     pub(crate) fn step(&mut self, bytes: &mut Bytes<'_>) {
@@ -275,8 +372,7 @@ impl World {
             _ => {
                 let id = ServerId(self.next_id + 7);
                 let packet = self.server_packet(server, client, 0, 0, ACK, bytes).write();
-                self.service.handle_server(self.now, id, &packet);
-                self.drain();
+                self.hears_server(id, &packet);
             }
         }
     }
@@ -285,8 +381,8 @@ impl World {
     fn wait(&mut self, time: Duration) {
         let until = self.now + time;
         for round in 0.. {
-            // In hours of silence, retransmissions every 4 s to three clients that are gone.
-            assert!(round < 20_000, "deadlines without end");
+            // In six hours of silence, twice a second for what an OVM owes that will never give it.
+            assert!(round < 60_000, "deadlines without end");
             let Some(due) = self.service.poll_timeout().filter(|due| *due <= until) else { break };
             self.now = self.now.max(due);
             self.service.handle_timeout(self.now);
@@ -350,8 +446,7 @@ impl World {
             options: Self::syn_options(knobs, client.end.tsval, 0),
             payload: Vec::new(),
         };
-        self.service.handle_client(self.now, LINK, &syn.write());
-        self.drain();
+        self.hears_client(LINK, &syn.write());
     }
 
     fn server_syn_ack(&mut self, server: usize, client: usize, bytes: &mut Bytes<'_>) {
@@ -381,8 +476,7 @@ impl World {
             ),
             payload: Vec::new(),
         };
-        self.service.handle_server(self.now, id, &syn_ack.write());
-        self.drain();
+        self.hears_server(id, &syn_ack.write());
     }
 
     /// A client's whole handshake with everybody.
@@ -392,8 +486,7 @@ impl World {
             self.server_syn_ack(ovm, client, bytes);
         }
         let third = self.client_packet(client, 0, 0, ACK, &mut Bytes::new(&[]));
-        self.service.handle_client(self.now, LINK, &third.write());
-        self.drain();
+        self.hears_client(LINK, &third.write());
         for server in 0..SERVERS {
             if self.ids[server] != self.service.ovm() {
                 self.server_syn_ack(server, client, bytes);
@@ -420,6 +513,10 @@ impl World {
         if shape & 0x38 == 0x28 {
             options.extend([2, 4, 5, 0xb4, 5, 26]);
             options.extend([7; 24]);
+        }
+        if shape & 0x38 == 0x18 {
+            // Of any kind, and any length.
+            options.extend([bytes.byte() & 31, bytes.byte() & 15, 1, 1]);
         }
         Tcp {
             src: client.address,
@@ -449,8 +546,7 @@ impl World {
         if flags & SYN != 0 {
             client.oracle.ambiguous = true;
         }
-        self.service.handle_client(self.now, LINK, &tcp.write());
-        self.drain();
+        self.hears_client(LINK, &tcp.write());
     }
 
     fn server_packet(
@@ -500,8 +596,7 @@ impl World {
             end.nxt = end.nxt.wrapping_add(tcp.length());
         }
         end.tsval = end.tsval.wrapping_add(1);
-        self.service.handle_server(self.now, id, &tcp.write());
-        self.drain();
+        self.hears_server(id, &tcp.write());
     }
 
     /// Every server acknowledges what it has, and answers the same.
@@ -513,8 +608,7 @@ impl World {
             let tcp = self.server_packet(server, client, 0, 0, flags, &mut Bytes::new(&[shape]));
             let end = &mut self.ends[server * CLIENTS + client];
             end.nxt = end.nxt.wrapping_add(tcp.length());
-            self.service.handle_server(self.now, id, &tcp.write());
-            self.drain();
+            self.hears_server(id, &tcp.write());
         }
     }
 
@@ -579,6 +673,7 @@ impl World {
     }
 
     fn operate(&mut self, server: usize, what: u8) {
+        self.stop_plane();
         let id = self.ids[server];
         let now = self.now;
         match (what & 15, id) {

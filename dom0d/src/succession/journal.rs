@@ -3,10 +3,13 @@
 //! Two files take turns, so that one of them is whole at any instant. A file, in words of the machine, then bytes:
 //!
 //! ```text
-//!  0  magic | 1  digest | 2  turn | 3  tries | 4  length of the snapshot | 5  length of the log | snapshot | log
+//!  0  magic | 1  digest | 2  turn, sum | 3  tries | 4  length of the snapshot | 5  length of the log, sum | snapshot | log
 //! ```
 //!
-//! `turn` is stored last when a file is begun, the length of the log last when something is added to it.
+//! `turn` is stored last when a file is begun, the length of the log last when something is added to it. Each shares its
+//! word with a CRC-32: of all that a file is begun with but the snapshot, which has its own, and of all that was
+//! logged since. What does not fit its sum is nothing: what the kernel was told goes on from the log's end, so that a
+//! beginning of the log is of no use.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -14,7 +17,7 @@ use std::path::{Path, PathBuf};
 use understudy_bpf::Pages;
 
 /// Grows with each change of what is written here or in a snapshot.
-const MAGIC: u64 = u64::from_be_bytes(*b"undstdy3");
+const MAGIC: u64 = u64::from_be_bytes(*b"undstdy4");
 
 const WORD: usize = size_of::<u64>();
 
@@ -40,12 +43,14 @@ const TRIES: u64 = 3;
 pub(crate) struct Journal {
     base: PathBuf,
     digest: u64,
-    turn: u64,
+    turn: u32,
     /// By the parity of the turn.
     files: [Option<Pages>; 2],
     /// Where the next record goes, in the file whose turn it is, and from where on the next turn is due.
     at: usize,
     due: usize,
+    /// Of what was logged.
+    sum: u32,
 }
 
 /// Why a daemon can't go on where its predecessor was.
@@ -66,6 +71,40 @@ pub(crate) enum Lost {
     /// It contradicts itself.
     #[error("what it left is damaged")]
     Damaged,
+}
+
+/// A number in the low half of a word, and the sum that vouches for it in the high half.
+fn summed(number: u32, sum: u32) -> u64 {
+    u64::from(sum) << 32 | u64::from(number)
+}
+
+fn parts(word: u64) -> (u32, u32) {
+    (word as u32, (word >> 32) as u32)
+}
+
+/// The sum of what came before and these bytes.
+fn continued(sum: u32, bytes: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(sum);
+    hasher.update(bytes);
+    hasher.finalize()
+}
+
+/// The turn of a file, 0 while it is being begun; [`Lost::Damaged`] if it is not what was stored.
+fn turn_of(pages: &Pages) -> Result<u32, Lost> {
+    match pages.word(PLACE_TURN) {
+        0 => Ok(0),
+        word if word == head(pages, parts(word).0) => Ok(parts(word).0),
+        // Another version's words mean something else.
+        _ if pages.word(PLACE_MAGIC) != MAGIC => Err(Lost::Differs),
+        _ => Err(Lost::Damaged),
+    }
+}
+
+/// What vouches for the beginning of a file, with its turn.
+fn head(pages: &Pages, turn: u32) -> u64 {
+    let words = [PLACE_MAGIC, PLACE_DIGEST, PLACE_SNAPSHOT].map(|place| pages.word(place));
+    let of_words = words.iter().fold(0, |sum, word| continued(sum, &word.to_ne_bytes()));
+    summed(turn, continued(of_words, &turn.to_ne_bytes()))
 }
 
 fn path(base: &Path, parity: usize) -> PathBuf {
@@ -92,7 +131,8 @@ impl Journal {
     ) -> io::Result<Self> {
         remove(base)?;
         let files = [None, None];
-        let mut journal = Self { base: base.to_owned(), digest, turn: 0, files, at: 0, due: usize::MAX };
+        let mut journal =
+            Self { base: base.to_owned(), digest, turn: 0, files, at: 0, due: usize::MAX, sum: 0 };
         journal.turn(save)?;
         Ok(journal)
     }
@@ -107,9 +147,9 @@ impl Journal {
                 Err(error) => return Err(error.into()),
             }
         }
-        let turns = files.iter().flatten().map(|pages| pages.word(PLACE_TURN));
-        let turn = turns.max().ok_or(Lost::Nothing)?;
-        let mut journal = Self { base: base.to_owned(), digest, turn, files, at: 0, due: usize::MAX };
+        let turns: Vec<u32> = files.iter().flatten().map(turn_of).collect::<Result<_, _>>()?;
+        let turn = turns.into_iter().max().ok_or(Lost::Nothing)?;
+        let mut journal = Self { base: base.to_owned(), digest, turn, files, at: 0, due: usize::MAX, sum: 0 };
         let pages = journal.current().filter(|_| turn > 0).ok_or(Lost::Damaged)?;
         if (pages.word(PLACE_MAGIC), pages.word(PLACE_DIGEST)) != (MAGIC, digest) {
             return Err(Lost::Differs);
@@ -139,12 +179,13 @@ impl Journal {
         pages.bytes().get(HEAD..).and_then(|bytes| bytes.get(..length)).ok_or(Lost::Damaged)
     }
 
-    /// What came after the snapshot, in order.
+    /// What came after the snapshot, in order: all of it.
     pub(crate) fn records(&self) -> Result<impl Iterator<Item = &[u8]> + '_, Lost> {
         let pages = self.current().ok_or(Lost::Damaged)?;
         let begin = HEAD + self.snapshot()?.len();
-        let length = usize::try_from(pages.word(PLACE_LOG)).map_err(|_| Lost::Damaged)?;
-        let mut log = pages.bytes().get(begin..).and_then(|b| b.get(..length)).ok_or(Lost::Damaged)?;
+        let (length, sum) = parts(pages.word(PLACE_LOG));
+        let log = pages.bytes().get(begin..).and_then(|bytes| bytes.get(..length as usize));
+        let mut log = log.filter(|log| crc32fast::hash(log) == sum).ok_or(Lost::Damaged)?;
         Ok(std::iter::from_fn(move || {
             let (length, rest) = log.split_first_chunk::<4>()?;
             let (record, rest) = rest.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
@@ -156,6 +197,7 @@ impl Journal {
     /// Begins anew with a snapshot, in the other file. `save` writes it to the beginning of what it is given and says
     /// how long it is; `None` if there is no room for it.
     pub(crate) fn turn(&mut self, save: impl Fn(&mut [u8]) -> Option<usize>) -> io::Result<()> {
+        // A turn takes 12 MiB of log: nobody comes round.
         let turn = self.turn + 1;
         let parity = (turn % 2) as usize;
         if let Some(pages) = &mut self.files[parity] {
@@ -178,9 +220,10 @@ impl Journal {
         pages.set_word(PLACE_TRIES, 0);
         pages.set_word(PLACE_SNAPSHOT, snapshot as u64);
         pages.set_word(PLACE_LOG, 0);
-        pages.set_word(PLACE_TURN, turn);
+        pages.set_word(PLACE_TURN, head(pages, turn));
         self.turn = turn;
         self.at = HEAD + snapshot;
+        self.sum = 0;
         self.due = due;
         Ok(())
     }
@@ -209,17 +252,19 @@ impl Journal {
     /// Adds a record of these two parts; `false` if there is no room for it.
     #[must_use]
     pub(crate) fn add(&mut self, first: &[u8], second: &[u8]) -> bool {
-        let at = self.at;
+        let (at, sum) = (self.at, self.sum);
         let length = first.len() + second.len();
         let Some(pages) = self.current_mut() else { return false };
         let begin = HEAD + pages.word(PLACE_SNAPSHOT) as usize;
+        let Ok(logged) = u32::try_from(at + 4 + length - begin) else { return false };
         let Some(room) = pages.bytes_mut().get_mut(at..at + 4 + length) else { return false };
         let (head, body) = room.split_at_mut(4);
         head.copy_from_slice(&(length as u32).to_ne_bytes());
         body[..first.len()].copy_from_slice(first);
         body[first.len()..].copy_from_slice(second);
-        pages.set_word(PLACE_LOG, (at + 4 + length - begin) as u64);
-        self.at = at + 4 + length;
+        let sum = continued(sum, room);
+        pages.set_word(PLACE_LOG, summed(logged, sum));
+        (self.at, self.sum) = (at + 4 + length, sum);
         true
     }
 }
@@ -227,6 +272,8 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
@@ -353,5 +400,42 @@ mod tests {
         assert!(files.left(7).is_err());
         std::fs::write(path(&files.0, 1), vec![0; 4096]).unwrap();
         assert!(files.left(7).is_err());
+    }
+
+    /// In memory nothing is torn, but a bit may flip, and somebody may write.
+    #[test]
+    fn no_byte_may_change_unnoticed() {
+        let files = Files::new("journal-flipped");
+        let mut journal = Journal::begin(&files.0, 7, saving(b"")).unwrap();
+        assert!(journal.add(b"of the turn before", b""));
+        // The snapshot has a sum of its own.
+        journal.turn(saving(b"")).unwrap();
+        for n in 0..20_u8 {
+            assert!(journal.add(&[n], &[n; 9]));
+        }
+        let left = files.left(7).unwrap();
+        let begun = std::fs::read(path(&files.0, 0)).unwrap();
+        let older = std::fs::read(path(&files.0, 1)).unwrap();
+        for (parity, whole, end) in [(0, &begun, HEAD + 20 * 14), (1, &older, HEAD)] {
+            for at in 0..end {
+                for flip in [0x01, 0x80, 0xff] {
+                    let open = |parity| {
+                        let path = path(&files.0, parity);
+                        std::fs::OpenOptions::new().write(true).open(path).unwrap()
+                    };
+                    // The count of tries, too.
+                    open(0).write_all_at(&begun[..HEAD], 0).unwrap();
+                    let file = open(parity);
+                    file.write_all_at(&[whole[at] ^ flip], at as u64).unwrap();
+                    if let Ok(found) = files.left(7) {
+                        assert!(found == left, "file {parity}, byte {at}, flipped by {flip:#x}");
+                    }
+                    file.write_all_at(&whole[..end], 0).unwrap();
+                }
+            }
+        }
+        // A log that is cut short, between two records.
+        journal.files[0].as_mut().unwrap().set_word(PLACE_LOG, 14);
+        assert!(matches!(files.left(7), Err(Lost::Damaged)));
     }
 }

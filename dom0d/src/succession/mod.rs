@@ -587,4 +587,30 @@ mod tests {
         assert!(!engine.journal.as_ref().unwrap().is_due());
         remove(&base).unwrap();
     }
+
+    #[test]
+    fn what_was_left_with_a_byte_changed_is_not_gone_on_with() {
+        let (mut engine, base) = journaled("flipped");
+        for n in 0..9 {
+            engine.handle_timeout(NOW + std::time::Duration::from_millis(n));
+        }
+        let expected = engine.save();
+        drop(engine);
+        let file = base.with_extension("journal.1");
+        let whole = std::fs::read(&file).unwrap();
+        let end = whole.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+        let mut refused = 0;
+        for at in 0..end {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 0x10;
+            std::fs::write(&file, &flipped).unwrap();
+            match Engine::left(&base, &config()) {
+                Ok(left) => assert!(left.engine.save() == expected, "byte {at} of {end}"),
+                Err(_) => refused += 1,
+            }
+            remove(&base).unwrap();
+        }
+        // Not the count of tries.
+        assert!(refused >= end - 8, "{refused} of {end}");
+    }
 }

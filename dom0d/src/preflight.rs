@@ -1,15 +1,15 @@
 //! Can dom0d work on this host? Looked at before anything is touched, so that a refusal leaves no trace.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use nix::unistd::geteuid;
 
@@ -82,19 +82,22 @@ pub(crate) fn check() -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Makes sure that there is one dom0d per directory.
+/// Makes sure that there is one dom0d per directory, which only root may enter, and so lock something in.
 pub(crate) fn lock(directory: &Path) -> Result<Lock, Refusal> {
     let path = directory.join("dom0d.lock");
     let failed = |error: io::Error| Refusal::NoLock { path: path.clone(), error };
-    std::fs::create_dir_all(directory).map_err(failed)?;
+    DirBuilder::new().recursive(true).mode(0o750).create(directory).map_err(failed)?;
+    std::fs::set_permissions(directory, Permissions::from_mode(0o750)).map_err(failed)?;
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
+        .custom_flags(OFlag::O_NOFOLLOW.bits())
         .open(&path)
         .map_err(failed)?;
+    file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -145,6 +148,27 @@ mod tests {
         assert!(text.contains(&format!("process {}", std::process::id())), "{text}");
         drop(first);
         lock(&directory).unwrap();
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn nobody_but_root_can_lock_anything_there() {
+        let directory = std::env::temp_dir().join(format!("dom0d-lock-open-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("dom0d.lock");
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let nobody_locks = |path: &Path| {
+            let words = ["--reuid=65534", "--regid=65534", "--clear-groups", "flock", "--nonblock"];
+            let output = Command::new("setpriv").args(words).arg(path).arg("true").output().unwrap();
+            output.status.success()
+        };
+        // As an earlier dom0d, or somebody's umask, may have left it.
+        assert!(nobody_locks(&directory) && nobody_locks(&path), "this check sees nothing");
+        let first = lock(&directory).unwrap();
+        assert!(!nobody_locks(&directory) && !nobody_locks(&path));
+        drop(first);
         std::fs::remove_dir_all(&directory).unwrap();
     }
 

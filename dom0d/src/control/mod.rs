@@ -3,6 +3,7 @@
 //! It knows nothing by itself: each request becomes a command to the data path, whose answer is put
 //! into the API's words. Events are kept here, see [`history`].
 
+mod connection;
 mod error;
 mod history;
 mod metrics;
@@ -62,20 +63,18 @@ pub(crate) fn serve(
     commands: Commands,
     relist: Relist,
     events: &Events,
-) -> impl Future<Output = std::io::Result<()>> + Send + use<> {
+) -> impl Future<Output = ()> + Send + use<> {
     let history = History::new(HISTORY_KEPT);
     let received = events.subscribe();
     async move {
         let ControlSocket { listener, file } = socket;
         let app = router(commands, relist, Arc::clone(&history));
-        let serving = axum::serve(listener, app);
-        let served = tokio::select! {
-            served = serving.into_future() => served,
+        tokio::select! {
+            () = connection::accept(listener, app) => {}
             // The daemon drops its end when it stops.
-            () = history.record(received) => Ok(()),
+            () = history.record(received) => {}
         };
         drop(file);
-        served
     }
 }
 

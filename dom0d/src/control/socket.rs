@@ -1,8 +1,8 @@
 //! How the control socket comes to be and goes: one daemon per path, root only, nothing left behind.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -74,17 +74,13 @@ impl ControlSocket {
             _ => Path::new("."),
         };
         if !directory.exists() {
-            // Whatever the umask is.
-            fs::create_dir_all(directory)
-                .and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755)))
-                .map_err(system(directory, "create its directory"))?;
+            let mut made = fs::DirBuilder::new();
+            let made = made.recursive(true).mode(0o750).create(directory);
+            made.map_err(system(directory, "create its directory"))?;
         }
 
-        // Of two daemons that start at once, each may find the other's socket not yet listening and
-        // remove it. The directory's lock is held only while that is decided.
-        let lock = File::open(directory).map_err(system(directory, "open its directory"))?;
-        lock.lock().map_err(system(directory, "lock its directory"))?;
-
+        // Of two daemons that start at once, each could find the other's socket not yet listening; a host's daemons
+        // exclude each other by `preflight::lock`, which nobody else can take.
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(system(path, "look at it")(error)),

@@ -139,6 +139,8 @@ pub(crate) enum Source {
     Hypervisor,
     /// The kernel's rules.
     Rules,
+    /// What outlives a reboot.
+    Memory,
     /// Placement of a service, by its index.
     Placement(usize),
 }
@@ -505,6 +507,7 @@ impl DataPath {
                 service.note_surroundings(self.next_server);
             }
             rules_changed |= std::mem::take(&mut service.rules_changed);
+            service.note_equals();
             memory_changed |= std::mem::take(&mut service.memory_changed);
             for loss in service.plane.take_losses() {
                 self.counters.interfaces_lost += 1;

@@ -42,7 +42,7 @@ use understudy_api::config::{Config, ConfigError, DEFAULT_PATH};
 
 use crate::command::Commands;
 use crate::control::ControlSocket;
-use crate::datapath::{DataPath, Message, Neighbourhood};
+use crate::datapath::{DataPath, Message, Neighbourhood, Source};
 use crate::discovery::{Found, Relist};
 use crate::event::{EVENTS_KEPT, Events};
 use crate::hypervisor::HypervisorKind;
@@ -58,8 +58,14 @@ use crate::wake::Waker;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Where the lock and the memory are on a real host.
+/// Where the lock is on a real host, and what a killed dom0d leaves to the next.
 const RUN_DIRECTORY: &str = "/run/understudy";
+
+/// Where the memory is on a real host: it outlives a reboot.
+const STATE_DIRECTORY: &str = "/var/lib/understudy";
+
+/// Which boot of dom0 this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Log filter when nothing is said: xenstore-rs warns of every watch that ends with its domain.
 const DEFAULT_LOG: &str = "info,xenstore_rs=error";
@@ -127,8 +133,8 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    let directory = arguments.lab.as_deref().unwrap_or(Path::new(RUN_DIRECTORY));
-    let _lock = preflight::lock(directory)?;
+    let places = Places::of(arguments.lab.as_deref());
+    let _lock = preflight::lock(&places.run)?;
     let socket = arguments.control_socket.clone().unwrap_or_else(|| config.control_socket.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Little happens here; the data path has a thread of its own.
@@ -136,7 +142,32 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("can't start threads")?;
-    runtime.block_on(run((Arc::new(config), &arguments.config), &hypervisor, &socket, directory))
+    runtime.block_on(run((Arc::new(config), &arguments.config), &hypervisor, &socket, &places))
+}
+
+/// What this dom0d has of the host's files.
+struct Places {
+    /// Emptied by a reboot.
+    run: PathBuf,
+    /// Outlives it.
+    state: PathBuf,
+    boot: String,
+}
+
+impl Places {
+    fn of(lab: Option<&Path>) -> Self {
+        let boot = |path: &Path| std::fs::read_to_string(path).map(|id| id.trim().to_owned());
+        let real = || boot(Path::new(BOOT_ID)).unwrap_or_default();
+        match lab {
+            None => Self { run: RUN_DIRECTORY.into(), state: STATE_DIRECTORY.into(), boot: real() },
+            Some(lab) => Self {
+                run: lab.join("run"),
+                state: lab.join("state"),
+                // Its dom0 may reboot.
+                boot: boot(&lab.join("boot_id")).unwrap_or_else(|_| real()),
+            },
+        }
+    }
 }
 
 /// xenstore-rs finds xenstored by an environment variable, which a process sets safely only for its
@@ -173,7 +204,7 @@ async fn run(
     (config, config_path): (Arc<Config>, &Path),
     hypervisor: &HypervisorKind,
     socket: &Path,
-    directory: &Path,
+    places: &Places,
 ) -> anyhow::Result<()> {
     let notifier = Notifier::from_environment().context("NOTIFY_SOCKET")?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -187,16 +218,12 @@ async fn run(
 
     let (events, _) = broadcast::channel(EVENTS_KEPT);
     let (lost, lost_interfaces) = tokio::sync::mpsc::unbounded_channel();
-    let memory_path = directory.join("dom0d.state");
-    let memory = memory::load(&memory_path).unwrap_or_else(|error| {
-        tracing::error!(path = %memory_path.display(), %error, "what an earlier dom0d wrote down can't be read; taking the configured OVMs for the OVMs");
-        Memory::default()
-    });
+    let memory = remember(&config, &places.state);
     let mut services = Vec::with_capacity(config.services.len());
     let mut beginnings = Vec::with_capacity(config.services.len());
     for (index, service) in config.services.iter().enumerate() {
-        let memory = memory.services.get(&service.engine.name).cloned().unwrap_or_default();
-        let (service, programs) = Service::begin(index, service.clone(), memory, directory);
+        let memory = memory.of(&service.engine.name, &places.boot);
+        let (service, programs) = Service::begin(index, service.clone(), memory, &places.run);
         beginnings.push((programs, service.arrivals()));
         services.push(service);
     }
@@ -206,7 +233,7 @@ async fn run(
     let begun: Vec<_> = begun.map(|(&mac, _)| mac).collect();
     let left = anchor::remove_programs(&netlink, &begun).await?;
     anchor::remove_clsact(&netlink, &left).await?;
-    remove_strays(&config.services, directory);
+    remove_strays(&config.services, &places.run);
     let can_be_followed = services.iter().all(|service| service.engine.is_journaled());
     let (containment, holds) = match understudy_bpf::load_containment() {
         Ok((containment, holds)) => (Some(containment), Some(holds)),
@@ -216,7 +243,7 @@ async fn run(
         }
     };
     let mut threads =
-        start_threads(&config, hypervisor, &events, lost, (memory_path, memory), (services, holds))?;
+        start_threads(&config, hypervisor, &events, lost, (places.state.clone(), memory), (services, holds))?;
     let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
     let relist = Relist::default();
     let control = tokio::spawn(control::serve(socket, commands, relist.clone(), &events));
@@ -260,9 +287,18 @@ async fn run(
     stop_threads(threads);
     clean_up(&netlink, &macs).await;
     for service in &config.services {
-        leave_nothing(service, directory);
+        leave_nothing(service, &places.run);
     }
     result
+}
+
+/// What earlier dom0ds wrote down; doubt, where that can't be believed.
+fn remember(config: &Config, directory: &Path) -> Memory {
+    memory::load(directory).unwrap_or_else(|error| {
+        let reason = format!("what was written down in {} can't be used: {error}", directory.display());
+        tracing::error!(kept = ?memory::set_aside(directory).ok(), "{reason}");
+        Memory::lost(config.services.iter().map(|service| service.engine.name.as_str()), &reason)
+    })
 }
 
 fn start_threads(
@@ -270,7 +306,7 @@ fn start_threads(
     hypervisor: &HypervisorKind,
     events: &Events,
     lost: tokio::sync::mpsc::UnboundedSender<datapath::LostInterface>,
-    (memory_path, memory): (PathBuf, Memory),
+    (state, memory): (PathBuf, Memory),
     (services, holds): (Vec<Service>, Option<understudy_bpf::Holds>),
 ) -> anyhow::Result<Threads> {
     let waker = Waker::new().context("eventfd")?;
@@ -289,7 +325,15 @@ fn start_threads(
     })?;
     let tell_rules = tell(&messages, &waker);
     let (rules, rules_writer) = rules::spawn_writer(holds, move |news| tell_rules(Message::Rules(news)))?;
-    let (memory_sender, memory_writer) = memory::spawn_writer(memory_path)?;
+    let tell_memory = tell(&messages, &waker);
+    let (memory_sender, memory_writer) = memory::spawn_writer(state, move |problem| {
+        let problems = problem.into_iter().collect();
+        tell_memory(Message::Problems { source: Source::Memory, problems });
+    })?;
+    if !memory.services.is_empty() {
+        // Also doubt is remembered.
+        let _ = memory_sender.send(memory.clone());
+    }
     let heartbeat = Arc::new(AtomicU64::new(clock::now().as_micros()));
     let datapath = DataPath::new(
         services,

@@ -1,15 +1,17 @@
-//! What must dom0d still know when it starts again? Which domain it promoted last, and which ones it has
-//! seen or was told to leave out. Kept in a file in a directory that a reboot of dom0 empties, as it ends
-//! all domains.
+//! What must dom0d still know when it starts again, also after dom0 has rebooted? Who served last, who was equal
+//! when, and which domains it has seen or was told to leave out.
 //!
-//! Without this, a daemon that restarts after a failover would take the deposed OVM for the OVM.
+//! Without this, a replica that missed what came after a promotion would be taken for the OVM. Where the memory is
+//! lost or does not fit what there is, nobody serves until an operator says so.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -17,23 +19,36 @@ use uuid::Uuid;
 use crate::command::DomainRef;
 use crate::hypervisor::DomainId;
 
+/// Grows with each change of what is written here.
+const VERSION: u32 = 1;
+
 /// Domains remembered per service and list; the oldest are forgotten first.
 const DOMAINS: usize = 256;
 
+/// The file's name in its directory.
+const FILE: &str = "memory.json";
+
 /// Everything remembered.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Memory {
+    version: u32,
     /// By the service's name.
     pub(crate) services: BTreeMap<String, ServiceMemory>,
 }
 
 /// What is remembered of one service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct ServiceMemory {
-    /// The domain promoted last; `None` while the configured OVM has always served.
-    promoted: Option<Promoted>,
+    /// How often another domain began to serve.
+    generation: u64,
+    /// The domain that served last, or does.
+    last: Option<Last>,
+    /// RVMs that had everything that the OVM of their time had.
+    equals: Vec<Equal>,
+    /// Why nobody can say who served last; an operator's word ends it.
+    doubt: Option<String>,
     /// Domains that have been in the queue: they need a new statement on their state.
     seen: Vec<Uuid>,
     /// Domains that an operator detached.
@@ -43,10 +58,13 @@ pub(crate) struct ServiceMemory {
     /// Left by a clean end: who was promotable and had everything. The PSC is gone while no dom0d runs
     /// (on the `pcap` plane), so nothing can be missed meanwhile. Good for the next start only.
     in_step: Option<InStep>,
+    /// Which boot of dom0 this was last known in.
+    boot: String,
 }
 
 /// RVMs that had everything that their OVM had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct InStep {
     /// The OVM.
     pub(crate) ovm: DomainId,
@@ -55,27 +73,152 @@ pub(crate) struct InStep {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Promoted {
+#[serde(deny_unknown_fields)]
+struct Last {
     uuid: Uuid,
     /// For a domain that is created anew with another UUID: xl makes one up unless told.
     name: String,
+    /// The boot of dom0 in which it served.
+    boot: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Equal {
+    uuid: Uuid,
+    name: String,
+    /// The generation of that OVM.
+    generation: u64,
+    /// When that ended, in seconds since the Unix epoch; `None` while it lasts, 0 if nobody saw.
+    until: Option<u64>,
+}
+
+/// Why what was remembered can't be believed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unbelievable {
+    /// It can't be read.
+    #[error("{0}")]
+    Unreadable(#[from] io::Error),
+    /// It is not what was written.
+    #[error("it is damaged: {0}")]
+    Damaged(#[from] serde_json::Error),
+    /// Another dom0d's.
+    #[error("it has version {0}, and this dom0d knows {VERSION}")]
+    OtherVersion(u64),
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { version: VERSION, services: BTreeMap::new() }
+    }
+}
+
+impl Memory {
+    /// What is remembered of a service, in this boot of dom0.
+    pub(crate) fn of(&self, service: &str, boot: &str) -> ServiceMemory {
+        let mut memory = self.services.get(service).cloned().unwrap_or_default();
+        for equal in memory.equals.iter_mut().filter(|equal| equal.until.is_none()) {
+            equal.until = Some(0);
+        }
+        if memory.boot != boot {
+            // All domains have begun anew: none is as it was left, and none has missed what nobody was given.
+            memory.in_step = None;
+            if !memory.served {
+                memory.seen.clear();
+            }
+            boot.clone_into(&mut memory.boot);
+        }
+        memory
+    }
+
+    /// What was remembered is lost for this reason: of these services nobody knows who served last.
+    pub(crate) fn lost<'a>(services: impl Iterator<Item = &'a str>, reason: &str) -> Self {
+        let doubt = || ServiceMemory { doubt: Some(reason.to_owned()), served: true, ..Default::default() };
+        Self { services: services.map(|name| (name.to_owned(), doubt())).collect(), ..Self::default() }
+    }
 }
 
 impl ServiceMemory {
-    /// Whether `domain` is the one promoted last; `None` if nothing was ever promoted.
-    pub(crate) fn is_promoted(&self, domain: &DomainRef) -> Option<bool> {
-        let promoted = self.promoted.as_ref()?;
-        Some(promoted.uuid == domain.uuid || promoted.name == domain.name)
+    /// Whether `domain` is to serve; `None` if that is the configuration's choice, since nobody was served yet.
+    pub(crate) fn serves(&self, domain: &DomainRef) -> Option<bool> {
+        if self.doubt.is_some() {
+            return Some(false);
+        }
+        let last = self.last.as_ref().filter(|_| self.served || self.generation > 1)?;
+        // By name after a reboot of dom0, which ends all domains, and for which xl makes up new UUIDs. At any other time
+        // somebody has created that domain, and what it holds is his to say.
+        Some(last.uuid == domain.uuid || (last.name == domain.name && last.boot != self.boot))
     }
 
-    /// The name of the domain promoted last.
-    pub(crate) fn promoted(&self) -> Option<&str> {
-        self.promoted.as_ref().map(|promoted| promoted.name.as_str())
+    /// What a service waits for that has nobody to serve, and what to do, as far as the memory knows; `domains` are there.
+    pub(crate) fn question<'a>(
+        &self,
+        service: &str,
+        mut domains: impl Iterator<Item = &'a DomainRef>,
+    ) -> Option<String> {
+        let answer = format!("understudy failover {service} --to DOMAIN --force");
+        if let Some(doubt) = &self.doubt {
+            return Some(format!(
+                "nobody serves, for nobody knows who served last: {doubt}; say whose state is right: {answer}"
+            ));
+        }
+        let Last { name, uuid, .. } = self.last.as_ref().filter(|_| self.served || self.generation > 1)?;
+        let equals: Vec<_> = self.equals.iter().filter(|equal| equal.generation == self.generation).collect();
+        let equals = match equals.as_slice() {
+            [] => "no other is known to hold the same".to_owned(),
+            all => all.iter().map(|equal| equal.text()).collect::<Vec<_>>().join(", "),
+        };
+        let wants = match domains.find(|domain| domain.name == *name && domain.uuid != *uuid) {
+            Some(domain) => format!(
+                "{name} (UUID {uuid}) served last, and the {name} that is there was created anew (UUID {}): if it holds the same data, or another domain does",
+                domain.uuid
+            ),
+            None => format!(
+                "waits for {name} (UUID {uuid}), which served last ({equals}); start it (xl create), or, to serve from another domain whatever its state"
+            ),
+        };
+        Some(format!("{wants}: {answer}"))
     }
 
-    /// `domain` was promoted.
-    pub(crate) fn promote(&mut self, domain: &DomainRef) {
-        self.promoted = Some(Promoted { uuid: domain.uuid, name: domain.name.clone() });
+    /// Whether the configuration names another domain, which then does not count.
+    pub(crate) fn overrules(&self, configured: impl Fn(&str, Uuid) -> bool) -> Option<&str> {
+        let last = self.last.as_ref().filter(|last| !configured(&last.name, last.uuid))?;
+        (self.served && self.generation == 1).then_some(last.name.as_str())
+    }
+
+    /// `domain` serves from now on.
+    pub(crate) fn begin(&mut self, domain: &DomainRef) {
+        let (uuid, name) = (domain.uuid, domain.name.clone());
+        if self.doubt.take().is_some() || self.last.as_ref().is_none_or(|last| last.uuid != uuid) {
+            self.generation += 1;
+        }
+        self.last = Some(Last { uuid, name, boot: self.boot.clone() });
+    }
+
+    /// A domain has another name.
+    pub(crate) fn rename(&mut self, uuid: Uuid, name: &str) {
+        let last = self.last.as_mut().filter(|last| last.uuid == uuid).map(|last| &mut last.name);
+        let equal = self.equals.iter_mut().filter(|equal| equal.uuid == uuid).map(|equal| &mut equal.name);
+        equal.chain(last).for_each(|known| name.clone_into(known));
+    }
+
+    /// These RVMs have everything that the OVM has, and no others; whether that is news.
+    pub(crate) fn set_equals(&mut self, now: &[&DomainRef]) -> bool {
+        let before = self.equals.clone();
+        let (generation, time) = (self.generation, SystemTime::now().duration_since(UNIX_EPOCH));
+        for equal in self.equals.iter_mut().filter(|equal| equal.until.is_none()) {
+            let lasts = now.iter().any(|domain| domain.uuid == equal.uuid) && equal.generation == generation;
+            equal.until = (!lasts).then(|| time.as_ref().map_or(0, |time| time.as_secs()));
+        }
+        for domain in now {
+            let lasts = |equal: &Equal| equal.uuid == domain.uuid && equal.until.is_none();
+            if !self.equals.iter().any(lasts) {
+                self.equals.retain(|equal| equal.uuid != domain.uuid);
+                let (uuid, name) = (domain.uuid, domain.name.clone());
+                push(&mut self.equals, Equal { uuid, name, generation, until: None });
+            }
+        }
+        self.equals != before
     }
 
     /// Whether a domain has been in the queue.
@@ -116,44 +259,82 @@ impl ServiceMemory {
     }
 }
 
-fn push(list: &mut Vec<Uuid>, uuid: Uuid) {
+impl Equal {
+    fn text(&self) -> String {
+        let when = match self.until {
+            None | Some(0) => "when last heard of".to_owned(),
+            Some(until) => {
+                format!("until {}", understudy_api::time::rfc3339(until.saturating_mul(1_000_000)))
+            }
+        };
+        format!("{} held the same {when}", self.name)
+    }
+}
+
+fn push<T>(list: &mut Vec<T>, entry: T) {
     if list.len() >= DOMAINS {
         list.remove(0);
     }
-    list.push(uuid);
+    list.push(entry);
 }
 
-/// Reads what an earlier dom0d left; nothing if there is no file.
-pub(crate) fn load(path: &Path) -> io::Result<Memory> {
-    match fs::read(path) {
-        Ok(text) => Ok(serde_json::from_slice(&text)?),
+/// Reads what an earlier dom0d left in a directory; nothing if there is no file.
+pub(crate) fn load(directory: &Path) -> Result<Memory, Unbelievable> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u64,
+    }
+    match fs::read(directory.join(FILE)) {
+        Ok(text) => {
+            let Versioned { version } = serde_json::from_slice(&text)?;
+            if version != u64::from(VERSION) {
+                return Err(Unbelievable::OtherVersion(version));
+            }
+            Ok(serde_json::from_slice(&text)?)
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(Memory::default()),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 
-/// A thread that writes what it is sent, so that no packet waits for a file system. It ends when the
-/// sender is dropped.
-pub(crate) fn spawn_writer(path: PathBuf) -> io::Result<(mpsc::Sender<Memory>, JoinHandle<()>)> {
+/// Keeps what can't be believed for whoever wants to look at it; gives its new name.
+pub(crate) fn set_aside(directory: &Path) -> io::Result<PathBuf> {
+    let aside = directory.join(format!("{FILE}.unbelievable"));
+    fs::rename(directory.join(FILE), &aside)?;
+    Ok(aside)
+}
+
+/// A thread that writes what it is sent, so that no packet waits for a file system, and tells what came of it. It ends
+/// when the sender is dropped.
+pub(crate) fn spawn_writer(
+    directory: PathBuf,
+    tell: impl Fn(Option<String>) + Send + 'static,
+) -> io::Result<(mpsc::Sender<Memory>, JoinHandle<()>)> {
     let (sender, receiver) = mpsc::channel::<Memory>();
-    let thread = std::thread::Builder::new()
-        .name("memory".to_owned())
-        .spawn(move || {
-            while let Ok(first) = receiver.recv() {
-                let last = receiver.try_iter().last().unwrap_or(first);
-                if let Err(error) = store(&path, &last) {
-                    tracing::error!(path = %path.display(), %error, "can't write down which domain serves; if dom0d restarts now it may take another one for the OVM");
-                }
-            }
-        })?;
+    let thread = std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
+        while let Ok(first) = receiver.recv() {
+            let last = receiver.try_iter().last().unwrap_or(first);
+            tell(store(&directory, &last).err().map(|error| {
+                format!(
+                    "who serves can't be written down in {} ({error}): should dom0 reboot now, another domain may be taken for the OVM; make room there",
+                    directory.display()
+                )
+            }));
+        }
+    })?;
     Ok((sender, thread))
 }
 
-fn store(path: &Path, memory: &Memory) -> io::Result<()> {
+/// In force when this returns, whatever happens to dom0 then.
+fn store(directory: &Path, memory: &Memory) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o750).create(directory)?;
+    let path = directory.join(FILE);
     let new = path.with_extension("new");
-    let mut file = fs::File::create(&new)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(&serde_json::to_vec_pretty(memory)?)?;
-    fs::rename(&new, path)
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]
@@ -166,14 +347,94 @@ mod tests {
         DomainRef { name: name.to_owned(), uuid: Uuid::from_u128(identity), domid: 1 }
     }
 
+    fn served(boot: &str) -> ServiceMemory {
+        let mut memory = Memory::default().of("redis", boot);
+        memory.begin(&domain(1, "a"));
+        memory.served = true;
+        memory
+    }
+
+    fn rebooted(memory: &ServiceMemory) -> ServiceMemory {
+        let services = [("redis".to_owned(), memory.clone())].into();
+        Memory { services, ..Memory::default() }.of("redis", "another boot")
+    }
+
     #[test]
-    fn the_promoted_domain_is_known_by_uuid_or_name() {
-        let mut memory = ServiceMemory::default();
-        assert_eq!(memory.is_promoted(&domain(1, "a")), None);
-        memory.promote(&domain(2, "b"));
-        assert_eq!(memory.is_promoted(&domain(1, "a")), Some(false));
-        assert_eq!(memory.is_promoted(&domain(2, "renamed")), Some(true));
-        assert_eq!(memory.is_promoted(&domain(3, "b")), Some(true));
+    fn before_anybody_was_served_the_configuration_decides() {
+        let mut memory = Memory::default().of("redis", "boot");
+        assert_eq!(memory.serves(&domain(1, "a")), None);
+        memory.begin(&domain(1, "a"));
+        memory.see(Uuid::from_u128(1));
+        assert_eq!(memory.serves(&domain(2, "b")), None);
+        assert!(
+            !rebooted(&memory).has_seen(Uuid::from_u128(1)),
+            "no client was served, so nothing was missed"
+        );
+        memory.served = true;
+        assert_eq!(memory.serves(&domain(2, "b")), Some(false));
+        assert_eq!(memory.serves(&domain(1, "a")), Some(true));
+        assert!(rebooted(&memory).has_seen(Uuid::from_u128(1)));
+    }
+
+    #[test]
+    fn who_was_promoted_serves_after_a_reboot_too() {
+        let mut memory = served("boot");
+        memory.begin(&domain(2, "b"));
+        for memory in [memory.clone(), rebooted(&memory)] {
+            assert_eq!(memory.serves(&domain(1, "a")), Some(false));
+            assert_eq!(memory.serves(&domain(2, "renamed")), Some(true));
+        }
+        // xl makes up another UUID at each boot.
+        assert_eq!(rebooted(&memory).serves(&domain(3, "b")), Some(true));
+        // Who creates a domain while dom0 runs knows what it holds; nobody else does.
+        assert_eq!(memory.serves(&domain(3, "b")), Some(false));
+        let said = memory.question("redis", [&domain(3, "b")].into_iter()).unwrap();
+        assert!(said.contains("created anew") && said.contains("failover redis --to"), "{said}");
+        // A second start after the reboot, before it is there, knows no less.
+        assert_eq!(rebooted(&rebooted(&memory)).serves(&domain(3, "b")), Some(true));
+    }
+
+    #[test]
+    fn a_memory_that_is_lost_lets_nobody_serve_until_an_operator_says_so() {
+        let memory = Memory::lost(["redis"].into_iter(), "it is damaged");
+        let mut memory = memory.of("redis", "boot");
+        assert_eq!(memory.serves(&domain(1, "a")), Some(false));
+        assert_eq!(rebooted(&memory).serves(&domain(1, "a")), Some(false));
+        assert!(memory.served, "no domain is identical");
+        assert!(memory.question("redis", std::iter::empty()).unwrap().contains("it is damaged"));
+        memory.begin(&domain(1, "a"));
+        assert_eq!(memory.serves(&domain(1, "a")), Some(true));
+    }
+
+    #[test]
+    fn who_held_the_same_is_said_when_it_matters() {
+        let mut memory = served("boot");
+        let (b, c) = (domain(2, "b"), domain(3, "c"));
+        assert!(memory.set_equals(&[&b, &c]));
+        assert!(!memory.set_equals(&[&b, &c]));
+        assert!(memory.set_equals(&[&c]));
+        let said = memory.question("redis", std::iter::empty()).unwrap();
+        assert!(
+            said.contains("b held the same until 2") && said.contains("c held the same when last"),
+            "{said}"
+        );
+        memory.begin(&c);
+        memory.set_equals(&[]);
+        let said = memory.question("redis", std::iter::empty()).unwrap();
+        assert!(said.contains("no other"), "{said}");
+        for n in 0..1_000 {
+            memory.set_equals(&[&domain(n, "x")]);
+        }
+        assert!(memory.equals.len() <= DOMAINS);
+    }
+
+    #[test]
+    fn what_was_in_step_is_not_after_a_reboot() {
+        let mut memory = served("boot");
+        let life = DomainId { uuid: Uuid::from_u128(1), domid: 1 };
+        memory.set_in_step(InStep { ovm: life, rvms: vec![life] });
+        assert!(rebooted(&memory).take_in_step().is_none());
+        assert!(memory.take_in_step().is_some());
     }
 
     #[test]
@@ -191,20 +452,40 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_reads_back_and_a_missing_file_is_nothing() {
-        let path = std::env::temp_dir().join(format!("dom0d-memory-{}", std::process::id()));
-        assert_eq!(load(&path).unwrap(), Memory::default());
+    fn what_is_written_reads_back_and_all_else_is_not_believed() {
+        let directory = std::env::temp_dir().join(format!("dom0d-memory-{}", std::process::id()));
+        assert_eq!(load(&directory).unwrap(), Memory::default());
         let mut memory = Memory::default();
         let service = memory.services.entry("redis".to_owned()).or_default();
-        service.promote(&domain(2, "b"));
+        service.begin(&domain(2, "b"));
         service.see(Uuid::from_u128(2));
-        let (sender, thread) = spawn_writer(path.clone()).unwrap();
+        let (told, tells) = mpsc::channel();
+        let (sender, thread) = spawn_writer(directory.clone(), move |said| told.send(said).unwrap()).unwrap();
         sender.send(memory.clone()).unwrap();
+        assert_eq!(tells.recv().unwrap(), None);
+        assert_eq!(load(&directory).unwrap(), memory);
+        let path = directory.join(FILE);
+        let whole = fs::read_to_string(&path).unwrap();
+        for (text, said) in [
+            (whole.replace("\"version\": 1", "\"version\": 7"), "version 7"),
+            (whole.replace("\"served\"", "\"sersed\""), "damaged"),
+            (whole.replace("\"generation\"", "\"gene\""), "damaged"),
+            (whole[..whole.len() / 2].to_owned(), "damaged"),
+            (String::new(), "damaged"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = load(&directory).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+        }
+        set_aside(&directory).unwrap();
+        assert_eq!(load(&directory).unwrap(), Memory::default());
+        // What can't be written down is said.
+        fs::remove_dir_all(&directory).unwrap();
+        fs::write(&directory, "").unwrap();
+        sender.send(memory).unwrap();
+        assert!(tells.recv().unwrap().unwrap().contains("can't be written down"));
         drop(sender);
         thread.join().unwrap();
-        assert_eq!(load(&path).unwrap(), memory);
-        fs::write(&path, "{").unwrap();
-        assert!(load(&path).is_err());
-        fs::remove_file(&path).unwrap();
+        fs::remove_file(&directory).unwrap();
     }
 }

@@ -20,8 +20,11 @@ impl Service {
             .collect();
         if self.engine.ovm().is_none() {
             let Some(ovm) = waiting.iter().copied().find(|&id| self.serves_first(id)) else {
-                return;
+                return self.ask_operator(now, around);
             };
+            if let Some(last) = self.memory.overrules(|name, uuid| self.config.ovm.matches(name, uuid)) {
+                tracing::warn!(service = self.name(), last, configured = %self.config.ovm, "the domain that served last serves; the configured one is for a service without clients: understudy switchover moves it");
+            }
             match self.engine.install_ovm(now, self.servers[&ovm].spec(ovm)) {
                 Ok(()) => self.queued(now, ovm, around),
                 Err(error) => return self.held(now, ovm, error, around),
@@ -84,7 +87,32 @@ impl Service {
 
     /// Whether a domain is the one to serve first.
     pub(super) fn may_serve_first(&self, domain: &DomainRef) -> bool {
-        self.memory.is_promoted(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
+        self.memory.serves(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
+    }
+
+    /// What the service waits for that has nobody to serve, if only an operator can say who should.
+    pub(super) fn question(&self) -> Option<String> {
+        self.memory.question(self.name(), self.servers.values().map(|server| &server.domain))
+    }
+
+    /// Says what an operator must decide, once.
+    fn ask_operator(&mut self, now: Instant, around: &Surroundings<'_>) {
+        if let Some(message) = self.question().filter(|question| self.question.as_ref() != Some(question)) {
+            self.question = Some(message.clone());
+            self.daemon_event(now, DaemonEvent::Problem { message }, around);
+        }
+    }
+
+    /// Writes down who has everything, if that changed.
+    pub(crate) fn note_equals(&mut self) {
+        if std::mem::take(&mut self.equals_changed) && self.engine.ovm().is_some() {
+            let status = self.engine.status();
+            let ovm = self.engine.ovm();
+            let equal = status.servers.iter().filter(|s| s.stale.is_none() && Some(s.server) != ovm);
+            let equals: Vec<_> =
+                equal.filter_map(|s| self.servers.get(&s.server)).map(|server| &server.domain).collect();
+            self.memory_changed |= self.memory.set_equals(&equals);
+        }
     }
 
     fn queued(&mut self, now: Instant, id: ServerId, around: &mut Surroundings<'_>) {
@@ -145,10 +173,10 @@ impl Service {
     ) -> Result<(), OperatorError> {
         let spec = self.servers[&id].spec(id);
         self.cut_over(now, around, |engine| engine.install_ovm(now, spec))?;
-        let domain = self.servers[&id].domain.clone();
-        self.memory.promote(&domain);
-        self.memory_changed = true;
         self.queued(now, id, around);
+        if let Some(message) = self.question.take() {
+            self.daemon_event(now, DaemonEvent::Solved { message }, around);
+        }
         self.join(now, around);
         Ok(())
     }

@@ -85,6 +85,10 @@ pub(crate) struct Service {
     pub(crate) first_server: u32,
     bridge: Option<String>,
     in_step: Option<InStep>,
+    /// Who has everything may have changed since this was last cleared.
+    equals_changed: bool,
+    /// What an operator was last told that the service waits for.
+    question: Option<String>,
     /// What the engine found against the OVM, to be acted upon once the plane is stopped.
     suspicion: Option<(ServerId, Evidence)>,
     /// A segment of a client came, in this process.
@@ -115,6 +119,8 @@ impl Service {
         let in_step = memory.take_in_step();
         Self {
             index,
+            equals_changed: false,
+            question: None,
             engine,
             plane,
             config,
@@ -290,6 +296,8 @@ impl Service {
         if let Some(id) = self.find_life(life) {
             self.server_mut(id, |server| name.clone_into(&mut server.domain.name));
             self.surroundings_changed = true;
+            self.memory.rename(life.uuid, name);
+            self.memory_changed = true;
             let domain = self.servers[&id].domain.clone();
             self.remember_name(id, &domain);
         }
@@ -518,12 +526,11 @@ impl Service {
         }
         while let Some(effect) = self.engine.poll_effect() {
             match effect {
-                Effect::Cutover { from, to, .. } => {
+                Effect::Cutover { to, .. } => {
                     self.plane.set_ovm(Some(to));
                     self.rules_changed = true;
-                    // The first OVM is the configuration's choice, which may change.
-                    if let Some(server) = self.servers.get(&to).filter(|_| from.is_some()) {
-                        self.memory.promote(&server.domain);
+                    if let Some(server) = self.servers.get(&to) {
+                        self.memory.begin(&server.domain);
                         self.memory_changed = true;
                     }
                 }
@@ -594,6 +601,15 @@ impl Service {
 
     /// What an event of the engine means for a server's place.
     fn note(&mut self, kind: &EventKind) {
+        self.equals_changed |= matches!(
+            kind,
+            EventKind::Attached { .. }
+                | EventKind::Seeded { .. }
+                | EventKind::Stale { .. }
+                | EventKind::Evicted { .. }
+                | EventKind::Detached { .. }
+                | EventKind::CutOver { .. }
+        );
         let (id, reason) = match kind {
             EventKind::Evicted { server, reason } => (
                 *server,

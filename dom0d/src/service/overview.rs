@@ -44,20 +44,17 @@ impl Service {
             found.push("the PSC has no place on a bridge yet, so clients can't find it".to_owned());
         }
         match self.engine.ovm().map(|id| (id, self.servers.get(&id))) {
-            None => found.push(match self.memory.promoted() {
-                Some(promoted) => format!(
-                    "waits for {promoted}, the OVM since the last promotion; to serve from another domain whatever its state: understudy failover {name} --to DOMAIN --force"
-                ),
-                None => format!(
-                    "waits for the OVM {}; start that domain (xl create)",
-                    self.config.ovm
-                ),
-            }),
+            None => found.push(self.question().unwrap_or_else(|| {
+                format!("waits for the OVM {}; start that domain (xl create)", self.config.ovm)
+            })),
             Some((id, server)) => {
                 let who = server.map_or("the OVM", |server| &server.domain.name);
                 let runs = server.is_some_and(|server| server.running);
                 if let Some(server) = server.filter(|server| server.moving) {
-                    found.push(format!("the OVM {who} is being migrated: its vif {} is not connected yet", server.vif));
+                    found.push(format!(
+                        "the OVM {who} is being migrated: its vif {} is not connected yet",
+                        server.vif
+                    ));
                 } else if !self.plane.has_server(id) {
                     found.push(format!(
                         "the OVM {who} is gone and nothing was promotable; serve from another domain: understudy failover {name} --to DOMAIN --force"

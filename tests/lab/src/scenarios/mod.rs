@@ -12,6 +12,7 @@ mod options;
 mod order;
 mod own;
 mod plain;
+mod reboot;
 mod refusals;
 mod repeated;
 mod replica;
@@ -94,5 +95,6 @@ fn all() -> Vec<Scenario> {
     all.extend(vlan::scenarios());
     all.extend(witness::scenarios());
     all.extend(daemon::scenarios());
+    all.extend(reboot::scenarios());
     all
 }

@@ -29,7 +29,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         }),
         Scenario::new("succession/hangup", hangup),
         Scenario::new("succession/domain-gone-meanwhile", gone_meanwhile),
-        Scenario::new("succession/damaged-journal", damaged),
+        Scenario::new("succession/damaged-journal", |lab| damaged(lab, |_| vec![0x5a; 1 << 16])),
+        Scenario::new("succession/flipped-bits", |lab| damaged(lab, flipped)),
         Scenario::new("succession/protect", protect),
     ]
 }
@@ -187,18 +188,25 @@ fn protect(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
+/// 30 bytes of what the log ends with.
+fn flipped(mut journal: Vec<u8>) -> Vec<u8> {
+    let end = journal.iter().rposition(|&byte| byte != 0).unwrap_or(0);
+    journal[end.saturating_sub(30)..end].iter_mut().for_each(|byte| *byte ^= 0x11);
+    journal
+}
+
 /// What cannot be read is said, and clients notice nothing: only their replicas do not count any more.
-fn damaged(lab: &str) -> Result<()> {
+fn damaged(lab: &str, damage: impl Fn(Vec<u8>) -> Vec<u8>) -> Result<()> {
     let (mut stage, config) = begin(lab, 1, &[Service::Redis])?;
     let load = stage.load("damaged")?;
     let log = stage.dom0d.as_ref().context("no dom0d")?.log().to_owned();
     load.hold(Duration::from_secs(5))?;
     stage = kill(stage, &config, |lab| {
         let mut damaged = 0;
-        for entry in std::fs::read_dir(lab.directory())? {
+        for entry in std::fs::read_dir(lab.directory().join("run"))? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "0" || extension == "1") {
-                std::fs::write(&path, vec![0x5a; 1 << 16])?;
+                std::fs::write(&path, damage(std::fs::read(&path)?))?;
                 damaged += 1;
             }
         }

@@ -146,7 +146,7 @@ pub(super) fn forget() -> Result<()> {
         });
     }
     shell(
-        "systemctl stop dom0d; systemctl reset-failed dom0d 2>/dev/null || :; rm -f /run/understudy/*.state
+        "systemctl stop dom0d; systemctl reset-failed dom0d 2>/dev/null || :; rm -rf /var/lib/understudy/*
          ip netns exec client ss --kill --tcp >/dev/null || :",
     )
     .map(drop)

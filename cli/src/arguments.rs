@@ -10,7 +10,7 @@ use understudy_api::{MAX_DRAIN_TIMEOUT_MS, time};
 const EXAMPLES: &str = "\
 Examples:
   understudy status                          who serves, who could take over, and if not, why
-  understudy attach redis redis-2 --drain    let open conversations end, then trust redis-2's state
+  understudy attach redis redis-2 --copy ./copy   hold clients, copy the OVM's state, let them in again
   understudy switchover redis --to redis-2   move the service, planned
   understudy events --follow --since 5m      what happened in the last five minutes, and what happens
   understudy --json status | jq '.services[].epoch'
@@ -56,8 +56,8 @@ pub(crate) enum Order {
 
     /// Put a domain into a service's queue, or seed one that is in it: state that its state is right
     ///
-    /// One of --assume-identical and --drain must be given: only a server whose state equals the
-    /// OVM's can take over, and nobody but you can know.
+    /// One of --copy, --drain and --assume-identical must be given: only a server whose state equals the
+    /// OVM's can take over. --copy sees to it; for the others nobody but you can know.
     #[command(allow_missing_positional = true)]
     Attach {
         /// The service
@@ -68,13 +68,24 @@ pub(crate) enum Order {
         /// The domain's state equals the OVM's now; refused while conversations are open
         #[arg(long, conflicts_with = "drain")]
         assume_identical: bool,
-        /// The domain's state equals the OVM's once open conversations have ended: new ones are held
-        /// until then. Waits for the end
+        /// The domain has all that clients wrote until now, and its state equals the OVM's once open
+        /// conversations have ended: new ones are held until then. Waits for the end. A copy that was made
+        /// while clients wrote lacks what they wrote meanwhile
         #[arg(long)]
         drain: bool,
-        /// When the drain gives up, such as 30s (default) or 2m; at most 1h
-        #[arg(long, requires = "drain", conflicts_with = "assume_identical", value_name = "DURATION", value_parser = drain_timeout)]
+        /// Make the domain's state equal: hold new clients, let open conversations end, then run this with
+        /// sh while nothing of clients reaches the OVM. It finds UNDERSTUDY_SERVICE, and of both domains
+        /// UNDERSTUDY_FROM (name), _FROM_UUID, _FROM_DOMID, _FROM_ADDRESSES and _FROM_ADDRESS (the first),
+        /// UNDERSTUDY_TO and so on; no terminal. If it fails, takes too long, or this command ends, clients
+        /// are let in again, and the domain is not seeded
+        #[arg(long, conflicts_with_all = ["drain", "assume_identical"], value_name = "COMMAND")]
+        copy: Option<String>,
+        /// How long open conversations get to end, such as 30s (default) or 2m; at most 1h
+        #[arg(long, conflicts_with = "assume_identical", value_name = "DURATION", value_parser = wait_limit)]
         timeout: Option<Duration>,
+        /// How long the copy may take, while clients wait: 10m if not given; at most 1h
+        #[arg(long, requires = "copy", conflicts_with_all = ["drain", "assume_identical"], value_name = "DURATION", value_parser = wait_limit)]
+        copy_limit: Option<Duration>,
     },
 
     /// Take an RVM out of a service's queue; it stays out until it is attached again
@@ -172,7 +183,7 @@ pub(crate) enum What {
     Offline,
 }
 
-fn drain_timeout(text: &str) -> Result<Duration, String> {
+fn wait_limit(text: &str) -> Result<Duration, String> {
     let timeout = time::duration(text)?;
     let limit = Duration::from_millis(MAX_DRAIN_TIMEOUT_MS);
     if timeout > limit {
@@ -214,6 +225,10 @@ mod tests {
     fn contradictions_are_refused() {
         for line in [
             "attach d --drain --assume-identical",
+            "attach d --drain --copy true",
+            "attach d --assume-identical --copy true",
+            "attach d --drain --copy-limit 5s",
+            "attach d --copy",
             "attach d --timeout 5s --assume-identical",
             "attach d --drain --timeout soon",
             "attach d --drain --timeout 2h",

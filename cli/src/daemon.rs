@@ -66,8 +66,17 @@ impl Daemon {
 
     /// Begins to read events.
     pub(crate) async fn events(&self, query: &str) -> Result<Events<'_>, Failed> {
-        let path = format!("/v1/events{query}");
-        let answer = self.send(Method::GET, &path, Bytes::new()).await?;
+        self.lines(Method::GET, &format!("/v1/events{query}"), Bytes::new()).await
+    }
+
+    /// Orders what lasts for as long as the answer is read.
+    pub(crate) async fn hold(&self, path: &str, order: &impl Serialize) -> Result<Events<'_>, Failed> {
+        let body = serde_json::to_vec(order).map_err(|error| self.broken(&error.to_string()))?;
+        self.lines(Method::POST, path, body.into()).await
+    }
+
+    async fn lines(&self, method: Method, path: &str, body: Bytes) -> Result<Events<'_>, Failed> {
+        let answer = self.send(method, path, body).await?;
         if answer.status() != StatusCode::OK {
             return Err(self.failure(answer).await);
         }
@@ -159,7 +168,7 @@ impl Daemon {
     }
 }
 
-/// Events as they come.
+/// Events, or other lines, as they come.
 pub(crate) struct Events<'a> {
     daemon: &'a Daemon,
     body: Incoming,
@@ -167,7 +176,7 @@ pub(crate) struct Events<'a> {
 }
 
 impl Events<'_> {
-    /// The next event's line of JSON; `None` when dom0d ended the answer.
+    /// The next line of JSON; `None` when dom0d ended the answer.
     pub(crate) async fn next(&mut self) -> Result<Option<String>, Failed> {
         loop {
             if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {

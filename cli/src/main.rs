@@ -4,6 +4,7 @@
 
 mod arguments;
 mod check_config;
+mod copy;
 mod daemon;
 mod failed;
 mod order;

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use understudy_api::{
-    Attach, Attached, Conversations, DEFAULT_DRAIN_TIMEOUT_MS, Done, Event, Failover, Notice, NoticeEvent,
-    OnDomain, Promoted, Services, Status, Switchover,
+    Attach, Attached, Conversations, DEFAULT_DRAIN_TIMEOUT_MS, Done, Event, Failover, Hold, Notice,
+    NoticeEvent, OnDomain, Promoted, Services, Status, Switchover,
 };
 
 use crate::arguments::{Arguments, Order, What};
 use crate::check_config::check_config;
+use crate::copy::copy_to;
 use crate::daemon::{Daemon, Events, percent_encoded};
 use crate::failed::Failed;
 use crate::output::Output;
@@ -36,10 +37,21 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             let page = conversations(daemon, &path, skip, limit).await?;
             output.result(&page, || show::conversations(&page))
         }
-        Order::Attach { service, domain, assume_identical, drain, timeout } => {
-            let timeout = timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX));
-            let order = Attach { domain, assume_identical, drain, drain_timeout_ms: timeout };
-            attach(daemon, service, order, output).await
+        Order::Attach { service, domain, assume_identical, drain, copy, timeout, copy_limit } => {
+            let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+            let (timeout, limit_ms) = (timeout.map(ms), copy_limit.map(ms));
+            match copy {
+                Some(command) => {
+                    let service = path_of(daemon, service, "").await?.0;
+                    let hold = Hold { domain, drain_timeout_ms: timeout, limit_ms };
+                    copy_to(daemon, &service, &hold, &command, output).await
+                }
+                None => {
+                    let order =
+                        Attach { domain, assume_identical, drain, drain_timeout_ms: timeout, copied: None };
+                    attach(daemon, service, order, output).await
+                }
+            }
         }
         Order::Detach { service, domain } => {
             let (service, path) = path_of(daemon, service, "detach").await?;
@@ -147,7 +159,7 @@ async fn attach(
 ) -> Result<(), Failed> {
     if !order.assume_identical && !order.drain {
         return Err(Failed::Usage(format!(
-            "attaching {} needs a statement on its state: --assume-identical if it equals the OVM's now, --drain if it will once open conversations have ended",
+            "attaching {} needs a statement on its state: --assume-identical if it equals the OVM's now, --drain if it will once open conversations have ended, --copy COMMAND to make it equal",
             order.domain
         )));
     }
@@ -161,6 +173,10 @@ async fn attach(
     if let (true, Some(events)) = (attached.draining, &mut events) {
         let timeout_ms = order.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
         let timeout = Duration::from_millis(timeout_ms);
+        output.notice(&format!(
+            "{service}: you state that {} lacks nothing that clients wrote until now (a copy made while they wrote does; --copy holds them)",
+            attached.domain.name
+        ));
         output.notice(&format!(
             "{service}: waiting up to {} s for open conversations to end; new ones are held",
             timeout.as_secs_f64()

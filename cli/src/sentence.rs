@@ -30,6 +30,22 @@ fn known(event: &Event) -> Option<String> {
             server()?,
             number("open")?
         ),
+        "held" => "clients wait: the OVM's state can be copied".to_owned(),
+        "released" => match text("reason")? {
+            "seeded" => "clients are let in again: the copy is in the queue".to_owned(),
+            "given_up" => "clients are let in again: the copy was given up".to_owned(),
+            "conversations_open" => {
+                "clients are let in again: open conversations did not end in time".to_owned()
+            }
+            "limit" => "clients are let in again: the copy took too long".to_owned(),
+            "unattended" => {
+                "clients are let in again: some reached the OVM past a dom0d that did not run".to_owned()
+            }
+            "ovm_changed" => {
+                "clients are let in again: another OVM serves than the one that was copied".to_owned()
+            }
+            _ => return None,
+        },
         "suspected" => format!("{} is at fault: {}", server()?, evidence(event)?),
         "cut_over" => {
             let why = match evidence(event) {

@@ -5,6 +5,7 @@
 //! channel closes because the daemon is stopping ([`CommandError::Stopping`]).
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -48,6 +49,36 @@ pub(crate) enum Command {
         statement: Option<Statement>,
         /// Gets the domain's place.
         reply: Reply<Attached>,
+    },
+    /// Holds a service's clients while the OVM's state is copied to a domain, which is out of the queue and may use its
+    /// network meanwhile. Ends by [`Statement::Copied`], by [`Command::Release`], or by itself.
+    Hold {
+        /// Which service.
+        service: String,
+        /// Which domain.
+        domain: String,
+        /// How long open conversations get to end.
+        drain: Duration,
+        /// How long clients are held then.
+        limit: Duration,
+        /// Gets the hold.
+        reply: Reply<Hold>,
+    },
+    /// How a hold is.
+    Holding {
+        /// Which service.
+        service: String,
+        /// Which hold.
+        hold: u64,
+        /// Gets that.
+        reply: Reply<HoldState>,
+    },
+    /// Lets clients in again; nothing if another hold, or none, is in force.
+    Release {
+        /// Which service.
+        service: String,
+        /// Which hold.
+        hold: u64,
     },
     /// Takes an RVM out of the queue and leaves it out until it is attached again.
     Detach {
@@ -111,6 +142,33 @@ pub(crate) enum Statement {
         /// When the drain gives up.
         timeout: Duration,
     },
+    /// It was made equal under this hold.
+    Copied {
+        /// Which.
+        hold: u64,
+    },
+}
+
+/// Answer to [`Command::Hold`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hold {
+    /// Its number, in this process.
+    pub(crate) hold: u64,
+    /// The OVM, and its addresses.
+    pub(crate) from: (DomainRef, Vec<IpAddr>),
+    /// Whose state is to become equal, and its addresses.
+    pub(crate) to: (DomainRef, Vec<IpAddr>),
+}
+
+/// How a hold is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum HoldState {
+    /// So many conversations are open, or it is not in force yet.
+    Draining(u64),
+    /// Nothing of clients reaches the OVM.
+    Held,
+    /// It is over, for this reason.
+    Over(String),
 }
 
 /// A domain as operators and toolstacks know it.
@@ -249,7 +307,7 @@ pub(crate) enum CommandError {
     },
     /// An attach without a word on the domain's state.
     #[error(
-        "service {service}: attaching {domain} needs a statement on its state: --assume-identical if it equals the OVM's now, --drain to let open conversations end first"
+        "service {service}: attaching {domain} needs a statement on its state: --assume-identical if it equals the OVM's now, --drain to let open conversations end first, --copy COMMAND to make it equal while clients wait"
     )]
     NoStatement {
         /// The service.
@@ -296,6 +354,7 @@ impl CommandError {
                 OperatorError::QueueFull(_) => "queue_full",
                 OperatorError::ConversationsOpen(_) => "conversations_open",
                 OperatorError::DrainUnderWay => "drain_under_way",
+                OperatorError::NotHeld => "not_held",
                 OperatorError::IsOvm => "is_ovm",
                 OperatorError::NothingLeft => "nothing_left",
                 OperatorError::NotPromotable => "not_promotable",
@@ -318,6 +377,13 @@ impl Commands {
     /// Commands that reach the thread which reads `sender`'s other end and sleeps on `waker`.
     pub(crate) fn new(sender: mpsc::Sender<Message>, waker: Waker) -> Self {
         Self { sender, waker }
+    }
+
+    /// Orders without an answer.
+    pub(crate) fn tell(&self, command: Command) {
+        // Without a data path there is nothing to be done.
+        let _ = self.sender.send(Message::Command(command));
+        self.waker.wake();
     }
 
     /// Asks and waits for the answer: `commands.ask(|reply| Command::Status { reply }).await`.

@@ -1,13 +1,14 @@
 //! How are operators' commands carried out? Between packets, on the data-path thread.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
 
 use crate::clock;
 use crate::command::{
-    Attached, CONVERSATIONS_LIMIT, Command, CommandError, Conversations, DaemonStatus, DomainRef, Promoted,
-    Reply, ServiceReport, Statement,
+    Attached, CONVERSATIONS_LIMIT, Command, CommandError, Conversations, DaemonStatus, DomainRef, Hold,
+    Promoted, Reply, ServiceReport, Statement,
 };
 use crate::datapath::{DataPath, Source};
 use crate::fencing::Job;
@@ -27,6 +28,22 @@ impl DataPath {
             }
             Command::Attach { service, domain, statement, reply } => {
                 drop(reply.send(self.attach(now, &service, &domain, statement)))
+            }
+            Command::Hold { service, domain, drain, limit, reply } => {
+                let held = reply.send(self.hold(now, &service, &domain, (drain, limit)));
+                if let Err(Ok(hold)) = held {
+                    // Nobody would ever release it.
+                    self.carry_out(now, Command::Release { service, hold: hold.hold });
+                }
+            }
+            Command::Holding { service, hold, reply } => {
+                drop(reply.send(self.index(&service).map(|index| self.services[index].holding(hold))))
+            }
+            Command::Release { service, hold } => {
+                if let Ok(index) = self.index(&service) {
+                    let (service, mut around) = self.split(index);
+                    service.release(now, hold, &mut around);
+                }
             }
             Command::Detach { service, domain, reply } => {
                 drop(reply.send(self.detach(now, &service, &domain)))
@@ -116,32 +133,15 @@ impl DataPath {
         let Some(statement) = statement else {
             return Err(CommandError::NoStatement { service: name, domain: domain.to_owned() });
         };
-        let server = &service.servers[&id];
-        let hindrance = if !service.plane.has_server(id) {
-            Some("its vif can't be used at the moment; see understudy status")
-        } else if !server.running {
-            Some(
-                "its domain does not run (paused, suspended or shut down); resume it (understudy resume, xl unpause) or start it",
-            )
-        } else if matches!(server.place, Place::Preparing(_)) {
-            Some("its vif is being prepared; try again in a moment")
-        } else if service.engine.ovm().is_none() {
-            Some("the service has no OVM that its state could equal")
-        } else {
-            None
-        };
-        if let Some(reason) = hindrance {
-            return Err(CommandError::Unusable {
-                service: name,
-                domain: domain.to_owned(),
-                reason: reason.to_owned(),
-            });
-        }
+        usable(service, id, domain)?;
         let (seeding, draining) = match statement {
             Statement::Identical => (Seeding::AssumeIdentical, false),
             Statement::IdenticalAfterDrain { timeout } => (Seeding::Drain { deadline: now + timeout }, true),
+            Statement::Copied { .. } => (Seeding::Copied, false),
         };
-        let id = if server.place == Place::Queued {
+        let id = if let Statement::Copied { hold } = statement {
+            service.copied(now, (id, hold), &mut around).map_err(refused)?
+        } else if service.servers[&id].place == Place::Queued {
             if is_seeded(service, id) {
                 return Err(refused(OperatorError::AlreadyAttached));
             }
@@ -156,6 +156,28 @@ impl DataPath {
             server: id,
             draining: draining && !is_seeded(service, id),
         })
+    }
+
+    fn hold(
+        &mut self,
+        now: Instant,
+        service: &str,
+        domain: &str,
+        limits: (Duration, Duration),
+    ) -> Outcome<Hold> {
+        let index = self.index(service)?;
+        let (service, mut around) = self.split(index);
+        let id = find(service, domain)?;
+        let name = service.name().to_owned();
+        let refused = |error| refused(&name, domain, error);
+        if service.engine.ovm() == Some(id) {
+            return Err(refused(OperatorError::IsOvm));
+        }
+        if service.is_queued(id) && is_seeded(service, id) {
+            return Err(refused(OperatorError::AlreadyAttached));
+        }
+        usable(service, id, domain)?;
+        service.hold(now, id, limits, &mut around).map_err(refused)
     }
 
     fn detach(&mut self, now: Instant, service: &str, domain: &str) -> Outcome<DomainRef> {
@@ -270,6 +292,24 @@ fn find(service: &Service, domain: &str) -> Outcome<ServerId> {
             known: service.domain_names(),
         },
     })
+}
+
+/// Whether a domain can be a server as it is now.
+fn usable(service: &Service, id: ServerId, domain: &str) -> Outcome<()> {
+    let server = &service.servers[&id];
+    let reason = if !service.plane.has_server(id) {
+        "its vif can't be used at the moment; see understudy status"
+    } else if !server.running {
+        "its domain does not run (paused, suspended or shut down); resume it (understudy resume, xl unpause) or start it"
+    } else if matches!(server.place, Place::Preparing(_)) {
+        "its vif is being prepared; try again in a moment"
+    } else if service.engine.ovm().is_none() {
+        "the service has no OVM that its state could equal"
+    } else {
+        return Ok(());
+    };
+    let (service, domain) = (service.name().to_owned(), domain.to_owned());
+    Err(CommandError::Unusable { service, domain, reason: reason.to_owned() })
 }
 
 fn refused(service: &str, domain: &str, error: OperatorError) -> CommandError {

@@ -95,6 +95,8 @@ fn servers_of(happening: &Happening) -> Vec<ServerId> {
                 server.iter().copied().chain(others).collect()
             }
             EventKind::FirstByte { .. }
+            | EventKind::Held
+            | EventKind::Released { .. }
             | EventKind::Recuperated { .. }
             | EventKind::Unprotected { .. }
             | EventKind::Reset { .. } => Vec::new(),

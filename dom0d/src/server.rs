@@ -59,6 +59,8 @@ pub(crate) enum Place {
     Left(String),
     /// An operator detached it.
     Detached,
+    /// The OVM's state is being copied to it.
+    Copying,
 }
 
 /// A domain that a service can use, as placement hands it over.
@@ -162,7 +164,7 @@ impl Server {
     pub(crate) fn is_contained(&self) -> bool {
         match self.place {
             Place::Preparing(_) | Place::Waiting | Place::Queued | Place::Left(_) => true,
-            Place::Held(_) | Place::Detached => false,
+            Place::Held(_) | Place::Detached | Place::Copying => false,
         }
     }
 
@@ -173,6 +175,7 @@ impl Server {
             Place::Preparing(_) => Some("its vif is being prepared".to_owned()),
             Place::Waiting => Some("waits for the OVM; nothing is replicated before it serves".to_owned()),
             Place::Held(reason) | Place::Left(reason) => Some(reason.clone()),
+            Place::Copying => Some("the OVM's state is being copied to it".to_owned()),
             Place::Detached => Some("detached by an operator; attach it to have it back".to_owned()),
         }
     }

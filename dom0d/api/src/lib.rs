@@ -12,8 +12,9 @@ pub mod words;
 
 pub use event::{EVENTS_LOST, Event};
 pub use order::{
-    Attach, Attached, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure, MAX_DRAIN_TIMEOUT_MS, Notice,
-    NoticeEvent, Noticed, OnDomain, Promoted, Refusal, Switchover,
+    Attach, Attached, CopyEnd, DEFAULT_COPY_LIMIT_MS, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure,
+    Hold, HoldState, Holding, MAX_COPY_LIMIT_MS, MAX_DRAIN_TIMEOUT_MS, Notice, NoticeEvent, Noticed,
+    OnDomain, Promoted, Refusal, Switchover,
 };
 pub use status::{
     Conversation, Conversations, Domain, KnownDomain, Leg, Server, Service, Services, Status, queue_state,

@@ -1,6 +1,8 @@
 //! What operators can order (`POST /v1/services/{s}/…`) and hooks can tell (`POST /v1/notify`), what is
 //! answered, and how a refusal looks.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 use understudy_protocol::ServerId;
 
@@ -12,7 +14,13 @@ pub const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 30_000;
 /// The longest drain: clients without an open conversation are kept waiting meanwhile.
 pub const MAX_DRAIN_TIMEOUT_MS: u64 = 3_600_000;
 
-/// Body of `…/attach`. Exactly one of `assume_identical` and `drain` must be true.
+/// How long clients may be held while a state is copied, when an attach with a copy does not say.
+pub const DEFAULT_COPY_LIMIT_MS: u64 = 600_000;
+
+/// The longest copy: clients are kept waiting meanwhile.
+pub const MAX_COPY_LIMIT_MS: u64 = 3_600_000;
+
+/// Body of `…/attach`. Exactly one of `assume_identical`, `drain` and `copied` must be there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attach {
@@ -28,6 +36,66 @@ pub struct Attach {
     /// When the drain gives up, in milliseconds from now; [`DEFAULT_DRAIN_TIMEOUT_MS`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_timeout_ms: Option<u64>,
+    /// It was made equal to the OVM's under this hold ([`Holding`]), which ends thereby.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied: Option<u64>,
+}
+
+/// Body of `…/hold`: clients are held for as long as the answer is read, while the OVM's state is copied to a domain.
+///
+/// The answer is a stream of [`Holding`], one per line, at least each second. Whoever closes the connection lets the
+/// clients in again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hold {
+    /// The domain's name or UUID.
+    pub domain: String,
+    /// How long open conversations get to end, in milliseconds; [`DEFAULT_DRAIN_TIMEOUT_MS`] if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_timeout_ms: Option<u64>,
+    /// How long clients are held then, in milliseconds; [`DEFAULT_COPY_LIMIT_MS`] if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_ms: Option<u64>,
+}
+
+/// How a hold is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// Its number, for [`Attach::copied`].
+    pub hold: u64,
+    /// The OVM, whose state is to be copied.
+    pub from: CopyEnd,
+    /// The domain that it is to be copied to.
+    pub to: CopyEnd,
+    /// What is so now.
+    pub state: HoldState,
+}
+
+/// A domain that a state is copied from or to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyEnd {
+    /// The domain.
+    pub domain: Domain,
+    /// Its own addresses, by which dom0 reaches it.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What is so of a hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum HoldState {
+    /// Open conversations have yet to end; new ones are held.
+    Draining {
+        /// How many are open.
+        open: u64,
+    },
+    /// Nothing of clients reaches the OVM: copy now.
+    Held,
+    /// Clients are let in again; the last line.
+    Over {
+        /// Why.
+        reason: String,
+    },
 }
 
 /// Body of `…/detach`, `…/pause` and `…/resume`.

@@ -85,6 +85,8 @@ counters! {
     held_syns,
     /// SYNs dropped during a drain because too many were held.
     held_syns_dropped,
+    /// Segments of clients dropped while nothing may change the OVM's state.
+    held_segments,
     /// RVMs evicted.
     evictions,
     /// RVMs evicted, or clients slowed, for [`crate::Limits::lag_bytes`].

@@ -1,29 +1,85 @@
-//! A server that is taken as equal to the OVM once nothing changes the OVM's state any more.
+//! New clients wait until nothing changes the OVM's state any more: then a server is taken as equal to it, or made equal.
 
+use core::time::Duration;
 use std::collections::VecDeque;
 
-use crate::service::{Drain, Service};
-use crate::{EventKind, Instant, ServerId};
+use crate::service::{Drain, Purpose, Service};
+use crate::{EventKind, Instant, OperatorError, Release, ServerId};
 
 impl Service {
-    pub(crate) fn begin_drain(&mut self, server: ServerId, deadline: Instant) {
-        self.drain = Some(Drain { server, deadline, held: VecDeque::new() });
+    /// Lets no conversation begin, and those that are open until the deadline to end; then nothing of clients reaches the
+    /// OVM for `limit` at most, while its state is copied to a server that is then attached ([`crate::Seeding::Copied`]).
+    /// [`EventKind::Held`] tells when that may begin, [`EventKind::Released`] that it is over.
+    pub fn hold(&mut self, now: Instant, deadline: Instant, limit: Duration) -> Result<(), OperatorError> {
+        self.ctx.now = self.ctx.now.max(now);
+        if self.ctx.queue.ovm().is_none() {
+            return Err(OperatorError::NothingLeft);
+        }
+        if self.drain.is_some() {
+            return Err(OperatorError::DrainUnderWay);
+        }
+        self.begin_drain(Purpose::Hold { limit, epoch: self.ctx.epoch }, deadline);
+        Ok(())
+    }
+
+    /// Lets clients in again whom [`Service::hold`] keeps out; nothing if it does not.
+    pub fn release(&mut self, now: Instant) {
+        self.ctx.now = self.ctx.now.max(now);
+        self.release_for(Release::GivenUp);
+    }
+
+    /// Nothing of clients reaches the OVM.
+    pub fn is_held(&self) -> bool {
+        self.drain.as_ref().is_some_and(|drain| matches!(drain.purpose, Purpose::Held { .. }))
+    }
+
+    pub(crate) fn release_for(&mut self, reason: Release) {
+        if let Some(drain) = self.drain.take_if(|drain| !matches!(drain.purpose, Purpose::Seed(_))) {
+            self.ctx.event(EventKind::Released { reason });
+            self.let_in(drain);
+        }
+    }
+
+    pub(crate) fn begin_drain(&mut self, purpose: Purpose, deadline: Instant) {
+        self.drain = Some(Drain { purpose, deadline, held: VecDeque::new() });
         self.end_drain();
     }
 
     pub(crate) fn end_drain(&mut self) {
-        if self.drain.is_none() {
-            return;
-        }
-        let open = self.unsettled();
-        let Some(drain) = self.drain.take_if(|drain| open == 0 || self.ctx.now >= drain.deadline) else {
+        let Some((purpose, deadline)) = self.drain.as_ref().map(|drain| (drain.purpose, drain.deadline))
+        else {
             return;
         };
-        if open == 0 {
-            self.mark_seeded(drain.server);
-        } else {
-            self.ctx.event(EventKind::DrainFailed { server: drain.server, open });
+        let open = self.unsettled();
+        let is_late = self.ctx.now >= deadline;
+        match purpose {
+            Purpose::Hold { epoch, .. } | Purpose::Held { epoch } if epoch != self.ctx.epoch => {
+                self.release_for(Release::OvmChanged);
+            }
+            Purpose::Held { .. } if is_late => self.release_for(Release::Limit),
+            Purpose::Hold { limit, epoch } if open == 0 => {
+                if let Some(drain) = &mut self.drain {
+                    drain.purpose = Purpose::Held { epoch };
+                    drain.deadline = self.ctx.now + limit;
+                }
+                self.ctx.event(EventKind::Held);
+            }
+            Purpose::Hold { .. } if is_late => self.release_for(Release::ConversationsOpen),
+            Purpose::Seed(server) if open == 0 || is_late => {
+                if open == 0 {
+                    self.mark_seeded(server);
+                } else {
+                    self.ctx.event(EventKind::DrainFailed { server, open });
+                }
+                if let Some(drain) = self.drain.take() {
+                    self.let_in(drain);
+                }
+            }
+            _ => {}
         }
+    }
+
+    fn let_in(&mut self, drain: Drain) {
         for (link, packet) in drain.held {
             self.handle_client(self.ctx.now, link, &packet);
         }

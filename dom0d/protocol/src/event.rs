@@ -223,6 +223,13 @@ pub enum EventKind {
         /// Conversations that were still open.
         open: u64,
     },
+    /// No conversation is open and none can begin: the OVM's state can be copied.
+    Held,
+    /// Clients are let in again.
+    Released {
+        /// Why.
+        reason: Release,
+    },
     /// The OVM is believed to be at fault.
     Suspected {
         /// Which.
@@ -345,6 +352,26 @@ pub enum Seeding {
         /// When to give up.
         deadline: Instant,
     },
+    /// Its state was made equal to the OVM's while clients were held ([`crate::Service::hold`]), who are let in again.
+    Copied,
+}
+
+/// Why clients are held no longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Release {
+    /// A server was made equal, and is seeded.
+    Seeded,
+    /// Whoever had asked for it wants it no more, or is gone.
+    GivenUp,
+    /// Conversations did not end in time.
+    ConversationsOpen,
+    /// It took too long.
+    Limit,
+    /// Another OVM serves: what was copied is not its state.
+    OvmChanged,
+    /// Clients reached the OVM without the engine, whose process did not run for too long.
+    Unattended,
 }
 
 /// Why an operator's request is refused; nothing was changed.
@@ -365,8 +392,11 @@ pub enum OperatorError {
     )]
     ConversationsOpen(u64),
     /// A drain is under way.
-    #[error("a drain is under way already")]
+    #[error("a drain or a copy is under way already")]
     DrainUnderWay,
+    /// Clients are not held any more, or not yet: the OVM's state may have changed while it was copied.
+    #[error("clients are not held: what was copied may lack what they wrote meanwhile")]
+    NotHeld,
     /// The service has an OVM.
     #[error("the service has an OVM already")]
     OvmInstalled,

@@ -45,7 +45,7 @@ mod wire;
 pub use config::{CandidatePolicy, LagPolicy, Limits, Mask, ServiceConfig, Timing};
 pub use event::{
     Destination, Effect, Event, EventKind, Evidence, Handover, LinkAddress, NotPromotable, OperatorError,
-    Passage, Seeding, ServerId, ServerSpec, Sign, StaleReason, Transmit, Uncovered,
+    Passage, Release, Seeding, ServerId, ServerSpec, Sign, StaleReason, Transmit, Uncovered,
 };
 pub use queue::MAX_SERVERS;
 pub use repetition::Repetition;

@@ -3,10 +3,10 @@
 use crate::conversation::Conversation;
 use crate::promotion::{self, Deposed};
 use crate::queue::{MAX_SERVERS, Slot};
-use crate::service::Service;
+use crate::service::{Purpose, Service};
 use crate::{
-    ConversationStatus, EventKind, Evidence, Instant, LegStatus, OperatorError, Role, Seeding, ServerId,
-    ServerSpec, ServerStatus, ServiceConfig, ServiceStatus, StaleReason,
+    ConversationStatus, EventKind, Evidence, Instant, LegStatus, OperatorError, Release, Role, Seeding,
+    ServerId, ServerSpec, ServerStatus, ServiceConfig, ServiceStatus, StaleReason,
 };
 
 impl Service {
@@ -55,7 +55,8 @@ impl Service {
             .push(spec, Some(StaleReason::NotSeeded))
             .ok_or(OperatorError::QueueFull(MAX_SERVERS))?;
         self.ctx.order.start(slot);
-        self.ctx.event(EventKind::Attached { server: id, seeded: seeding == Seeding::AssumeIdentical });
+        let seeded = matches!(seeding, Seeding::AssumeIdentical | Seeding::Copied);
+        self.ctx.event(EventKind::Attached { server: id, seeded });
         self.begin_seeding(id, seeding);
         Ok(())
     }
@@ -79,6 +80,11 @@ impl Service {
                 open => Err(OperatorError::ConversationsOpen(open)),
             },
             Seeding::Drain { .. } if self.drain.is_some() => Err(OperatorError::DrainUnderWay),
+            Seeding::Copied => {
+                // By now another OVM may serve, or the time be over.
+                self.end_drain();
+                if self.is_held() { Ok(()) } else { Err(OperatorError::NotHeld) }
+            }
             _ => Ok(()),
         }
     }
@@ -87,7 +93,11 @@ impl Service {
         match seeding {
             Seeding::Unseeded => {}
             Seeding::AssumeIdentical => self.mark_seeded(server),
-            Seeding::Drain { deadline } => self.begin_drain(server, deadline),
+            Seeding::Drain { deadline } => self.begin_drain(Purpose::Seed(server), deadline),
+            Seeding::Copied => {
+                self.mark_seeded(server);
+                self.release_for(Release::Seeded);
+            }
         }
     }
 
@@ -99,7 +109,7 @@ impl Service {
             let alone = self.ctx.queue.rvms().next().is_none();
             return Err(if alone { OperatorError::NothingLeft } else { OperatorError::IsOvm });
         }
-        self.drain.take_if(|drain| drain.server == server);
+        self.drain.take_if(|drain| drain.purpose == Purpose::Seed(server));
         self.ctx.queue.remove(slot);
         self.ctx.order.start(slot);
         self.ctx.event(EventKind::Detached { server });

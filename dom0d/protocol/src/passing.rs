@@ -15,7 +15,7 @@ use crate::service::Service;
 use crate::stream::Stream;
 use crate::wire::{self, Parsed, Segment};
 use crate::{
-    Bounds, Effect, EventKind, Evidence, Flow, Handover, Instant, LinkAddress, Passage, ServerId,
+    Bounds, Effect, EventKind, Evidence, Flow, Handover, Instant, LinkAddress, Passage, Release, ServerId,
     StaleReason, Uncovered,
 };
 
@@ -91,6 +91,7 @@ impl Service {
             self.forget(&mut conversation);
         }
         self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
+        self.release_for(Release::Unattended);
         self.settle();
     }
 
@@ -102,6 +103,7 @@ impl Service {
     /// The plane passed something that it could not tell: no RVM can follow.
     pub fn handle_untold(&mut self) {
         self.ctx.mark_all_stale(StaleReason::MissedBytes);
+        self.release_for(Release::Unattended);
     }
 
     /// The answer to [`Effect::StopPlane`], after [`Service::handle_plane_stopped`]: the evidence is acted upon,

@@ -25,12 +25,23 @@ const CALMED: usize = 512;
 /// How often limits on RVMs are checked.
 const TICK: Duration = Duration::from_millis(100);
 
-/// A seeding that waits for open conversations to end.
+/// New conversations wait until those that are open have ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Drain {
-    pub(crate) server: ServerId,
+    pub(crate) purpose: Purpose,
     pub(crate) deadline: Instant,
     pub(crate) held: VecDeque<(LinkAddress, Vec<u8>)>,
+}
+
+/// What follows once no conversation is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Purpose {
+    /// This server is taken as equal to the OVM.
+    Seed(ServerId),
+    /// Nothing changes the OVM's state, for as long as this at most; good for the OVM of this epoch.
+    Hold { limit: Duration, epoch: u64 },
+    /// That is so since then, in this epoch.
+    Held { epoch: u64 },
 }
 
 /// One PSC with its server queue and conversations.
@@ -111,6 +122,11 @@ impl Service {
         let key = Key { client: segment.src, psc: segment.dst };
         if segment.flags.has(Flags::SYN) {
             return self.handle_client_syn(key, link, &segment, packet);
+        }
+        if self.is_held() && self.table.find(&key).is_none() {
+            // It would begin now, or nobody knows what it says. TCP says it again.
+            self.ctx.counters.held_segments += 1;
+            return;
         }
         if let Third::Complete(embryonic) = self.handshakes.handle_third(&key, &segment, &self.ctx) {
             self.open(key, embryonic);
@@ -291,6 +307,7 @@ impl Service {
         let resets = (!self.ctx.resets.is_empty()).then_some(self.next_resets);
         let drain = self.drain.as_ref().map(|drain| drain.deadline);
         let tick = self.ctx.queue.rvms().next().map(|_| self.next_tick);
+        let drain = drain.map(|deadline| deadline.min(self.next_tick));
         let question = tick.and(self.handshakes.question_due(self.ctx.config.timing.unacked_limit));
         [timer, resets, drain, tick, question].into_iter().flatten().min()
     }

@@ -25,14 +25,14 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use understudy_api::{
-    Attach, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, MAX_DRAIN_TIMEOUT_MS, Notice, Noticed, OnDomain,
-    Services, Status, Switchover, time,
+    Attach, DEFAULT_COPY_LIMIT_MS, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, MAX_COPY_LIMIT_MS,
+    MAX_DRAIN_TIMEOUT_MS, Notice, Noticed, OnDomain, Services, Status, Switchover, time,
 };
 
 use self::error::ApiError;
 use self::history::{HISTORY_KEPT, History};
 pub(crate) use self::socket::ControlSocket;
-use crate::command::{Command, Commands, Reply, Statement};
+use crate::command::{Command, Commands, Hold, HoldState, Reply, Statement};
 use crate::discovery::Relist;
 use crate::event::Events;
 
@@ -47,6 +47,10 @@ const FOLLOWERS: usize = 32;
 
 /// Events sent to a reader in one piece.
 const EVENTS_AT_ONCE: usize = 256;
+
+/// How often a hold is looked at for whoever asked for it, and how often it is told of one that has not changed.
+const HOLD_LOOK: Duration = Duration::from_millis(20);
+const HOLD_TOLD: Duration = Duration::from_secs(1);
 
 /// Conversations in an answer that did not say how many.
 const DEFAULT_CONVERSATIONS: usize = 100;
@@ -93,6 +97,7 @@ fn router(commands: Commands, relist: Relist, history: Arc<History>) -> Router {
         .route("/v1/services", get(services))
         .route("/v1/services/{service}/conversations", get(conversations))
         .route("/v1/services/{service}/attach", post(attach))
+        .route("/v1/services/{service}/hold", post(hold))
         .route("/v1/services/{service}/detach", post(detach))
         .route("/v1/services/{service}/switchover", post(switchover))
         .route("/v1/services/{service}/failover", post(failover))
@@ -188,6 +193,12 @@ async fn attach(
 }
 
 fn statement(order: &Attach) -> Result<Option<Statement>, ApiError> {
+    if let Some(hold) = order.copied {
+        return match (order.assume_identical, order.drain, order.drain_timeout_ms) {
+            (false, false, None) => Ok(Some(Statement::Copied { hold })),
+            _ => Err(ApiError::bad_request("`copied` says all that there is to say of the domain's state")),
+        };
+    }
     match (order.assume_identical, order.drain, order.drain_timeout_ms) {
         (true, true, _) => Err(ApiError::bad_request(
             "`assume_identical` and `drain` exclude each other: the first says that the domain's state equals the OVM's now, the second that it will once open conversations have ended",
@@ -201,6 +212,66 @@ fn statement(order: &Attach) -> Result<Option<Statement>, ApiError> {
             timeout: Duration::from_millis(timeout.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
         })),
         (false, false, None) => Ok(None),
+    }
+}
+
+/// Holds clients for as long as the answer is read.
+async fn hold(
+    State(control): State<Control>,
+    path: Result<Path<String>, PathRejection>,
+    Order(order): Order<understudy_api::Hold>,
+) -> Result<Response, ApiError> {
+    let service = service_of(path)?;
+    let within = |what, given: Option<u64>, default, most| match given.unwrap_or(default) {
+        ms if ms > most => {
+            Err(ApiError::bad_request(format!("`{what}` is {ms}: clients wait that long; at most {most}")))
+        }
+        ms => Ok(Duration::from_millis(ms)),
+    };
+    let drain = order.drain_timeout_ms;
+    let drain = within("drain_timeout_ms", drain, DEFAULT_DRAIN_TIMEOUT_MS, MAX_DRAIN_TIMEOUT_MS)?;
+    let limit = within("limit_ms", order.limit_ms, DEFAULT_COPY_LIMIT_MS, MAX_COPY_LIMIT_MS)?;
+    let domain = order.domain;
+    tracing::info!(service, domain, "operator: hold clients for a copy");
+    let of = service.clone();
+    let command = |reply| Command::Hold { service: of, domain, drain, limit, reply };
+    let hold = control.ask(ANSWER_LIMIT, command).await?;
+    let holder = Holder { commands: control.commands, service, hold, told: None };
+    let lines = futures_util::stream::unfold(Some(holder), Holder::next);
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+/// Who asked for a hold: when it is gone, so is the hold.
+struct Holder {
+    commands: Commands,
+    service: String,
+    hold: Hold,
+    /// What it was told last, and when.
+    told: Option<(HoldState, tokio::time::Instant)>,
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.commands.tell(Command::Release { service: self.service.clone(), hold: self.hold.hold });
+    }
+}
+
+impl Holder {
+    async fn next(holder: Option<Self>) -> Option<(Result<Bytes, Infallible>, Option<Self>)> {
+        let mut holder = holder?;
+        loop {
+            let (service, hold) = (holder.service.clone(), holder.hold.hold);
+            let state = holder.commands.ask(|reply| Command::Holding { service, hold, reply }).await.ok()?;
+            let is_news =
+                holder.told.as_ref().is_none_or(|(told, at)| *told != state || at.elapsed() >= HOLD_TOLD);
+            if is_news {
+                let line = view::holding(&holder.hold, &state);
+                let is_over = matches!(state, HoldState::Over(_));
+                holder.told = Some((state, tokio::time::Instant::now()));
+                return Some((Ok(line), (!is_over).then_some(holder)));
+            }
+            tokio::time::sleep(HOLD_LOOK).await;
+        }
     }
 }
 

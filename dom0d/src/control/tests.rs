@@ -9,8 +9,10 @@ use std::sync::mpsc;
 use std::thread;
 
 use serde_json::{Value, json};
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+
 use tokio::task::JoinHandle;
 use understudy_protocol::{
     ConversationStatus, EventKind, Evidence, LegStatus, NotPromotable, OperatorError, Role, ServerId,
@@ -163,10 +165,20 @@ fn answer(command: Command) {
             (_, Some(Statement::Identical)) => {
                 refused(reply, &name, OperatorError::ConversationsOpen(3));
             }
+            (_, Some(Statement::Copied { hold })) => {
+                let domain = domain(hold as u32);
+                drop(reply.send(Ok(Attached { domain, server: ServerId(3), draining: false })));
+            }
             (_, Some(Statement::IdenticalAfterDrain { .. })) => {
                 drop(reply.send(Ok(Attached { domain: domain(3), server: ServerId(3), draining: true })));
             }
         },
+        Command::Hold { reply, .. } => {
+            let end = |id| (domain(id), vec![[10, 0, 0, id as u8].into()]);
+            drop(reply.send(Ok(crate::command::Hold { hold: 7, from: end(1), to: end(3) })));
+        }
+        Command::Holding { reply, .. } => drop(reply.send(Ok(crate::command::HoldState::Held))),
+        Command::Release { hold, .. } => RELEASED.store(hold, Ordering::SeqCst),
         Command::Detach { reply, .. } => refused(reply, "redis-2", OperatorError::NothingLeft),
         Command::Switchover { service, reply, .. } => {
             let promoted =
@@ -718,4 +730,39 @@ async fn a_lock_on_its_directory_keeps_no_daemon_from_listening() {
         .unwrap()
         .unwrap();
     std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// The hold that was released last.
+static RELEASED: AtomicU64 = AtomicU64::new(0);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_are_held_for_as_long_as_whoever_asked_is_there() {
+    let daemon = Daemon::start();
+    let mut stream = UnixStream::connect(daemon.socket()).await.unwrap();
+    let body = r#"{"domain":"redis-3"}"#;
+    let request = format!(
+        "POST /v1/services/redis/hold HTTP/1.1\r\nhost: dom0\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut said = String::new();
+    while said.matches(r#""is":"held""#).count() < 2 {
+        let mut bytes = [0; 4096];
+        let read = stream.read(&mut bytes).await.unwrap();
+        assert!(read > 0, "{said}");
+        said += &String::from_utf8_lossy(&bytes[..read]);
+    }
+    assert!(said.contains(r#""hold":7"#) && said.contains("10.0.0.3"), "{said}");
+    let attached = daemon.post("/v1/services/redis/attach", r#"{"domain":"redis-3","copied":7}"#).await;
+    assert_eq!(attached.0, 200, "{attached:?}");
+    assert_eq!(RELEASED.load(Ordering::SeqCst), 0);
+    // As when it is killed.
+    drop(stream);
+    for _ in 0..200 {
+        if RELEASED.load(Ordering::SeqCst) == 7 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("nobody lets clients in again");
 }

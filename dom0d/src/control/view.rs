@@ -1,16 +1,40 @@
 //! How the daemon's reports look to operators: server ids get their domains, reasons get words.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
+use axum::body::Bytes;
 use serde_json::{Map, Value};
 use understudy_api::{
-    Conversation, Conversations, Domain, Event, KnownDomain, Leg, Server, Service, Status, queue_state, time,
-    words,
+    Conversation, Conversations, CopyEnd, Domain, Event, HoldState, Holding, KnownDomain, Leg, Server,
+    Service, Status, queue_state, time, words,
 };
 use understudy_protocol::{ConversationStatus, LegStatus, NotPromotable, Role, ServerId, ServerStatus};
 
 use crate::command::{self, DaemonStatus, DomainRef, ServiceReport};
 use crate::event::TimedEvent;
+
+/// One line of a hold.
+pub(super) fn holding(hold: &command::Hold, state: &command::HoldState) -> Bytes {
+    let end = |(of, addresses): &(DomainRef, Vec<IpAddr>)| CopyEnd {
+        domain: domain(of),
+        addresses: addresses.clone(),
+    };
+    let holding = Holding {
+        hold: hold.hold,
+        from: end(&hold.from),
+        to: end(&hold.to),
+        state: match state {
+            command::HoldState::Draining(open) => HoldState::Draining { open: *open },
+            command::HoldState::Held => HoldState::Held,
+            command::HoldState::Over(reason) => HoldState::Over { reason: reason.clone() },
+        },
+    };
+    // Nothing of it refuses to be written.
+    let mut line = serde_json::to_vec(&holding).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
+}
 
 pub(super) fn status(report: DaemonStatus) -> Status {
     let ready = report.problems.is_empty() && report.services.iter().all(|s| s.serving);

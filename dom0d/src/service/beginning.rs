@@ -163,7 +163,8 @@ impl Service {
         service.clients_seen = succeeds;
         service.first_server = known.next_server;
         for (id, mut server) in known.servers {
-            if server.place == Place::Waiting || matches!(server.place, Place::Preparing(_)) {
+            // Who was copying can't say any more whether it is done.
+            if matches!(server.place, Place::Waiting | Place::Preparing(_) | Place::Copying) {
                 server.place = Place::Preparing(0);
             }
             service.remember_name(id, &server.domain);
@@ -199,6 +200,7 @@ impl Service {
                 server.place = Place::Preparing(0);
             }
         }
+        self.engine.release(now);
         self.drain(now, around);
         if !self.plane.lets_speak(self.engine.ovm()) {
             // It was about to cut over.

@@ -3,6 +3,7 @@
 //! Everything here runs on the data-path thread and never waits.
 
 mod beginning;
+mod copying;
 mod joining;
 mod overview;
 
@@ -13,6 +14,7 @@ use std::sync::mpsc;
 use understudy_api::config::{self, Allowed, Direct, Fence, OnShutdownRequest, OwnConnections};
 use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, StaleReason};
 
+use self::copying::Copying;
 use crate::clock;
 use crate::command::{DomainRef, KnownDomain};
 use crate::event::{DaemonEvent, Happening};
@@ -89,6 +91,8 @@ pub(crate) struct Service {
     equals_changed: bool,
     /// What an operator was last told that the service waits for.
     question: Option<String>,
+    /// The copy that clients are held for.
+    copying: Option<Copying>,
     /// What the engine found against the OVM, to be acted upon once the plane is stopped.
     suspicion: Option<(ServerId, Evidence)>,
     /// A segment of a client came, in this process.
@@ -121,6 +125,7 @@ impl Service {
             index,
             equals_changed: false,
             question: None,
+            copying: None,
             engine,
             plane,
             config,
@@ -230,6 +235,7 @@ impl Service {
         if self.is_queued(id) {
             self.accuse(now, id, Evidence::DomainGone, around);
         }
+        self.copying_lost(now, id, around);
         self.plane.remove_server(id);
         self.rules_changed = true;
         let event = DaemonEvent::DomainGone { domain: self.servers[&id].domain.clone() };
@@ -346,6 +352,7 @@ impl Service {
             }
         }
         self.join(now, around);
+        self.copying_rules_applied(version);
         let isolated: Vec<ServerId> = self
             .isolating
             .extract_if(.., |(_, needs)| needs.is_some_and(|needs| needs <= version))
@@ -361,6 +368,9 @@ impl Service {
     pub(crate) fn rules_sent(&mut self, version: u64) {
         for (_, needs) in &mut self.isolating {
             needs.get_or_insert(version);
+        }
+        if let Some(copying) = &mut self.copying {
+            copying.needs.get_or_insert(version);
         }
     }
 
@@ -611,6 +621,7 @@ impl Service {
                 | EventKind::CutOver { .. }
         );
         let (id, reason) = match kind {
+            EventKind::Released { reason } => return self.copying_ended(*reason),
             EventKind::Evicted { server, reason } => (
                 *server,
                 format!("evicted ({}); bring its state up to date, then attach it", stale_text(*reason)),

@@ -8,6 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use understudy_api::config;
@@ -103,6 +104,14 @@ enum Input {
         now: Instant,
         to: Option<ServerId>,
         force: bool,
+    },
+    Hold {
+        now: Instant,
+        deadline: Instant,
+        limit: Duration,
+    },
+    Release {
+        now: Instant,
     },
     /// Not the engine's: what a successor must know beside it follows.
     Surroundings,
@@ -280,6 +289,8 @@ impl Engine {
             Input::Detach { now, server } => drop(service.detach(now, server)),
             Input::Switchover { now, to } => drop(service.switchover(now, to)),
             Input::Failover { now, to, force } => drop(service.failover(now, to, force)),
+            Input::Hold { now, deadline, limit } => drop(service.hold(now, deadline, limit)),
+            Input::Release { now } => service.release(now),
             Input::Surroundings => packet.clone_into(&mut self.surroundings),
         }
         Ok(())
@@ -404,6 +415,23 @@ impl Engine {
     ) -> Result<(), OperatorError> {
         self.note(&Input::Seed { now, server, seeding }, &[]);
         self.service.seed(now, server, seeding)
+    }
+
+    /// See [`Service::hold`].
+    pub(crate) fn hold(
+        &mut self,
+        now: Instant,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<(), OperatorError> {
+        self.note(&Input::Hold { now, deadline, limit }, &[]);
+        self.service.hold(now, deadline, limit)
+    }
+
+    /// See [`Service::release`].
+    pub(crate) fn release(&mut self, now: Instant) {
+        self.note(&Input::Release { now }, &[]);
+        self.service.release(now);
     }
 
     /// See [`Service::detach`].

@@ -3,6 +3,7 @@
 //! Here every number is chosen by hand; whole TCP stacks meet the engine in the simulator.
 
 mod close;
+mod copying;
 mod handshake;
 mod hostile;
 mod numbering;

@@ -37,6 +37,8 @@ fn what_waits_to_be_polled_is_saved_too() {
         EventKind::Stale { server, reason: StaleReason::NotSeeded },
         EventKind::Seeded { server },
         EventKind::DrainFailed { server, open: 3 },
+        EventKind::Held,
+        EventKind::Released { reason: crate::Release::OvmChanged },
         EventKind::Suspected { server, evidence: Evidence::DomainGone },
         EventKind::CutOver {
             epoch: u64::MAX,

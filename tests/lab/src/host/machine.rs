@@ -129,7 +129,7 @@ pub(super) fn spawn_detached(command: &mut Command) -> Result<Child> {
 }
 
 /// Children inherit which signals this thread blocks; they must hear theirs.
-fn hear_signals() -> Result<()> {
+pub(crate) fn hear_signals() -> Result<()> {
     SigSet::all().thread_unblock().context("unblocking signals")
 }
 

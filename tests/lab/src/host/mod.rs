@@ -35,7 +35,7 @@ pub(crate) use domain::Domain;
 pub(crate) use fault::{Fault, FaultInstant};
 pub(crate) use gate::Gate;
 pub(crate) use link::Link;
-pub(crate) use machine::{Host, in_group};
+pub(crate) use machine::{Host, hear_signals, in_group};
 pub(crate) use network::BRIDGE;
 pub(crate) use plan::{
     LabConfig, Plane, default_config, domain_name, guest_addresses, guest_mac, instance_name, lab_addresses,

@@ -128,7 +128,7 @@ fn everything(lab: &Lab) -> Result<String> {
         "for link in $(ls /sys/class/net); do for side in ingress egress; do
              echo $link $side; tc filter show dev $link $side 2>/dev/null || true; done; done
          XENSTORED_PATH={directory}/xenstored.sock xenstore-ls -f | sort
-         cd {directory}; ls | grep -v -e '^dom0d[.]' -e '^log$' -e '^domains.json' -e '^run$' -e '^state$'; find run -mindepth 1 ! -name dom0d.lock"
+         cd {directory}; ls | grep -v -e '^dom0d[.]' -e '^log$' -e '^domains.json' -e '^run$' -e '^state$'; test ! -d run || find run -mindepth 1 ! -name dom0d.lock"
     );
     let output = lab.dom0().run(&["sh", "-c", &script])?;
     all.push_str(&String::from_utf8_lossy(&output.stdout));

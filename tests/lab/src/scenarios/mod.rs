@@ -2,6 +2,7 @@
 
 mod bridge;
 mod containment;
+mod copying;
 mod daemon;
 pub(crate) mod database;
 mod hostile;
@@ -96,5 +97,6 @@ fn all() -> Vec<Scenario> {
     all.extend(witness::scenarios());
     all.extend(daemon::scenarios());
     all.extend(reboot::scenarios());
+    all.extend(copying::scenarios());
     all
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use understudy_api::config::Config;
 use understudy_api::{Event, Service, Status};
 
-use crate::host::setup;
+use crate::host::{hear_signals, setup};
 
 /// How long dom0d may take to find every domain and take it up, in namespaces.
 const READY: Duration = Duration::from_secs(15);
@@ -127,6 +127,20 @@ impl Operator {
             String::from_utf8_lossy(&output.stdout),
         );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Begins to give an order; what it says is kept.
+    pub(crate) fn begin(&self, words: &[&str]) -> Result<Child> {
+        let mut command = self.command(words);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        std::thread::scope(|scope| {
+            let begun = scope.spawn(|| {
+                // It is told to end by one.
+                hear_signals()?;
+                command.spawn().context("cannot run understudy")
+            });
+            begun.join().unwrap_or_else(|_| bail!("starting understudy panicked"))
+        })
     }
 
     /// Gives an order that must be refused with a message in which every one of `saying` appears

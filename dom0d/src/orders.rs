@@ -177,7 +177,7 @@ impl DataPath {
             return Err(refused(OperatorError::AlreadyAttached));
         }
         usable(service, id, domain)?;
-        service.hold(now, id, limits, &mut around).map_err(refused)
+        service.hold_clients(now, id, limits, &mut around).map_err(refused)
     }
 
     fn detach(&mut self, now: Instant, service: &str, domain: &str) -> Outcome<DomainRef> {

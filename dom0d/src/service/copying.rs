@@ -22,7 +22,7 @@ pub(crate) struct Copying {
 
 impl Service {
     /// Begins to hold clients for a copy to this server, which leaves the queue.
-    pub(crate) fn hold(
+    pub(crate) fn hold_clients(
         &mut self,
         now: Instant,
         server: ServerId,

@@ -12,7 +12,7 @@ use crate::service::Service;
 use crate::{Event, ServiceConfig};
 
 /// Which shape the saved state has; another one can't be read.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 
 /// Bytes that a conversation with three RVMs takes at most while it is idle.
 const IDLE: usize = 1 << 10;

@@ -52,7 +52,8 @@ impl ServiceConfig {
 pub struct Limits {
     /// Conversations in the table. A further one flows unprotected, and makes RVMs stale.
     pub conversations: u32,
-    /// Handshakes that clients have begun and not completed. The oldest makes room for the newest.
+    /// Handshakes that clients have begun and not completed. The oldest makes room for the newest
+    /// once it is a second old; until then a further SYN is dropped, and sent again.
     pub embryonic: u32,
     /// Bytes, per conversation, of one direction that are kept because a server still lacks them.
     pub conversation_bytes: u32,

@@ -66,7 +66,7 @@ counters! {
     retained_bytes,
     /// Segments dropped for [`crate::Limits::out_of_order_bytes`].
     out_of_order_bytes,
-    /// Handshakes forgotten for [`crate::Limits::embryonic`].
+    /// Handshakes forgotten, or not begun, for [`crate::Limits::embryonic`].
     embryonic,
     /// Conversations left unprotected for [`crate::Limits::conversations`].
     conversations,

@@ -20,6 +20,10 @@ use crate::suspicion::REMINDERS;
 use crate::wire::{Flags, Options, Segment};
 use crate::{Instant, LinkAddress, ServerId};
 
+/// How long a handshake keeps its place whoever else comes: in a flood the answer, and what completes it, come behind as
+/// many SYNs as the plane has room for.
+const YOUNG: Duration = Duration::from_secs(1);
+
 /// The OVM's answer to a SYN, as the client saw it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct SynAck {
@@ -33,6 +37,8 @@ struct SynAck {
 /// A handshake that a client began.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Embryonic {
+    /// When the daemon heard of it.
+    begun: Instant,
     link: LinkAddress,
     iss: u32,
     window: u16,
@@ -71,8 +77,13 @@ impl Handshakes {
     pub(crate) fn handle_syn(&mut self, key: Key, link: LinkAddress, syn: &Segment<'_>, ctx: &mut Context) {
         let known = self.by_key.get(&key).is_some_and(|embryonic| embryonic.iss == syn.seq);
         if !known {
+            if self.is_full_of_young(&key, ctx) {
+                ctx.counters.embryonic += 1;
+                return;
+            }
             self.begun += 1;
             let embryonic = Embryonic {
+                begun: ctx.now,
                 link,
                 iss: syn.seq,
                 window: syn.window,
@@ -152,6 +163,15 @@ impl Handshakes {
         segment.flags.has(Flags::SYN)
             && self.unheard.as_ref().is_some_and(|unheard| unheard.is_asked() && unheard.key == *key)
             && self.acknowledges(key, segment)
+    }
+
+    /// There is no room but that of handshakes which have not had their time. The SYN is dropped, as a listener with a
+    /// full backlog does it, and sent again; one that makes room would be refused its next segment.
+    fn is_full_of_young(&self, key: &Key, ctx: &Context) -> bool {
+        let oldest = self.ages.front().and_then(|(_, key)| self.by_key.get(key));
+        self.by_key.len() >= ctx.config.limits.embryonic as usize
+            && !self.by_key.contains_key(key)
+            && oldest.is_some_and(|oldest| ctx.now.since(oldest.begun) < YOUNG)
     }
 
     fn make_room(&mut self, ctx: &mut Context) {

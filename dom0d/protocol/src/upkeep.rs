@@ -15,8 +15,9 @@ const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
 /// Who keeps clients from going on is evicted when that comes to this part of [`crate::Timing::lag_limit`].
 const SLOWED_SHARE: u32 = 2;
 
-/// Client or OVM may go on by less than this before there is no room for what RVMs lack.
-const NEARLY_FULL: u64 = 64 << 10;
+/// Client or OVM is about to stop when less than this part of the room for what RVMs lack is left: a segment that found
+/// none is sent again after a retransmission timeout, in which an RVM gets on by more than a segment.
+const NEARLY_FULL_SHARE: u64 = 8;
 
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
@@ -122,7 +123,8 @@ impl Conversation {
         let least = much / 32;
         let (taken, acked) = (self.told.acked, self.client.acked);
         let (now, tolerated) = (ctx.now, ctx.config.timing.lag_limit / SLOWED_SHARE);
-        let full = self.retained + NEARLY_FULL >= u64::from(limits.conversation_bytes);
+        let room = u64::from(limits.conversation_bytes);
+        let full = self.retained >= room - room / NEARLY_FULL_SHARE;
         let stops = full || self.is_held_back(ctx);
         let mut is_slowed = false;
         self.for_each_leg(ctx, |slot, leg, ctx| {

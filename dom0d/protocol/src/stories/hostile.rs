@@ -494,6 +494,7 @@ fn a_handshake_that_others_pushed_out_costs_nobody_a_replica() {
     let honest = std::mem::replace(&mut story.peer, pushed);
     story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
     story.syn_ack(0);
+    story.wait(Duration::from_secs(1));
     for port in 7000..7020 {
         story.peer.set_port(port);
         story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
@@ -507,6 +508,8 @@ fn a_handshake_that_others_pushed_out_costs_nobody_a_replica() {
     story.silence();
     assert!(is_promotable(&story, 1));
     // Nor one that is not completed by what the engine takes for its third segment.
+    story.wait(Duration::from_secs(1));
+    story.servers.iter_mut().for_each(VecDeque::clear);
     story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
     story.syn_ack(0);
     story.servers[0].clear();
@@ -518,6 +521,24 @@ fn a_handshake_that_others_pushed_out_costs_nobody_a_replica() {
     story.client.clear();
     story.client_sends(1, b"q", 1);
     assert_eq!(story.server_hears(0).payload, b"q");
+}
+
+#[test]
+fn a_handshake_has_its_time_however_many_others_begin() {
+    let mut story = Story::configured(1, |config| config.limits.embryonic = 8);
+    story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    let honest = story.peer;
+    for port in 7000..7100 {
+        story.peer.set_port(port);
+        story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
+    }
+    story.peer = honest;
+    story.syn_ack(0);
+    story.client.clear();
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    story.client_sends(1, b"SET", 1);
+    assert_eq!(story.server_hears(0).payload, b"SET");
+    assert_eq!(story.service.status().counters["unknown_refused"], 0);
 }
 
 #[test]

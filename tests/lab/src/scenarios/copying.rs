@@ -26,14 +26,14 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("copying/while-clients-write", while_clients_write),
         Scenario::new("copying/command-fails", |lab| in_vain(lab, "exit 7", &[], "status: 7", |_, _| Ok(()))),
         Scenario::new("copying/takes-too-long", |lab| {
-            in_vain(lab, "sleep 60", &["--copy-limit", "1s"], "took longer", |_, _| Ok(()))
+            in_vain(lab, "sleep 20", &["--copy-limit", "1s"], "took longer", |_, _| Ok(()))
         }),
-        Scenario::new("copying/cancelled", |lab| in_vain(lab, "sleep 60", &[], "cancelled", interrupt)),
+        Scenario::new("copying/cancelled", |lab| in_vain(lab, "sleep 20", &[], "cancelled", interrupt)),
         Scenario::new("copying/command-killed", |lab| {
-            in_vain(lab, "sleep 60", &[], "", |_, cli| Ok(cli.kill()?))
+            in_vain(lab, "sleep 20", &[], "", |_, cli| Ok(cli.kill()?))
         }),
         Scenario::new("copying/ovm-frozen-meanwhile", |lab| {
-            in_vain(lab, "sleep 60", &[], "another OVM serves", |stage, _| {
+            in_vain(lab, "sleep 20", &[], "another OVM serves", |stage, _| {
                 let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
                 stage.until("another serves", LET_IN, |status| status.services[0].epoch > 1)?;
                 ensure!(stage.ovm(Service::Redis)?.name == "guest-2", "{at:?}");
@@ -41,7 +41,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             })
         }),
         Scenario::new("copying/domain-gone-meanwhile", |lab| {
-            in_vain(lab, "sleep 60", &[], "given up", |stage, _| {
+            in_vain(lab, "sleep 20", &[], "given up", |stage, _| {
                 stage.lab.fault(Fault::Destroy, "guest-3")?;
                 stage.lab.create("guest-3").map(drop)
             })
@@ -174,7 +174,8 @@ fn in_vain(
     let writer = Writer::begin(&stage)?;
     stage.operator.order(&["detach", "redis", "guest-3"])?;
     let mark = stage.lab.directory().join("copying");
-    let command = format!("touch {}; {command} >/dev/null 2>&1", mark.display());
+    // It outlives an understudy that is killed, and must not keep what that said open.
+    let command = format!("exec >/dev/null 2>&1; touch {}; {command}", mark.display());
     let words = [&["attach", "redis", "guest-3", "--copy", command.as_str()], limits].concat();
     let mut cli = stage.operator.begin(&words)?;
     let deadline = Instant::now() + LET_IN;
@@ -211,7 +212,7 @@ fn dom0d_killed(lab: &str) -> Result<()> {
     let writer = Writer::begin(&stage)?;
     stage.operator.order(&["detach", "redis", "guest-2"])?;
     let mark = stage.lab.directory().join("copying");
-    let command = format!("touch {}; sleep 60 >/dev/null 2>&1", mark.display());
+    let command = format!("exec >/dev/null 2>&1; touch {}; sleep 20", mark.display());
     let cli = stage.operator.begin(&["attach", "redis", "guest-2", "--copy", &command])?;
     while !mark.exists() {
         sleep(Duration::from_millis(5));

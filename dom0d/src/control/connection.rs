@@ -20,7 +20,7 @@ use tokio::time::Sleep;
 pub(super) const CONNECTIONS: usize = 128;
 
 /// How long a request's head may take to arrive, from the connection or from the request before.
-pub(super) const HEAD_TIME: Duration = Duration::from_secs(3);
+pub(super) const HEAD_TIME: Duration = Duration::from_secs(10);
 
 /// How long a client may read nothing of what is there for it.
 pub(super) const READ_TIME: Duration = Duration::from_secs(10);

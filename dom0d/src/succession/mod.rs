@@ -521,6 +521,8 @@ mod tests {
         packet.extend((20 + length).to_be_bytes());
         packet.extend([0, 0, 0x40, 0, 64, 6, 0, 0]);
         packet.extend([from.0, to.0].concat());
+        let header: u32 = packet.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1])).sum();
+        packet[10..12].copy_from_slice(&(!((header & 0xffff) + (header >> 16)) as u16).to_be_bytes());
         packet.extend([from.1.to_be_bytes(), to.1.to_be_bytes()].concat());
         packet.extend([seq.to_be_bytes(), ack.to_be_bytes()].concat());
         packet.extend([0x50, flags, 0xff, 0xff]);

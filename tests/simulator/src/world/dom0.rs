@@ -351,7 +351,9 @@ impl World {
             }
             EventKind::Evicted { server, reason } => {
                 self.coverage.hit("event.evicted");
-                let lossy = |guest: usize| !self.knobs.guest_links[guest].faithful();
+                // A server that comes later has a link without faults.
+                let lossy =
+                    |guest: usize| self.knobs.guest_links.get(guest).is_some_and(|link| !link.faithful());
                 self.lost_behind_lossy |=
                     *reason == StaleReason::Lagged && self.guest_of(*server).is_some_and(lossy);
             }

@@ -19,12 +19,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-/// Everything in dom0 that Understudy could leave behind.
+/// Everything in dom0 that Understudy could leave behind. Who served last (/var/lib/understudy) is to stay.
 fn traces() -> Result<String> {
     // A route that a router advertised gets older meanwhile.
     shell(
         "{ ip -br link; ip -br address; ip rule; ip route show table all; bridge -d link; nft list ruleset
-           tc qdisc; xenstore-ls /tool; xenstore-ls /libxl; find /etc/xen /var/lib/understudy /sys/fs/bpf 2>/dev/null || :
+           tc qdisc; xenstore-ls /tool; xenstore-ls /libxl; find /etc/xen /sys/fs/bpf 2>/dev/null || :
            find /run/understudy -name '*.journal.*' 2>/dev/null || :
          } | sed -E 's/ expires [0-9]+sec//'",
     )

@@ -125,7 +125,7 @@ impl Conversation {
             }
             // By whatever way they came there, it has bytes that no RVM will get.
             ctx.counters.acknowledged_unrecorded += 1;
-            self.go_on_alone(ack, ctx);
+            self.go_on_alone(ack, leg.rcv_nxt, ctx);
         }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {

@@ -319,14 +319,15 @@ impl Conversation {
         }
     }
 
-    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded.
-    pub(crate) fn go_on_alone(&mut self, end: u64, ctx: &mut Context) {
+    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded; it had acknowledged `taken` before, a
+    /// FIN perhaps.
+    pub(crate) fn go_on_alone(&mut self, end: u64, taken: u64, ctx: &mut Context) {
         self.uncover(ctx);
         // One that has no part in this conversation lacks them, too.
         ctx.mark_all_stale(StaleReason::UncoveredConversation);
         ctx.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
         if let Some((ovm, _)) = ctx.ovm() {
-            ctx.due(ovm, end.saturating_sub(self.up.end()) as i64);
+            ctx.due(ovm, end.saturating_sub(self.up.end().max(taken)) as i64);
         }
         self.up = Stream::new(end);
         self.up_fin = None;
@@ -339,7 +340,9 @@ impl Conversation {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.up.highest()) {
-                self.go_on_alone(end, ctx);
+                let ovm = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
+                let taken = ovm.map_or(0, |ovm| ovm.rcv_nxt);
+                self.go_on_alone(end, taken, ctx);
             }
         }
     }

@@ -46,6 +46,21 @@ pub(crate) fn arp(
     frame
 }
 
+/// The answer of whoever has `address` at `mac` to an ARP question for it; `None` to any other frame.
+pub(crate) fn arp_answer(frame: &[u8], mac: Mac, address: Ipv4Addr) -> Option<Vec<u8>> {
+    let question = frame.get(12..42).filter(|question| question[..2] == [0x08, 0x06] && question[9] == 1)?;
+    if question[26..30] != address.octets() {
+        return None;
+    }
+    let (asker_mac, asker) = (&question[10..16], &question[16..20]);
+    let mut answer = [asker_mac, &mac, &[0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 2], &mac].concat();
+    answer.extend_from_slice(&address.octets());
+    answer.extend_from_slice(asker_mac);
+    answer.extend_from_slice(asker);
+    answer.resize(60, 0);
+    Some(answer)
+}
+
 /// An unsolicited neighbour advertisement (RFC 4861 section 4.4) that `address` is at `mac`, to all nodes, with the
 /// override flag.
 pub(crate) fn advertisement(mac: Mac, address: Ipv6Addr) -> Vec<u8> {
@@ -252,7 +267,7 @@ fn octets(address: IpAddr) -> [u8; 16] {
 }
 
 /// The Internet checksum (RFC 1071) over parts of even length, the last one excepted.
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub(super) fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0u32;
     for part in parts {
         for pair in part.chunks(2) {

@@ -4,6 +4,7 @@
 //! timestamps, the faults' and the daemon's events are on one clock without any exchange.
 
 pub(crate) mod clock;
+pub(crate) mod forger;
 pub(crate) mod frames;
 pub(crate) mod hostile;
 pub(crate) mod http;

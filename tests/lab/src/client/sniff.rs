@@ -76,13 +76,19 @@ impl Wire {
     ) -> Result<Option<T>> {
         let deadline = Instant::now() + limit;
         let mut frame = vec![0; 64 << 10];
-        loop {
-            match recv(self.socket.as_raw_fd(), &mut frame, MsgFlags::empty()) {
-                Ok(n) => {
-                    if let Some(found) = read(&frame[..n]) {
-                        return Ok(Some(found));
-                    }
-                }
+        while let Some(length) = self.frame(deadline, &mut frame)? {
+            if let Some(found) = read(&frame[..length]) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Puts the next frame in either direction into `frame`, and gives its length, if one comes before `deadline`.
+    pub(crate) fn frame(&self, deadline: Instant, frame: &mut [u8]) -> Result<Option<usize>> {
+        while Instant::now() <= deadline {
+            match recv(self.socket.as_raw_fd(), frame, MsgFlags::empty()) {
+                Ok(n) => return Ok(Some(n)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
                     let left = deadline.saturating_duration_since(Instant::now());
@@ -96,10 +102,8 @@ impl Wire {
                 }
                 Err(error) => return Err(error).context("cannot receive frames"),
             }
-            if Instant::now() > deadline {
-                return Ok(None);
-            }
         }
+        Ok(None)
     }
 }
 

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 
 use super::Scenario;
 use super::transfer::{Direction, Large};
+use crate::client::forger::{self, BENDS, BROKEN_IP, BROKEN_TCP, Forger, PARTIAL_TCP, command};
 use crate::client::frames::{ACK, Mac, PSH, Segment};
 use crate::client::hostile::{malformed, syn_flood};
 use crate::client::redis::load::{Plan, Running};
@@ -23,6 +24,10 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         Scenario::new("hostile/malformed/ipv4", |lab| garbage(lab, false)),
         Scenario::new("hostile/malformed/ipv6", |lab| garbage(lab, true)),
         Scenario::new("hostile/malformed/from-ovm", garbage_of_ovm),
+        Scenario::new("hostile/bent/bpf", |lab| bent(lab, Plane::Bpf)),
+        Scenario::new("hostile/bent/pcap", |lab| bent(lab, Plane::Pcap)),
+        Scenario::new("hostile/broken-acknowledgments/bpf", |lab| broken_acknowledgments(lab, Plane::Bpf)),
+        Scenario::new("hostile/broken-acknowledgments/pcap", |lab| broken_acknowledgments(lab, Plane::Pcap)),
         Scenario::new("hostile/syn-flood", flood),
         Scenario::new("hostile/syn-flood/while-suspended", flood_while_suspended),
         Scenario::new("hostile/full-table", full_table),
@@ -84,6 +89,99 @@ fn garbage_of_ovm(lab: &str) -> Result<()> {
     super::replica::garbage(&stage.lab.domain("guest-1")?, 100)?;
     load.wait_answers(300, Duration::from_secs(20))?;
     stage.survives_freeze(load)
+}
+
+/// Writes in segments that a kernel drops, or that may be read in more than one way: each is acknowledged by nobody, or it
+/// is on every replica.
+fn bent(lab: &str, plane: Plane) -> Result<()> {
+    let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| with_plane(&config, plane))?;
+    let (psc, psc_mac) = (stage.psc(Service::Redis)?, stage.psc_mac(Service::Redis)?);
+    let load = stage.load("honest")?;
+    let answered = stage.client().run(move || {
+        let mut answered = Vec::new();
+        for (n, (name, bend)) in BENDS.into_iter().enumerate() {
+            let mut forger = Forger::connect(forger::address(n)?, psc, psc_mac)?;
+            // Twice: with the first the kernel does not know the conversation yet.
+            for _ in 0..2 {
+                forger.ask(&command(&["PING"]))?;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let write = command(&["SET", &format!("bent{n}"), "written"]);
+            let mut frame = forger.frame(&forger.segment(ACK | PSH, &write));
+            bend(&mut frame);
+            forger.send(&frame)?;
+            let answer = forger.line(Duration::from_millis(300))?;
+            println!("  {name}: {}", answer.as_deref().unwrap_or("no answer"));
+            if answer.is_some() {
+                forger.advance(write.len());
+            }
+            let again = forger.ask(&command(&["INCR", &format!("count{n}")]));
+            if answer.is_some() {
+                answered.push(n);
+                ensure!(again.is_ok_and(|line| line == ":1"), "{name}: the conversation does not go on");
+            }
+            forger.reset()?;
+        }
+        Ok(answered)
+    })?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    let report = stage.operator.service("redis")?;
+    ensure!(report.promotable() == 2, "a replica lacks something: {:#?}", report.servers);
+    ensure!(stage.ovm(Service::Redis)?.name == "guest-1", "a healthy OVM was deposed");
+    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let failover = Failover::observe(&stage, Service::Redis, Fault::Freeze, at)?;
+    stage.client().run(move || {
+        let mut session = Session::connect(psc)?;
+        for n in answered {
+            let held = session.ask(&["GET", &format!("bent{n}")])?.text();
+            ensure!(
+                held.as_deref() == Some("written"),
+                "{}: its write was acknowledged, and is lost",
+                BENDS[n].0
+            );
+        }
+        Ok(())
+    })?;
+    load.wait_answers(300, Duration::from_secs(20))?;
+    stage.expect_unharmed(&load.finish()?)?;
+    failover.expect_plausible()
+}
+
+/// A client fetches what takes several windows, and acknowledges only with what the OVM's kernel drops: to nobody are these
+/// acknowledgments, and nobody is accused for the answer that does not go on.
+fn broken_acknowledgments(lab: &str, plane: Plane) -> Result<()> {
+    let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| with_plane(&config, plane))?;
+    let (psc, psc_mac) = (stage.psc(Service::Redis)?, stage.psc_mac(Service::Redis)?);
+    stage.client().run(move || {
+        let mut session = Session::connect(psc)?;
+        session.ask(&["SET", "big", &"x".repeat(400_000)])?;
+        for (n, (name, bend)) in [BROKEN_IP, BROKEN_TCP, PARTIAL_TCP].into_iter().enumerate() {
+            let mut forger = Forger::connect(forger::address(n)?, psc, psc_mac)?;
+            forger.ask(&command(&["PING"]))?;
+            std::thread::sleep(Duration::from_millis(50));
+            let request = command(&["GET", "big"]);
+            forger.send(&forger.frame(&forger.segment(ACK | PSH, &request)))?;
+            forger.advance(request.len());
+            let end = Instant::now() + Duration::from_secs(3);
+            while Instant::now() < end {
+                if forger.hear(Duration::from_millis(50))? {
+                    let mut frame = forger.frame(&forger.segment(ACK, b""));
+                    bend(&mut frame);
+                    forger.send(&frame)?;
+                }
+            }
+            println!("  {name}: {} bytes came", forger.said.len());
+            ensure!(!forger.said.is_empty(), "{name}: nothing came");
+            forger.reset()?;
+        }
+        session.ask(&["PING"])
+    })?;
+    let suspected = stage.events.since("suspected", "redis", 0);
+    ensure!(suspected.is_empty(), "a healthy OVM was accused: {suspected:#?}");
+    ensure!(stage.ovm(Service::Redis)?.name == "guest-1", "a healthy OVM was deposed");
+    let report = stage.operator.service("redis")?;
+    ensure!(report.promotable() == 2, "a replica lacks something: {:#?}", report.servers);
+    Ok(())
 }
 
 /// 100,000 SYNs of clients that never answer, within ten seconds, while honest ones work and new

@@ -88,14 +88,14 @@ fn unplug(dom0: &Host, vif: &str) -> Result<()> {
 
 /// The PSC, as a liar must know it.
 #[derive(Clone, Copy, Debug)]
-struct Psc {
+pub(super) struct Psc {
     mac: Mac,
-    v4: Ipv4Addr,
-    v6: Ipv6Addr,
+    pub(super) v4: Ipv4Addr,
+    pub(super) v6: Ipv6Addr,
 }
 
 impl Psc {
-    fn of(stage: &Stage) -> Result<Self> {
+    pub(super) fn of(stage: &Stage) -> Result<Self> {
         let address = |ipv6| Ok::<_, anyhow::Error>(stage.psc_of_family(Service::Redis, ipv6)?.ip());
         match (address(false)?, address(true)?) {
             (IpAddr::V4(v4), IpAddr::V6(v6)) => Ok(Self { mac: stage.psc_mac(Service::Redis)?, v4, v6 }),

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::Scenario;
+use super::bridge::Psc;
 use crate::client::clock::now_ns;
 use crate::client::frames::{
     ACK, BROADCAST, Mac, PSH, RST, SYN, Segment, arp, arp_announcement, behind_options, discovery,
@@ -66,23 +67,6 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         all.push(Scenario::new(format!("containment/programs/{name}"), story));
     }
     all
-}
-
-/// The PSC's addresses.
-#[derive(Clone, Copy, Debug)]
-struct Psc {
-    v4: Ipv4Addr,
-    v6: Ipv6Addr,
-}
-
-impl Psc {
-    fn of(stage: &Stage) -> Result<Self> {
-        let address = |ipv6| Ok::<_, anyhow::Error>(stage.psc_of_family(Service::Redis, ipv6)?.ip());
-        match (address(false)?, address(true)?) {
-            (IpAddr::V4(v4), IpAddr::V6(v6)) => Ok(Self { v4, v6 }),
-            other => bail!("not one address per family: {other:?}"),
-        }
-    }
 }
 
 /// A guest's own addresses.

@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::counters::Counters;
+use crate::follower::queue::{MAX_SERVERS, Queue, Slot};
 use crate::key::{ConversationId, Key};
-use crate::order::Order;
-use crate::queue::{MAX_SERVERS, Queue, Slot};
-use crate::saved;
+use crate::persist::saved;
+use crate::record::order::Order;
 use crate::suspicion::REMINDERS;
 use crate::wire::Checksum;
 use crate::{

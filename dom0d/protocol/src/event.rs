@@ -4,7 +4,7 @@ use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::saved;
+use crate::persist::saved;
 use crate::wire::{self, Parsed};
 use crate::{Bounds, Flow, Instant};
 

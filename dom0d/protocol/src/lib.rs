@@ -4,42 +4,21 @@
 //! Packets go in and come out as whole IP packets; link layers, devices and domains are the
 //! caller's. The terms are RFC 9293's for TCP, the paper's for roles.
 
-mod answer;
-mod catching_up;
 mod config;
 mod context;
 mod conversation;
 mod counters;
-mod drain;
-mod ending;
 mod event;
-mod feed;
-mod handshake;
+mod follower;
 mod key;
-mod leg;
-mod mask;
-mod operator;
-mod order;
-mod passing;
+mod persist;
 mod promotion;
-mod queue;
-mod reception;
-mod recuperation;
-mod repetition;
-mod request;
-mod saved;
-mod sender;
-mod seq;
+mod record;
 mod service;
-mod settle;
 mod status;
-mod stream;
 mod suspicion;
-mod table;
+mod tcp;
 mod time;
-mod translate;
-mod upkeep;
-mod verdict;
 mod wire;
 
 pub use config::{CandidatePolicy, LagPolicy, Limits, Mask, ServiceConfig, Timing};
@@ -47,13 +26,13 @@ pub use event::{
     Destination, Effect, Event, EventKind, Evidence, Handover, LinkAddress, NotPromotable, OperatorError,
     Passage, Release, Seeding, ServerId, ServerSpec, Sign, StaleReason, Transmit, Uncovered,
 };
-pub use queue::MAX_SERVERS;
-pub use repetition::Repetition;
-pub use saved::RestoreError;
+pub use follower::queue::MAX_SERVERS;
+pub use persist::saved::RestoreError;
 pub use service::Service;
+pub use service::repetition::Repetition;
 pub use status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
+pub use tcp::translate::{Aside, Bounds, Flow};
 pub use time::Instant;
-pub use translate::{Aside, Bounds, Flow};
 
 #[cfg(test)]
 mod stories;

@@ -6,8 +6,8 @@ use core::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::follower::queue::Slot;
 use crate::promotion;
-use crate::queue::Slot;
 use crate::service::Service;
 use crate::{EventKind, Instant, StaleReason};
 

@@ -5,10 +5,10 @@ use core::net::SocketAddr;
 
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::leg::{GONE_GRACE, Leg, Phase};
-use crate::mask::{self, Compared};
-use crate::queue::Slot;
-use crate::seq::seq_of;
+use crate::follower::leg::{GONE_GRACE, Leg, Phase};
+use crate::follower::mask::{self, Compared};
+use crate::follower::queue::Slot;
+use crate::tcp::seq::seq_of;
 use crate::wire::{Flags, Options, Segment};
 use crate::{Destination, EventKind, Instant, ServerId, Uncovered};
 

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use crate::context::{Context, Recuperation};
-use crate::queue::{Server, Slot};
+use crate::follower::queue::{Server, Slot};
 use crate::{
     CandidatePolicy, Effect, EventKind, Evidence, Instant, NotPromotable, OperatorError, ServerId,
     StaleReason,

@@ -4,9 +4,9 @@ use core::time::Duration;
 
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::leg::Leg;
-use crate::queue::{MAX_SERVERS, Slot};
-use crate::seq::seq_of;
+use crate::follower::leg::Leg;
+use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::tcp::seq::seq_of;
 use crate::wire::{Flags, Segment};
 use crate::{EventKind, Instant, StaleReason};
 

@@ -10,9 +10,9 @@ use core::net::SocketAddr;
 use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::key::{ConversationId, Key};
-use crate::seq::{position_of, seq_of};
 use crate::service::Service;
-use crate::stream::Stream;
+use crate::tcp::seq::{position_of, seq_of};
+use crate::tcp::stream::Stream;
 use crate::wire::{self, Parsed, Segment};
 use crate::{
     Bounds, Effect, EventKind, Evidence, Flow, Handover, Instant, LinkAddress, Passage, Release, ServerId,

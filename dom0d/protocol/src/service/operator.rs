@@ -1,8 +1,8 @@
 //! What an operator may ask of a service, and what a service tells an operator.
 
 use crate::conversation::Conversation;
+use crate::follower::queue::{MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
-use crate::queue::{MAX_SERVERS, Slot};
 use crate::service::{Purpose, Service};
 use crate::{
     ConversationStatus, EventKind, Evidence, Instant, LegStatus, OperatorError, Release, Role, Seeding,
@@ -174,7 +174,7 @@ impl Service {
     pub fn status(&self) -> ServiceStatus {
         let ctx = &self.ctx;
         let recuperating = ctx.recuperation.pending.len() as u64;
-        let server = |server: &crate::queue::Server| ServerStatus {
+        let server = |server: &crate::follower::queue::Server| ServerStatus {
             server: server.id,
             role: match ctx.queue.ovm() == Some(server.slot) {
                 true if recuperating > 0 => Role::TakingOver,

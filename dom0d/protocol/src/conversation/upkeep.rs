@@ -3,8 +3,8 @@
 use crate::Instant;
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::leg::GONE_GRACE;
-use crate::mask;
+use crate::follower::leg::GONE_GRACE;
+use crate::follower::mask;
 
 /// How often a closed conversation that a new OVM has yet to catch up with is looked at.
 const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1);

@@ -16,7 +16,7 @@ const WINDOW_START: u64 = 64 << 10;
 const WINDOW_LOSS: u64 = 16 << 10;
 const DUPLICATE_ACKS: u8 = 3;
 
-/// See the module. Positions as in [`crate::seq`].
+/// See the module. Positions as in [`crate::tcp::seq`].
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Sender {
     /// SND.NXT: the next position to send.

@@ -3,6 +3,14 @@
 //! `reception` says what becomes of segments without a conversation, `settle` what follows for the service
 //! from what conversations did, `drain` how a server is seeded that waits for them to end.
 
+pub(crate) mod catching_up;
+pub(crate) mod drain;
+pub(crate) mod operator;
+pub(crate) mod passing;
+pub(crate) mod reception;
+pub(crate) mod repetition;
+pub(crate) mod settle;
+
 use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -11,10 +19,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::handshake::{Handshakes, Third};
+use crate::conversation::handshake::{Handshakes, Third};
+use crate::conversation::table::Table;
 use crate::key::{ConversationId, Key};
 use crate::promotion::{self, Unplanned};
-use crate::table::Table;
 use crate::wire::{self, Flags, Malformed, Parsed};
 use crate::{Effect, Evidence, Instant, LinkAddress, ServerId, ServiceConfig, Sign, StaleReason, Transmit};
 

@@ -4,7 +4,7 @@ use core::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::catching_up::Goal;
+use crate::service::catching_up::Goal;
 use crate::{EventKind, Instant, NotPromotable, ServerId, ServerSpec, StaleReason};
 
 /// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).

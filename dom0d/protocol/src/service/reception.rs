@@ -2,9 +2,9 @@
 
 use core::net::IpAddr;
 
-use crate::handshake::Embryonic;
+use crate::conversation::handshake::Embryonic;
+use crate::follower::queue::Slot;
 use crate::key::Key;
-use crate::queue::Slot;
 use crate::service::Service;
 use crate::wire::{Flags, Icmp, Segment};
 use crate::{Destination, EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::follower::queue::{MAX_SERVERS, Slot};
 use crate::key::ConversationId;
-use crate::queue::{MAX_SERVERS, Slot};
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {

@@ -9,14 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
 use crate::conversation::{Client, Conversation, Told};
+use crate::follower::leg::{Leg, Legs};
+use crate::follower::queue::Slot;
 use crate::key::{ConversationId, Key};
-use crate::leg::{Leg, Legs};
-use crate::passing::UNBOUNDED;
-use crate::queue::Slot;
-use crate::saved;
-use crate::seq::{later, position_of};
-use crate::stream::Stream;
+use crate::persist::saved;
+use crate::service::passing::UNBOUNDED;
 use crate::suspicion::REMINDERS;
+use crate::tcp::seq::{later, position_of};
+use crate::tcp::stream::Stream;
 use crate::wire::{Flags, Options, Segment};
 use crate::{Instant, LinkAddress, ServerId};
 

@@ -2,8 +2,8 @@
 
 use crate::context::Context;
 use crate::conversation::{Conversation, text_before};
-use crate::queue::Slot;
-use crate::seq::{later, position_of, seq_of};
+use crate::follower::queue::Slot;
+use crate::tcp::seq::{later, position_of, seq_of};
 use crate::wire::{Flags, IcmpError, Options, Segment};
 use crate::{Destination, LinkAddress, Passage, ServerId};
 

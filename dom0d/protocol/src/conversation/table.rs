@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::Instant;
 use crate::conversation::Conversation;
 use crate::key::{ConversationId, Key};
-use crate::saved;
+use crate::persist::saved;
 
 /// How long nothing has happened in a conversation that falls asleep.
 const QUIET: Duration = Duration::from_secs(1);

@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::queue::{MAX_SERVERS, Slot};
-use crate::sender::Sender;
-use crate::stream::Stream;
-use crate::translate::{latest_tsval, tsecr_for_server};
+use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::tcp::sender::Sender;
+use crate::tcp::stream::Stream;
+use crate::tcp::translate::{latest_tsval, tsecr_for_server};
 use crate::{Instant, ServerId, Uncovered};
 
 /// A server that reset a conversation may be a moment ahead of the OVM doing the same.
@@ -49,7 +49,7 @@ impl Pace {
     }
 }
 
-/// A server's connection that stands for the client's. Positions as in [`crate::seq`]: up is client
+/// A server's connection that stands for the client's. Positions as in [`crate::tcp::seq`]: up is client
 /// to server, down is server to client.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Leg {

@@ -4,11 +4,11 @@
 //! server: what it acknowledged, what it answered.
 
 use crate::context::Context;
+use crate::conversation::handshake::{LEAST_MSS, mtu_mss};
 use crate::conversation::{Conversation, Held, text_before};
-use crate::handshake::{LEAST_MSS, mtu_mss};
-use crate::leg::{Leg, Phase};
-use crate::queue::{MAX_SERVERS, Server, Slot};
-use crate::seq::{position_of, seq_of};
+use crate::follower::leg::{Leg, Phase};
+use crate::follower::queue::{MAX_SERVERS, Server, Slot};
+use crate::tcp::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 use crate::{Passage, ServerId, Uncovered};
 

@@ -4,10 +4,10 @@
 use crate::EventKind;
 use crate::context::Context;
 use crate::conversation::{Conversation, Recuperating};
-use crate::leg::{Leg, Phase};
-use crate::sender::Sender;
-use crate::seq::seq_of;
-use crate::stream::Stream;
+use crate::follower::leg::{Leg, Phase};
+use crate::tcp::sender::Sender;
+use crate::tcp::seq::seq_of;
+use crate::tcp::stream::Stream;
 use crate::wire::{Flags, Segment};
 
 impl Conversation {

@@ -12,11 +12,11 @@ use core::time::Duration;
 use crate::Evidence;
 use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::leg::{Leg, Phase};
-use crate::mask::{self, Compared};
-use crate::queue::{MAX_SERVERS, Slot};
-use crate::seq::seq_of;
+use crate::follower::leg::{Leg, Phase};
+use crate::follower::mask::{self, Compared};
+use crate::follower::queue::{MAX_SERVERS, Slot};
 use crate::suspicion::{REMINDERS, Suspicion, reminder};
+use crate::tcp::seq::seq_of;
 use crate::wire::Segment;
 
 /// Longer than a service that is at it leaves between two pieces of one answer. One that goes on later may do so by

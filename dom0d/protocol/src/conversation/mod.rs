@@ -3,20 +3,30 @@
 //! Read before an edit: RFC 9293 §3.4 (sequence numbers), §3.10.7.4 (acceptability), RFC 7323
 //! (timestamps, window scale), RFC 2018 and 2883 (SACK), RFC 5961 (blind attacks).
 //!
-//! This file holds the state. `request` says what the client's segments do to it, `answer` what servers'
+//! This file holds the state. `client` says what the client's segments do to it, `server` what servers'
 //! segments do, `feed` how the daemon plays the client, `recuperation` how it plays the server,
 //! `verdict` what may be concluded against the OVM, `ending` how it ends, `upkeep` what is due when.
+
+pub(crate) mod client;
+pub(crate) mod ending;
+pub(crate) mod feed;
+pub(crate) mod handshake;
+pub(crate) mod recuperation;
+pub(crate) mod server;
+pub(crate) mod table;
+pub(crate) mod upkeep;
+pub(crate) mod verdict;
 
 use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
+use crate::follower::leg::{Leg, Legs, Phase};
+use crate::follower::queue::Slot;
 use crate::key::{ConversationId, Key};
-use crate::leg::{Leg, Legs, Phase};
-use crate::queue::Slot;
-use crate::sender::Sender;
-use crate::seq::{later, seq_of};
-use crate::stream::Stream;
 use crate::suspicion::Suspicion;
+use crate::tcp::sender::Sender;
+use crate::tcp::seq::{later, seq_of};
+use crate::tcp::stream::Stream;
 use crate::wire::{Flags, Options, SackBlocks, Segment};
 use crate::{Destination, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
 

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::ServerId;
 use crate::key::{ConversationId, Key};
-use crate::seq::position_of;
 use crate::service::Service;
+use crate::tcp::seq::position_of;
 use crate::wire::{self, Parsed};
 
 /// What is shorter is as well written down.

@@ -13,7 +13,7 @@ use core::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::seq::later;
+use crate::tcp::seq::later;
 use crate::wire::options::{self, AO, MD5, MSS, SACK, SACK_PERMITTED, TIMESTAMPS, WINDOW_SCALE};
 use crate::wire::{self, TCP};
 

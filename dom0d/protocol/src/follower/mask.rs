@@ -1,7 +1,7 @@
 //! Comparison of answers, by position, with ranges that may differ.
 
 use crate::Mask;
-use crate::stream::Stream;
+use crate::tcp::stream::Stream;
 
 /// Bytes before a compared position that must stay retained so that a mask's prefix can be found:
 /// the longest prefix and the longest range.

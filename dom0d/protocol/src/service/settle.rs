@@ -4,8 +4,8 @@
 use core::time::Duration;
 
 use crate::conversation::Conversation;
+use crate::follower::queue::{MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
-use crate::queue::{MAX_SERVERS, Slot};
 use crate::service::{SWEEP, Service};
 use crate::{EventKind, Evidence, StaleReason};
 

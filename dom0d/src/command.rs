@@ -6,16 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::mpsc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::sync::oneshot;
 use understudy_protocol::{ConversationStatus, OperatorError, ServerId, ServiceStatus};
-use uuid::Uuid;
 
-use crate::datapath::Message;
-use crate::wake::Waker;
+use crate::domain::{DomainRef, KnownDomain};
 
 /// Where the answer to a [`Command`] goes.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, CommandError>>;
@@ -171,17 +168,6 @@ pub(crate) enum HoldState {
     Over(String),
 }
 
-/// A domain as operators and toolstacks know it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DomainRef {
-    /// The toolstack's handle.
-    pub(crate) name: String,
-    /// Its identity.
-    pub(crate) uuid: Uuid,
-    /// The number of this life of it.
-    pub(crate) domid: u16,
-}
-
 /// Answer to [`Command::Attach`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Attached {
@@ -245,7 +231,7 @@ pub(crate) struct ServiceReport {
     pub(crate) psc_mac: String,
     /// The replicated ports.
     pub(crate) ports: Vec<u16>,
-    /// The data plane: `pcap`.
+    /// The data plane in use: `pcap` or `bpf`.
     pub(crate) plane: &'static str,
     /// The bridge of the PSC, once known.
     pub(crate) bridge: Option<String>,
@@ -263,15 +249,6 @@ pub(crate) struct ServiceReport {
     pub(crate) contained: Vec<String>,
     /// Monotonic counters of the data plane of this service.
     pub(crate) plane_counters: BTreeMap<&'static str, u64>,
-}
-
-/// A domain that could serve but is not in the queue.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct KnownDomain {
-    /// Which.
-    pub(crate) domain: DomainRef,
-    /// Why it is not in the queue, and what to do.
-    pub(crate) reason: String,
 }
 
 /// Why a command was not carried out; nothing was changed.
@@ -363,34 +340,5 @@ impl CommandError {
             Self::Hypervisor { .. } => "hypervisor",
             Self::Stopping => "stopping",
         }
-    }
-}
-
-/// The sending side, for as many callers as there are.
-#[derive(Clone)]
-pub(crate) struct Commands {
-    sender: mpsc::Sender<Message>,
-    waker: Waker,
-}
-
-impl Commands {
-    /// Commands that reach the thread which reads `sender`'s other end and sleeps on `waker`.
-    pub(crate) fn new(sender: mpsc::Sender<Message>, waker: Waker) -> Self {
-        Self { sender, waker }
-    }
-
-    /// Orders without an answer.
-    pub(crate) fn tell(&self, command: Command) {
-        // Without a data path there is nothing to be done.
-        let _ = self.sender.send(Message::Command(command));
-        self.waker.wake();
-    }
-
-    /// Asks and waits for the answer: `commands.ask(|reply| Command::Status { reply }).await`.
-    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, CommandError> {
-        let (reply, answer) = oneshot::channel();
-        self.sender.send(Message::Command(command(reply))).map_err(|_| CommandError::Stopping)?;
-        self.waker.wake();
-        answer.await.map_err(|_| CommandError::Stopping)?
     }
 }

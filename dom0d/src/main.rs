@@ -2,24 +2,21 @@
 
 mod clock;
 mod command;
+mod containment;
 mod control;
 mod datapath;
 mod discovery;
-mod eligibility;
-mod event;
-mod fencing;
-mod hypervisor;
-mod liveness;
-mod memory;
+mod domain;
+mod host;
+mod link;
+mod message;
 mod notify;
-mod orders;
 mod placement;
 mod plane;
 mod preflight;
 mod report;
-mod server;
 mod service;
-mod succession;
+mod store;
 mod wake;
 
 use std::io::IsTerminal;
@@ -40,19 +37,19 @@ use tokio::sync::{broadcast, oneshot, watch};
 use tracing_subscriber::EnvFilter;
 use understudy_api::config::{Config, ConfigError, DEFAULT_PATH};
 
-use crate::command::Commands;
 use crate::control::ControlSocket;
-use crate::datapath::{DataPath, Message, Neighbourhood, Source};
+use crate::datapath::{DataPath, Neighbourhood};
 use crate::discovery::{Found, Relist};
-use crate::event::{EVENTS_KEPT, Events};
-use crate::hypervisor::HypervisorKind;
-use crate::memory::Memory;
+use crate::host::{HypervisorKind, fencing};
+use crate::link::anchor;
+use crate::link::changes::Changes;
+use crate::link::frame::Mac;
+use crate::message::{Commands, LostInterface, Message, Source};
 use crate::notify::Notifier;
 use crate::placement::Placement;
-use crate::plane::changes::Changes;
-use crate::plane::{anchor, rules};
-use crate::report::Reporter;
+use crate::report::{EVENTS_KEPT, Events, Reporter};
 use crate::service::{Service, leave_nothing, remove_strays};
+use crate::store::memory::{self, Memory};
 use crate::wake::Waker;
 
 #[global_allocator]
@@ -305,7 +302,7 @@ fn start_threads(
     config: &Config,
     hypervisor: &HypervisorKind,
     events: &Events,
-    lost: tokio::sync::mpsc::UnboundedSender<datapath::LostInterface>,
+    lost: tokio::sync::mpsc::UnboundedSender<LostInterface>,
     (state, memory): (PathBuf, Memory),
     (services, holds): (Vec<Service>, Option<understudy_bpf::Holds>),
 ) -> anyhow::Result<Threads> {
@@ -324,7 +321,8 @@ fn start_threads(
         tell_outcome(Message::Outcome(outcome));
     })?;
     let tell_rules = tell(&messages, &waker);
-    let (rules, rules_writer) = rules::spawn_writer(holds, move |news| tell_rules(Message::Rules(news)))?;
+    let (rules, rules_writer) =
+        containment::spawn_writer(holds, move |news| tell_rules(Message::Rules(news)))?;
     let tell_memory = tell(&messages, &waker);
     let (memory_sender, memory_writer) = memory::spawn_writer(state, move |problem| {
         let problems = problem.into_iter().collect();
@@ -416,7 +414,7 @@ fn stop_threads(threads: Threads) {
     }
 }
 
-async fn clean_up(netlink: &Handle, macs: &[plane::Mac]) {
+async fn clean_up(netlink: &Handle, macs: &[Mac]) {
     for &mac in macs {
         if let Err(error) = anchor::remove(netlink, mac).await {
             tracing::error!(%error, "an anchor stays; the next dom0d removes it");
@@ -431,7 +429,7 @@ async fn clean_up(netlink: &Handle, macs: &[plane::Mac]) {
     if let Err(error) = anchor::remove_clsact(netlink, &interfaces).await {
         tracing::error!(%error, "a clsact qdisc stays; remove it with: tc qdisc del dev INTERFACE clsact");
     }
-    if let Err(error) = rules::remove() {
+    if let Err(error) = containment::remove() {
         tracing::error!(%error, "rules stay; remove them with: nft delete table bridge understudy");
     }
 }

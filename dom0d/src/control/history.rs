@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use understudy_api::{EVENTS_LOST, Event, time};
 
 use super::view;
-use crate::event::TimedEvent;
+use crate::report::TimedEvent;
 
 /// Events kept. With some 500 bytes each this is about 2 MiB.
 pub(super) const HISTORY_KEPT: usize = 4_096;

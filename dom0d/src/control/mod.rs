@@ -32,9 +32,10 @@ use understudy_api::{
 use self::error::ApiError;
 use self::history::{HISTORY_KEPT, History};
 pub(crate) use self::socket::ControlSocket;
-use crate::command::{Command, Commands, Hold, HoldState, Reply, Statement};
+use crate::command::{Command, Hold, HoldState, Reply, Statement};
 use crate::discovery::Relist;
-use crate::event::Events;
+use crate::message::Commands;
+use crate::report::Events;
 
 /// Longest request body. The longest honest one names two domains.
 const BODY_LIMIT: usize = 16 << 10;

@@ -22,11 +22,10 @@ use uuid::Uuid;
 
 use super::socket::ListenError;
 use super::*;
-use crate::command::{
-    Attached, CommandError, Conversations, DaemonStatus, DomainRef, KnownDomain, Promoted, ServiceReport,
-};
-use crate::datapath::Message;
-use crate::event::{DaemonEvent, Happening, TimedEvent};
+use crate::command::{Attached, CommandError, Conversations, DaemonStatus, Promoted, ServiceReport};
+use crate::domain::{DomainRef, KnownDomain};
+use crate::message::Message;
+use crate::report::{DaemonEvent, Happening, TimedEvent};
 use crate::wake::Waker;
 
 /// A control server on a socket of its own, and the commands that it sent.
@@ -52,7 +51,7 @@ impl Daemon {
             }
         });
         let commands = Commands::new(sender, Waker::new().unwrap());
-        let (events, _) = tokio::sync::broadcast::channel(crate::event::EVENTS_KEPT);
+        let (events, _) = tokio::sync::broadcast::channel(crate::report::EVENTS_KEPT);
         let socket = ControlSocket::listen(&directory.join("control.sock")).unwrap();
         let relist = Relist::default();
         let server = tokio::spawn(serve(socket, commands, relist.clone(), &events));

@@ -11,8 +11,9 @@ use understudy_api::{
 };
 use understudy_protocol::{ConversationStatus, LegStatus, NotPromotable, Role, ServerId, ServerStatus};
 
-use crate::command::{self, DaemonStatus, DomainRef, ServiceReport};
-use crate::event::TimedEvent;
+use crate::command::{self, DaemonStatus, ServiceReport};
+use crate::domain::DomainRef;
+use crate::report::TimedEvent;
 
 /// One line of a hold.
 pub(super) fn holding(hold: &command::Hold, state: &command::HoldState) -> Bytes {

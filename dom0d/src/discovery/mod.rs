@@ -10,8 +10,7 @@ use std::net::IpAddr;
 
 use uuid::Uuid;
 
-use crate::command::DomainRef;
-use crate::hypervisor::DomainId;
+use crate::domain::{DomainId, DomainRef};
 
 pub(crate) use xenstore::{Found, Relist, watch_domains};
 

@@ -14,10 +14,11 @@ use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
 use understudy_bpf::{Copied, RingEnd, Settings, Source, Tap};
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
-use super::device::Device;
-use super::frame::{Mac, is_unicast};
 use super::pcap::{PcapPlane, source_address};
-use super::{Bytes, Inbound, Interface, Loss, Origin, Plane};
+use super::{Bytes, Inbound, Loss, Origin, Plane};
+use crate::link::device::Device;
+use crate::link::frame::{Mac, is_unicast};
+use crate::link::vif::Interface;
 
 /// How often the ring is looked at while something comes in: what the kernel passed wakes nobody.
 const LOOK: Duration = Duration::from_micros(250);

@@ -3,15 +3,9 @@
 //! A plane belongs to one service and to the data-path thread. It tells client from server by where a
 //! packet came from; whose voice counts is the engine's business.
 
-pub(crate) mod anchor;
 mod bpf;
-pub(crate) mod changes;
-pub(crate) mod device;
-mod frame;
 mod neighbours;
-pub(crate) mod pcap;
-pub(crate) mod rules;
-mod ruleset_watch;
+mod pcap;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -24,12 +18,12 @@ use understudy_api::config;
 use understudy_bpf::{Packet, Programs};
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
-use bpf::BpfPlane;
-use device::Device;
-use pcap::{PcapPlane, Psc};
-
-pub(crate) use device::mac_text;
-pub(crate) use frame::Mac;
+use self::bpf::BpfPlane;
+use self::pcap::PcapPlane;
+use crate::link::device::Device;
+use crate::link::frame::Mac;
+use crate::link::psc::Psc;
+use crate::link::vif::Interface;
 
 /// A packet for the engine.
 #[derive(Debug)]
@@ -60,14 +54,6 @@ impl Deref for Bytes<'_> {
             Self::Captured(packet) => packet,
         }
     }
-}
-
-/// An open interface.
-pub(crate) struct Interface {
-    /// Its number.
-    pub(crate) index: u32,
-    /// What is captured there.
-    pub(crate) device: Device,
 }
 
 /// Where a packet came from.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use understudy_protocol::{Instant, ServerId};
 
-use super::frame::{Mac, is_unicast};
+use crate::link::frame::{Mac, is_unicast};
 
 /// Entries of one generation; two are kept.
 const GENERATION: usize = 2_048;

@@ -1,23 +1,24 @@
 //! The portable data plane, the paper's own construction: libpcap on the vif backends and on the PSC's
 //! anchor, everything rewritten by the engine and injected again.
 //!
-//! What a guest sends is taken at its vif and kept from the bridge by nft rules (see [`super::rules`]).
+//! What a guest sends is taken at its vif and kept from the bridge by nft rules (see [`crate::containment`]).
 //! What clients send to the PSC's MAC ends at the anchor. Frames for a guest go to its vif itself,
 //! never through the bridge.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use nix::poll::PollFlags;
-use understudy_api::config;
 use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
 
-use super::device::{Device, Lost, SendError, mac_text};
-use super::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
 use super::neighbours::{Neighbour, Neighbours, Question, Response};
-use super::{Bytes, Inbound, Interface, Loss, Origin, Plane};
+use super::{Bytes, Inbound, Loss, Origin, Plane};
+use crate::link::device::{Device, Lost, SendError, mac_text};
+use crate::link::frame::{self, Arp, Content, Frame, Mac, Solicitation, is_unicast};
+use crate::link::psc::Psc;
+use crate::link::vif::Interface;
 
 /// Bytes taken from the anchor and from the OVM before the others have their turn: one super-packet, which
 /// makes some forty segments for each server.
@@ -66,42 +67,6 @@ pub(crate) struct PcapPlane {
     signs: VecDeque<Sign>,
     own_connections: Vec<(ServerId, SocketAddr)>,
     counters: Counters,
-}
-
-/// The PSC's addresses.
-#[derive(Clone, Debug)]
-pub(crate) struct Psc {
-    /// IPv4, if it has one.
-    pub(crate) v4: Option<Ipv4Addr>,
-    /// IPv6, if it has one.
-    pub(crate) v6: Option<Ipv6Addr>,
-    /// The MAC that answers for both.
-    pub(crate) mac: Mac,
-    /// The VLAN that it is in; `None` if its frames have no tag.
-    pub(crate) vlan: Option<u16>,
-}
-
-impl Psc {
-    /// A service's, by its configuration.
-    pub(crate) fn of(service: &config::Service) -> Self {
-        let addresses = &service.engine.psc;
-        let v4 = addresses.iter().find_map(|address| match address {
-            IpAddr::V4(v4) => Some(*v4),
-            IpAddr::V6(_) => None,
-        });
-        let v6 = addresses.iter().find_map(|address| match address {
-            IpAddr::V6(v6) => Some(*v6),
-            IpAddr::V4(_) => None,
-        });
-        Self { v4, v6, mac: service.psc_mac, vlan: service.vlan }
-    }
-
-    fn has(&self, address: IpAddr) -> bool {
-        match address {
-            IpAddr::V4(v4) => self.v4 == Some(v4),
-            IpAddr::V6(v6) => self.v6 == Some(v6),
-        }
-    }
 }
 
 struct Server {

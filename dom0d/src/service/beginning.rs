@@ -11,13 +11,13 @@ use understudy_bpf::{Programs, is_pinned, unpin};
 use understudy_protocol::{Instant, ServerId};
 use uuid::Uuid;
 
-use super::{Service, Surroundings};
+use super::{Place, Server, Service, Surroundings};
 use crate::clock;
-use crate::event::DaemonEvent;
-use crate::memory::ServiceMemory;
+use crate::link::vif::Arrival;
 use crate::plane;
-use crate::server::{Arrival, Place, Server};
-use crate::succession::{Engine, Lost, remove};
+use crate::report::DaemonEvent;
+use crate::store::memory::ServiceMemory;
+use crate::store::succession::{Engine, Lost, remove};
 
 /// Where maps are pinned. Every dom0 under systemd has it.
 const BPFFS: &str = "/sys/fs/bpf";

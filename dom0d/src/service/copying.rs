@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use understudy_protocol::{Instant, OperatorError, Release, Seeding, ServerId};
 
-use super::{Service, Surroundings};
+use super::{Place, Service, Surroundings};
 use crate::command::{Hold, HoldState};
-use crate::server::Place;
 
 /// A copy under way, or over.
 #[derive(Debug)]

@@ -3,11 +3,10 @@
 use understudy_api::config::AttachAs;
 use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
 
-use super::{Service, Surroundings};
-use crate::command::DomainRef;
-use crate::event::DaemonEvent;
-use crate::memory::InStep;
-use crate::server::{Place, Server};
+use super::{Place, Server, Service, Surroundings};
+use crate::domain::DomainRef;
+use crate::report::DaemonEvent;
+use crate::store::memory::InStep;
 
 impl Service {
     /// Puts those that wait into the queue, as the configuration says: the OVM first.

@@ -6,6 +6,7 @@ mod beginning;
 mod copying;
 mod joining;
 mod overview;
+mod server;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,20 +17,20 @@ use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId, StaleR
 
 use self::copying::Copying;
 use crate::clock;
-use crate::command::{DomainRef, KnownDomain};
-use crate::event::{DaemonEvent, Happening};
-use crate::fencing::Job;
-use crate::hypervisor::{DomainId, DomainState};
-use crate::liveness::PausePolicy;
-use crate::memory::{InStep, ServiceMemory};
-use crate::plane::device::Device;
-use crate::plane::rules::{Part, Refusal, RuleSet};
-use crate::plane::{Inbound, Interface, Origin, Plane, mac_text};
-use crate::report::Reporter;
-use crate::server::{Arrival, GuestVif, Place, Server};
-use crate::succession::Engine;
+use crate::containment::{Part, Refusal, RuleSet};
+use crate::domain::{DomainId, DomainRef, KnownDomain};
+use crate::host::DomainState;
+use crate::host::fencing::Job;
+use crate::host::liveness::PausePolicy;
+use crate::link::device::{Device, mac_text};
+use crate::link::vif::{Arrival, GuestVif, Interface};
+use crate::plane::{Inbound, Origin, Plane};
+use crate::report::{DaemonEvent, Happening, Reporter};
+use crate::store::memory::{InStep, ServiceMemory};
+use crate::store::succession::Engine;
 
 pub(crate) use beginning::{leave_nothing, remove_strays};
+pub(crate) use server::{Place, Server};
 
 /// Packets sent in one go before others have their turn.
 const BURST: u32 = 256;

@@ -6,8 +6,9 @@ use understudy_api::config::OwnConnections;
 use understudy_protocol::ServerId;
 
 use super::{Hold, Service};
-use crate::command::{KnownDomain, ServiceReport};
-use crate::plane::mac_text;
+use crate::command::ServiceReport;
+use crate::domain::KnownDomain;
+use crate::link::device::mac_text;
 
 impl Service {
     /// The server with this name or UUID: the newest life of it.

@@ -20,7 +20,7 @@ use rtnetlink::{Handle, LinkBridgePort, LinkBridgeVlan, LinkUnspec, LinkVeth};
 
 use super::device::Device;
 use super::frame::{self, Content, Mac};
-use super::pcap::Psc;
+use super::psc::Psc;
 
 /// Marks the interfaces that dom0d made, so that those a crash left are recognised.
 const ALIAS: &str = "understudy PSC anchor";

@@ -9,6 +9,8 @@
 //! their MACs: one that was migrated within this host may send from a new vif before dom0d knows that one. The table is
 //! not the fence (the engine is), so it is rewritten after a promotion and off the packet path.
 
+mod ruleset_watch;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
@@ -22,9 +24,9 @@ use understudy_api::config::Allowed;
 use understudy_bpf::Holds;
 use understudy_bpf::layout::Hold;
 
-use super::device::mac_text;
-use super::frame::Mac;
-use super::ruleset_watch::RulesetWatch;
+use self::ruleset_watch::RulesetWatch;
+use crate::link::device::mac_text;
+use crate::link::frame::Mac;
 
 const FAMILY: &str = "bridge";
 /// The same for the kernel (NFPROTO_BRIDGE).

@@ -3,13 +3,16 @@
 //! Two implementations: [`xen`] over libxenctrl and [`lab`] over the files and the socket of the
 //! namespace lab. Nothing else in the daemon knows which one runs.
 
+pub(crate) mod fencing;
 pub(crate) mod lab;
+pub(crate) mod liveness;
 pub(crate) mod xen;
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::domain::DomainId;
 
 /// A domain as the hypervisor sees it. Frozen inside, stalled or idle do not show here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,15 +51,6 @@ pub(crate) trait Hypervisor: Send {
 
     /// Ends a domain; done if it is gone already.
     fn destroy(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
-}
-
-/// One life of one domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub(crate) struct DomainId {
-    /// The identity, checked before anything is done: domids are reused.
-    pub(crate) uuid: Uuid,
-    /// The number of this life.
-    pub(crate) domid: u16,
 }
 
 /// Which hypervisor runs the domains.

@@ -16,8 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::command::DomainRef;
-use crate::hypervisor::DomainId;
+use crate::domain::{DomainId, DomainRef};
 
 /// Grows with each change of what is written here.
 const VERSION: u32 = 1;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use tokio::sync::broadcast;
 use understudy_protocol::{EventKind, ServerId};
 
-use crate::command::DomainRef;
+use crate::domain::DomainRef;
 
 /// An event with its time and the names that its server ids stand for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use understudy_protocol::{Evidence, Instant};
 
-use crate::hypervisor::{DomainState, Shutdown};
+use super::{DomainState, Shutdown};
 
 /// What an operator decided about pauses of a service's domains.
 #[derive(Clone, Copy, Debug)]

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use understudy_api::config;
 
 use crate::discovery::{Domain, INCOMING, Vif, XENBUS_CONNECTED, is_incoming, sent_away};
-use crate::plane::anchor::{Link, LinkKind};
-use crate::server::Arrival;
+use crate::link::anchor::{Link, LinkKind};
+use crate::link::vif::Arrival;
 
 /// The domain's place in the service's configuration: 0 for the OVM, then the RVMs in their order;
 /// `None` if it does not belong to the service.

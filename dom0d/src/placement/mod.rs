@@ -4,6 +4,8 @@
 //! Everything that may wait (netlink, opening captures, asking whether an address is free) happens here,
 //! off the data path.
 
+mod eligibility;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -18,17 +20,15 @@ use understudy_api::config::{self, Config};
 use understudy_bpf::{Containment, Programs};
 use uuid::Uuid;
 
-use crate::command::{DomainRef, KnownDomain};
-use crate::datapath::{LostInterface, Message, Source};
+use self::eligibility::{bridge, is_of, rank, unclaimed, usable, vlan};
 use crate::discovery::{Domain, Found, Snapshot, is_incoming, sent_away};
-use crate::eligibility::{bridge, is_of, rank, unclaimed, usable, vlan};
-use crate::hypervisor::DomainId;
-use crate::plane::anchor::{self, AnchorError, Link};
-use crate::plane::changes::Changes;
-use crate::plane::device::{Device, DeviceError, anchor_filter, odd_server_filter, server_filter};
-use crate::plane::pcap::Psc;
-use crate::plane::{Interface, mac_text};
-use crate::server::{Arrival, GuestVif};
+use crate::domain::{DomainId, DomainRef, KnownDomain};
+use crate::link::anchor::{self, AnchorError, Link};
+use crate::link::changes::Changes;
+use crate::link::device::{Device, DeviceError, anchor_filter, mac_text, odd_server_filter, server_filter};
+use crate::link::psc::Psc;
+use crate::link::vif::{Arrival, GuestVif, Interface};
+use crate::message::{LostInterface, Message, Source};
 use crate::wake::Waker;
 
 /// How often everything is looked at again while something is missing.

@@ -1,13 +1,15 @@
 //! How do events leave the data path? Each to whoever follows the event stream, and to the log.
 
+mod event;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use understudy_protocol::{EventKind, Instant, ServerId};
 
+pub(crate) use self::event::{DaemonEvent, EVENTS_KEPT, Events, Happening, TimedEvent};
 use crate::clock;
-use crate::command::DomainRef;
-use crate::event::{DaemonEvent, Events, Happening, TimedEvent};
+use crate::domain::DomainRef;
 
 /// Sends events to their stream and to the log.
 #[derive(Clone)]

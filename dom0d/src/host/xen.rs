@@ -2,7 +2,8 @@
 
 use xen_sys::{DomainInfo, ShutdownReason, Xenctrl};
 
-use super::{DomainId, DomainState, Hypervisor, HypervisorError, Shutdown};
+use super::{DomainState, Hypervisor, HypervisorError, Shutdown};
+use crate::domain::DomainId;
 
 /// An open libxenctrl and the last list of domains.
 pub(crate) struct Xen {

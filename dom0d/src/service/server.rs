@@ -5,11 +5,11 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use understudy_protocol::{Evidence, Instant, ServerId, ServerSpec};
 
-use crate::command::DomainRef;
 use crate::discovery::sent_away;
-use crate::hypervisor::DomainId;
-use crate::liveness::{Excuse, Watch};
-use crate::plane::Mac;
+use crate::domain::{DomainId, DomainRef};
+use crate::host::liveness::{Excuse, Watch};
+use crate::link::frame::Mac;
+use crate::link::vif::Arrival;
 
 /// One life of one domain, in one service; a migration within the host does not end it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -61,34 +61,6 @@ pub(crate) enum Place {
     Detached,
     /// The OVM's state is being copied to it.
     Copying,
-}
-
-/// A domain that a service can use, as placement hands it over.
-#[derive(Clone, Debug)]
-pub(crate) struct Arrival {
-    /// As operators know it.
-    pub(crate) domain: DomainRef,
-    /// Its interface in dom0.
-    pub(crate) vif: String,
-    /// The guest's MAC.
-    pub(crate) mac: Mac,
-    /// The guest's addresses: at most one per family.
-    pub(crate) addresses: Vec<IpAddr>,
-    /// MTU of the vif in bytes.
-    pub(crate) mtu: u16,
-}
-
-/// A vif of a domain of the service, whether the domain can be used or not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct GuestVif {
-    /// Whose, in which life.
-    pub(crate) domain: DomainRef,
-    /// That life is being received by a migration.
-    pub(crate) is_incoming: bool,
-    /// The guest's MAC there.
-    pub(crate) mac: Mac,
-    /// The number of its interface, once it has one.
-    pub(crate) index: Option<u32>,
 }
 
 impl Server {

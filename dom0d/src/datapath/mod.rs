@@ -4,6 +4,8 @@
 //! no look at the domains is due. Nothing it calls waits: files, netlink, nft and orders to domains
 //! belong to other threads, which send it a [`Message`].
 
+mod commands;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,17 +17,13 @@ use nix::sys::time::TimeSpec;
 use understudy_protocol::Instant;
 
 use crate::clock;
-use crate::command::{Command, DomainRef, KnownDomain};
-use crate::event::{DaemonEvent, Happening};
-use crate::fencing::{Job, Outcome};
-use crate::hypervisor::{DomainId, Hypervisor};
-use crate::memory::Memory;
-use crate::plane::Interface;
-use crate::plane::device::Device;
-use crate::plane::rules::{Numbered, RuleSet, RulesNews};
-use crate::report::Reporter;
-use crate::server::{Arrival, GuestVif};
-use crate::service::{Doomed, Service, Surroundings};
+use crate::containment::{Numbered, RuleSet, RulesNews};
+use crate::host::Hypervisor;
+use crate::host::fencing::{Job, Outcome};
+use crate::message::{LostInterface, Message, Source};
+use crate::report::{DaemonEvent, Happening, Reporter};
+use crate::service::{Doomed, Server, Service, Surroundings};
+use crate::store::memory::Memory;
 use crate::wake::Waker;
 
 /// Messages taken before packets have their turn again.
@@ -34,125 +32,6 @@ const MESSAGES: usize = 32;
 /// How often captures are polled while rings have something. Rings are looked at without a system call; a poll for each
 /// segment took a third of the thread's time.
 const POLL_WHILE_BUSY: Duration = Duration::from_micros(100);
-
-/// What other threads tell the data path.
-pub(crate) enum Message {
-    /// An operator's command.
-    Command(Command),
-    /// A service's PSC has its place on a bridge.
-    Anchored {
-        /// Index of the service.
-        service: usize,
-        /// The bridge.
-        bridge: String,
-        /// The far end of the anchor.
-        device: Device,
-    },
-    /// A domain can be used by a service, or its lost interface is open again.
-    Arrived {
-        /// Index of the service.
-        service: usize,
-        /// The domain.
-        arrival: Arrival,
-        /// Its vif.
-        vif: Interface,
-    },
-    /// A domain that a service has lives on under another number.
-    Moved {
-        /// Index of the service.
-        service: usize,
-        /// Its life before.
-        from: DomainId,
-        /// Its life now.
-        to: DomainRef,
-        /// Its interface in dom0 now, not connected yet.
-        vif: String,
-    },
-    /// All vifs that domains of a service have, by name.
-    Vifs {
-        /// Index of the service.
-        service: usize,
-        /// The vifs.
-        vifs: BTreeMap<String, GuestVif>,
-    },
-    /// Somebody took away a part of a service's plane, and it is there again.
-    Restored {
-        /// Index of the service.
-        service: usize,
-        /// What.
-        what: String,
-    },
-    /// A domain can't be used by a service any more.
-    Departed {
-        /// Index of the service.
-        service: usize,
-        /// Which life of which domain.
-        domain: DomainId,
-    },
-    /// A domain has another name.
-    Renamed {
-        /// Index of the service.
-        service: usize,
-        /// Which life of which domain.
-        domain: DomainId,
-        /// The name.
-        name: String,
-    },
-    /// A domain matches a service, and can't be used.
-    Unusable {
-        /// Index of the service.
-        service: usize,
-        /// Which, and why.
-        known: KnownDomain,
-    },
-    /// The toolstack asks a domain to shut down.
-    ShutdownRequested {
-        /// Index of the service.
-        service: usize,
-        /// Which life of which domain.
-        domain: DomainId,
-        /// What it asks for.
-        request: String,
-    },
-    /// What hinders a service, or the daemon, in the eyes of one part of it; replaces what that part
-    /// said before.
-    Problems {
-        /// Which part.
-        source: Source,
-        /// What, and what to do.
-        problems: Vec<String>,
-    },
-    /// What became of the kernel's rules.
-    Rules(RulesNews),
-    /// What became of an order to a domain.
-    Outcome(Outcome),
-    /// End the thread.
-    Stop,
-}
-
-/// Which part of the daemon is hindered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Source {
-    /// Discovery.
-    Xenstore,
-    /// Liveness.
-    Hypervisor,
-    /// The kernel's rules.
-    Rules,
-    /// What outlives a reboot.
-    Memory,
-    /// Placement of a service, by its index.
-    Placement(usize),
-}
-
-/// An interface that a service lost; placement opens it again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct LostInterface {
-    /// Index of the service.
-    pub(crate) service: usize,
-    /// Whose vif; `None` for the PSC's anchor.
-    pub(crate) domain: Option<DomainId>,
-}
 
 /// The other threads, as the data path sees them.
 pub(crate) struct Neighbourhood {
@@ -457,7 +336,7 @@ impl DataPath {
             }
             Outcome::Ordered { service, server, pause, done } => {
                 // Whichever service was named, it is the domain's.
-                let life = self.services[service].servers.get(&server).map(crate::server::Server::life);
+                let life = self.services[service].servers.get(&server).map(Server::life);
                 for index in 0..self.services.len() {
                     let (service, mut around) = self.split(index);
                     let Some(server) = life.and_then(|life| service.find_life(life)) else { continue };
@@ -513,7 +392,7 @@ impl DataPath {
                 self.counters.interfaces_lost += 1;
                 let server = loss.server.and_then(|id| service.servers.get(&id));
                 tracing::warn!(service = service.name(), error = loss.error, "an interface was lost");
-                let lost = LostInterface { service: index, domain: server.map(crate::server::Server::life) };
+                let lost = LostInterface { service: index, domain: server.map(Server::life) };
                 // Without placement the daemon is stopping.
                 let _ = self.around.lost.send(lost);
             }

@@ -2,8 +2,6 @@
 //! each is written down before the engine has it, and a successor repeats them. What the engine then wants was
 //! done already, except what had not been written down as done: that is done again, and is harmless twice.
 
-mod journal;
-
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::ops::Deref;
@@ -17,9 +15,9 @@ use understudy_protocol::{
     ServerSpec, Service, ServiceConfig, Sign, Transmit,
 };
 
-pub(crate) use journal::{Lost, remove};
+pub(crate) use super::journal::{Lost, remove};
 
-use self::journal::Journal;
+use super::journal::Journal;
 
 /// What the engine is told, in order.
 #[derive(Debug, Serialize, Deserialize)]

@@ -12,7 +12,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{DomainId, DomainState, Hypervisor, HypervisorError, Shutdown};
+use super::{DomainState, Hypervisor, HypervisorError, Shutdown};
+use crate::domain::DomainId;
 
 /// Longest wait for the lab's answer to one order.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);

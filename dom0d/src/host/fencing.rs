@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use understudy_api::config::Fence;
 use understudy_protocol::ServerId;
 
-use crate::command::{CommandError, DomainRef, Reply};
-use crate::hypervisor::{DomainId, Hypervisor, HypervisorError, Shutdown};
+use super::{Hypervisor, HypervisorError, Shutdown};
+use crate::command::{CommandError, Reply};
+use crate::domain::{DomainId, DomainRef};
 
 /// Waits before an attempt is repeated: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));

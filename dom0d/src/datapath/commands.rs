@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
 
+use super::DataPath;
 use crate::clock;
 use crate::command::{
-    Attached, CONVERSATIONS_LIMIT, Command, CommandError, Conversations, DaemonStatus, DomainRef, Hold,
-    Promoted, Reply, ServiceReport, Statement,
+    Attached, CONVERSATIONS_LIMIT, Command, CommandError, Conversations, DaemonStatus, Hold, Promoted, Reply,
+    ServiceReport, Statement,
 };
-use crate::datapath::{DataPath, Source};
-use crate::fencing::Job;
-use crate::server::Place;
-use crate::service::Service;
+use crate::domain::DomainRef;
+use crate::host::fencing::Job;
+use crate::message::Source;
+use crate::service::{Place, Service};
 
 type Outcome<T> = Result<T, CommandError>;
 

@@ -1,0 +1,162 @@
+//! What the threads tell each other: the data path is told a [`Message`], and tells placement of a [`LostInterface`].
+
+use std::collections::BTreeMap;
+use std::sync::mpsc;
+
+use tokio::sync::oneshot;
+
+use crate::command::{Command, CommandError, Reply};
+use crate::containment::RulesNews;
+use crate::domain::{DomainId, DomainRef, KnownDomain};
+use crate::host::fencing::Outcome;
+use crate::link::device::Device;
+use crate::link::vif::{Arrival, GuestVif, Interface};
+use crate::wake::Waker;
+
+/// What other threads tell the data path.
+pub(crate) enum Message {
+    /// An operator's command.
+    Command(Command),
+    /// A service's PSC has its place on a bridge.
+    Anchored {
+        /// Index of the service.
+        service: usize,
+        /// The bridge.
+        bridge: String,
+        /// The far end of the anchor.
+        device: Device,
+    },
+    /// A domain can be used by a service, or its lost interface is open again.
+    Arrived {
+        /// Index of the service.
+        service: usize,
+        /// The domain.
+        arrival: Arrival,
+        /// Its vif.
+        vif: Interface,
+    },
+    /// A domain that a service has lives on under another number.
+    Moved {
+        /// Index of the service.
+        service: usize,
+        /// Its life before.
+        from: DomainId,
+        /// Its life now.
+        to: DomainRef,
+        /// Its interface in dom0 now, not connected yet.
+        vif: String,
+    },
+    /// All vifs that domains of a service have, by name.
+    Vifs {
+        /// Index of the service.
+        service: usize,
+        /// The vifs.
+        vifs: BTreeMap<String, GuestVif>,
+    },
+    /// Somebody took away a part of a service's plane, and it is there again.
+    Restored {
+        /// Index of the service.
+        service: usize,
+        /// What.
+        what: String,
+    },
+    /// A domain can't be used by a service any more.
+    Departed {
+        /// Index of the service.
+        service: usize,
+        /// Which life of which domain.
+        domain: DomainId,
+    },
+    /// A domain has another name.
+    Renamed {
+        /// Index of the service.
+        service: usize,
+        /// Which life of which domain.
+        domain: DomainId,
+        /// The name.
+        name: String,
+    },
+    /// A domain matches a service, and can't be used.
+    Unusable {
+        /// Index of the service.
+        service: usize,
+        /// Which, and why.
+        known: KnownDomain,
+    },
+    /// The toolstack asks a domain to shut down.
+    ShutdownRequested {
+        /// Index of the service.
+        service: usize,
+        /// Which life of which domain.
+        domain: DomainId,
+        /// What it asks for.
+        request: String,
+    },
+    /// What hinders a service, or the daemon, in the eyes of one part of it; replaces what that part
+    /// said before.
+    Problems {
+        /// Which part.
+        source: Source,
+        /// What, and what to do.
+        problems: Vec<String>,
+    },
+    /// What became of the kernel's rules.
+    Rules(RulesNews),
+    /// What became of an order to a domain.
+    Outcome(Outcome),
+    /// End the thread.
+    Stop,
+}
+
+/// Which part of the daemon is hindered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Source {
+    /// Discovery.
+    Xenstore,
+    /// Liveness.
+    Hypervisor,
+    /// The kernel's rules.
+    Rules,
+    /// What outlives a reboot.
+    Memory,
+    /// Placement of a service, by its index.
+    Placement(usize),
+}
+
+/// An interface that a service lost; placement opens it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LostInterface {
+    /// Index of the service.
+    pub(crate) service: usize,
+    /// Whose vif; `None` for the PSC's anchor.
+    pub(crate) domain: Option<DomainId>,
+}
+
+/// The sending side, for as many callers as there are.
+#[derive(Clone)]
+pub(crate) struct Commands {
+    sender: mpsc::Sender<Message>,
+    waker: Waker,
+}
+
+impl Commands {
+    /// Commands that reach the thread which reads `sender`'s other end and sleeps on `waker`.
+    pub(crate) fn new(sender: mpsc::Sender<Message>, waker: Waker) -> Self {
+        Self { sender, waker }
+    }
+
+    /// Orders without an answer.
+    pub(crate) fn tell(&self, command: Command) {
+        // Without a data path there is nothing to be done.
+        let _ = self.sender.send(Message::Command(command));
+        self.waker.wake();
+    }
+
+    /// Asks and waits for the answer: `commands.ask(|reply| Command::Status { reply }).await`.
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.sender.send(Message::Command(command(reply))).map_err(|_| CommandError::Stopping)?;
+        self.waker.wake();
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+}

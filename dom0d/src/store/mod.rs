@@ -1,0 +1,6 @@
+//! What outlives the process: the journal of each service's inputs until the next boot of dom0, and who served last beyond
+//! that.
+
+mod journal;
+pub(crate) mod memory;
+pub(crate) mod succession;

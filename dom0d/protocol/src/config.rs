@@ -44,6 +44,11 @@ impl ServiceConfig {
             seed: 0,
         }
     }
+
+    /// Stands in for a configuration that is not saved with the state, until the restored service gets its own.
+    pub(crate) fn unconfigured() -> Self {
+        Self::new("", Vec::new(), Vec::new())
+    }
 }
 
 /// Bounds. Each has a counter of the same name in the counters of [`crate::ServiceStatus`] that grows when it bites.

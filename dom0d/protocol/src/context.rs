@@ -6,17 +6,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::ServiceConfig;
 use crate::counters::Counters;
-use crate::follower::queue::{MAX_SERVERS, Queue, Slot};
-use crate::key::{ConversationId, Key};
-use crate::persist::saved;
+use crate::event::{
+    Destination, Effect, Event, EventKind, Evidence, LinkAddress, Passage, ServerId, Sign, StaleReason,
+    Transmit,
+};
+use crate::follower::queue::Queue;
+use crate::key::{ConversationId, Key, MAX_SERVERS, Slot};
 use crate::record::order::Order;
 use crate::suspicion::REMINDERS;
+use crate::time::Instant;
 use crate::wire::Checksum;
-use crate::{
-    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Passage, ServerId, ServiceConfig,
-    Sign, StaleReason, Transmit,
-};
 
 /// Addresses that an OVM is known to ask for: as many as Linux itself keeps (`gc_thresh3`).
 const UNREACHED: usize = 1_024;
@@ -50,7 +51,7 @@ impl Recuperation {
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Context {
     pub(crate) now: Instant,
-    #[serde(skip, default = "saved::unconfigured")]
+    #[serde(skip, default = "ServiceConfig::unconfigured")]
     pub(crate) config: ServiceConfig,
     pub(crate) queue: Queue,
     pub(crate) order: Order,

@@ -4,9 +4,10 @@ use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::persist::saved;
+use crate::encoding;
+use crate::tcp::translate::{Bounds, Flow};
+use crate::time::Instant;
 use crate::wire::{self, Parsed};
-use crate::{Bounds, Flow, Instant};
 
 /// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
 /// what arrives late for a former life is recognised.
@@ -168,7 +169,7 @@ pub enum Effect {
         bounds: Bounds,
     },
     /// Tell whoever listens.
-    Event(#[serde(with = "saved::as_text")] Event),
+    Event(#[serde(with = "encoding::as_text")] Event),
 }
 
 /// Something an operator would want to know, with when it happened.

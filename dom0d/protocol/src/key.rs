@@ -1,4 +1,4 @@
-//! What identifies a conversation: its addresses, and its place in the table.
+//! What identifies a conversation (its addresses, its place in the table) and a server (its slot).
 
 use core::net::SocketAddr;
 
@@ -22,5 +22,28 @@ impl ConversationId {
     #[cfg(test)]
     pub(crate) const fn for_tests(index: u32) -> Self {
         Self { index, generation: 0 }
+    }
+}
+
+/// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).
+pub const MAX_SERVERS: usize = 4;
+
+/// A place in per-conversation arrays. Reused; the [`ServerId`] in it tells whose it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(crate) struct Slot(u8);
+
+impl Slot {
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// Every slot, in order.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        (0..MAX_SERVERS as u8).map(Self)
+    }
+
+    #[cfg(test)]
+    pub(crate) const fn for_tests(index: u8) -> Self {
+        Self(index)
     }
 }

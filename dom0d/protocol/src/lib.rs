@@ -8,6 +8,7 @@ mod config;
 mod context;
 mod conversation;
 mod counters;
+mod encoding;
 mod event;
 mod follower;
 mod key;
@@ -26,7 +27,7 @@ pub use event::{
     Destination, Effect, Event, EventKind, Evidence, Handover, LinkAddress, NotPromotable, OperatorError,
     Passage, Release, Seeding, ServerId, ServerSpec, Sign, StaleReason, Transmit, Uncovered,
 };
-pub use follower::queue::MAX_SERVERS;
+pub use key::MAX_SERVERS;
 pub use persist::saved::RestoreError;
 pub use service::Service;
 pub use service::repetition::Repetition;

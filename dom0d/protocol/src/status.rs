@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{NotPromotable, ServerId, StaleReason, Uncovered};
+use crate::event::{NotPromotable, ServerId, StaleReason, Uncovered};
 
 /// A server's place in the queue; the numbers are the paper's (§IV.B).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

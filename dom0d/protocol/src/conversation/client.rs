@@ -2,10 +2,10 @@
 
 use crate::context::Context;
 use crate::conversation::{Conversation, text_before};
-use crate::follower::queue::Slot;
+use crate::event::{Destination, LinkAddress, Passage, ServerId};
+use crate::key::Slot;
 use crate::tcp::seq::{later, position_of, seq_of};
 use crate::wire::{Flags, IcmpError, Options, Segment};
-use crate::{Destination, LinkAddress, Passage, ServerId};
 
 impl Conversation {
     /// A segment of the client that is not a SYN.

@@ -4,11 +4,12 @@ use core::time::Duration;
 
 use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::event::{EventKind, StaleReason};
 use crate::follower::leg::Leg;
-use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::key::{MAX_SERVERS, Slot};
 use crate::tcp::seq::seq_of;
+use crate::time::Instant;
 use crate::wire::{Flags, Segment};
-use crate::{EventKind, Instant, StaleReason};
 
 /// Probes to an idle client before it counts as dead, and the time between them.
 const IDLE_PROBES: u8 = 5;

@@ -5,12 +5,13 @@ use core::net::SocketAddr;
 
 use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::event::{Destination, EventKind, ServerId, Uncovered};
 use crate::follower::leg::{GONE_GRACE, Leg, Phase};
 use crate::follower::mask::{self, Compared};
-use crate::follower::queue::Slot;
+use crate::key::Slot;
 use crate::tcp::seq::seq_of;
+use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};
-use crate::{Destination, EventKind, Instant, ServerId, Uncovered};
 
 /// Bytes of payload in one packet; headers and options have the rest of what IP can say.
 const LARGEST: u64 = 65_000;

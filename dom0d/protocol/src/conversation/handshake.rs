@@ -8,17 +8,17 @@ use std::collections::{HashMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
+use crate::conversation::passing::UNBOUNDED;
 use crate::conversation::{Client, Conversation, Told};
+use crate::encoding;
+use crate::event::{LinkAddress, ServerId};
 use crate::follower::leg::{Leg, Legs};
-use crate::follower::queue::Slot;
-use crate::key::{ConversationId, Key};
-use crate::persist::saved;
-use crate::service::passing::UNBOUNDED;
+use crate::key::{ConversationId, Key, Slot};
 use crate::suspicion::REMINDERS;
 use crate::tcp::seq::{later, position_of};
 use crate::tcp::stream::Stream;
+use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};
-use crate::{Instant, LinkAddress, ServerId};
 
 /// How long a handshake keeps its place whoever else comes: in a flood the answer, and what completes it, come behind as
 /// many SYNs as the plane has room for.
@@ -60,7 +60,7 @@ pub(crate) enum Third {
 /// See the module.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Handshakes {
-    #[serde(serialize_with = "saved::by_key")]
+    #[serde(serialize_with = "encoding::by_key")]
     by_key: HashMap<Key, Embryonic>,
     ages: VecDeque<(u64, Key)>,
     begun: u64,

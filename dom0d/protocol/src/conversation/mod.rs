@@ -11,6 +11,7 @@ pub(crate) mod client;
 pub(crate) mod ending;
 pub(crate) mod feed;
 pub(crate) mod handshake;
+pub(crate) mod passing;
 pub(crate) mod recuperation;
 pub(crate) mod server;
 pub(crate) mod table;
@@ -20,15 +21,15 @@ pub(crate) mod verdict;
 use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
+use crate::event::{Destination, LinkAddress, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Legs, Phase};
-use crate::follower::queue::Slot;
-use crate::key::{ConversationId, Key};
+use crate::key::{ConversationId, Key, Slot};
 use crate::suspicion::Suspicion;
 use crate::tcp::sender::Sender;
 use crate::tcp::seq::{later, seq_of};
 use crate::tcp::stream::Stream;
+use crate::time::Instant;
 use crate::wire::{Flags, Options, SackBlocks, Segment};
-use crate::{Destination, Instant, LinkAddress, ServerId, StaleReason, Uncovered};
 
 /// What a client said of itself in its SYN, as far as the OVM agreed.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]

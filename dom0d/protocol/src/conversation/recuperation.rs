@@ -1,9 +1,9 @@
 //! From promotion until a conversation's counts on the new OVM reach those of the old (paper §IV.B):
 //! the daemon plays the server towards the client, from what it recorded and what the new OVM answers.
 
-use crate::EventKind;
 use crate::context::Context;
 use crate::conversation::{Conversation, Recuperating};
+use crate::event::EventKind;
 use crate::follower::leg::{Leg, Phase};
 use crate::tcp::sender::Sender;
 use crate::tcp::seq::seq_of;

@@ -3,14 +3,16 @@
 //! The OVM's are recorded and passed on; everybody else's only move the daemon's picture of that
 //! server: what it acknowledged, what it answered.
 
+use crate::config::LagPolicy;
 use crate::context::Context;
 use crate::conversation::handshake::{LEAST_MSS, mtu_mss};
 use crate::conversation::{Conversation, Held, text_before};
+use crate::event::{Evidence, Passage, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Phase};
-use crate::follower::queue::{MAX_SERVERS, Server, Slot};
+use crate::follower::queue::Server;
+use crate::key::{MAX_SERVERS, Slot};
 use crate::tcp::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
-use crate::{Passage, ServerId, Uncovered};
 
 /// Kernels take a segment whole that begins in their window; the FIN takes one place more.
 const BEYOND_WINDOW: u64 = (64 << 10) + 1;
@@ -303,8 +305,8 @@ impl Conversation {
         self.up.base()
             + match ctx.config.on_lag {
                 // No more than can be kept: what finds no room would be sent in vain.
-                crate::LagPolicy::Evict => limit,
-                crate::LagPolicy::Wait => limit / 2,
+                LagPolicy::Evict => limit,
+                LagPolicy::Wait => limit / 2,
             }
     }
 
@@ -428,7 +430,7 @@ impl Conversation {
         self.for_each_leg(ctx, |slot, leg, ctx| {
             let closed = leg.fin.is_some() || leg.gone.is_some();
             if Some(slot) != ovm && leg.covers() && !closed && leg.sender.highest > had {
-                ctx.mark_stale(slot, crate::StaleReason::TookMore);
+                ctx.mark_stale(slot, StaleReason::TookMore);
             }
         });
         let reset =
@@ -459,7 +461,7 @@ impl Conversation {
             if ctx.disputes.len() + ctx.refusals.len() > 1 && !self.suspicion.close_disputed {
                 // If nothing can be promoted, it passes next time.
                 self.suspicion.close_disputed = true;
-                ctx.suspicion.get_or_insert(crate::Evidence::UnsharedClose);
+                ctx.suspicion.get_or_insert(Evidence::UnsharedClose);
                 self.held = Some(Held { until: ctx.now + ctx.config.timing.close_hold, ..held });
                 return;
             }

@@ -6,10 +6,10 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::Instant;
 use crate::conversation::Conversation;
+use crate::encoding;
 use crate::key::{ConversationId, Key};
-use crate::persist::saved;
+use crate::time::Instant;
 
 /// How long nothing has happened in a conversation that falls asleep.
 const QUIET: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ impl Tenant {
 pub(crate) struct Table {
     places: Vec<Place>,
     free: Vec<u32>,
-    #[serde(serialize_with = "saved::by_key")]
+    #[serde(serialize_with = "encoding::by_key")]
     by_key: HashMap<Key, ConversationId>,
     /// Closed ones, oldest first; they make room when the table is full.
     closed: VecDeque<ConversationId>,

@@ -1,10 +1,11 @@
 //! What is due in a conversation, and when: servers are tended, laggards noticed, memory released.
 
-use crate::Instant;
+use crate::config::LagPolicy;
 use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::follower::leg::GONE_GRACE;
 use crate::follower::mask;
+use crate::time::Instant;
 
 /// How often a closed conversation that a new OVM has yet to catch up with is looked at.
 const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1);
@@ -110,7 +111,7 @@ impl Conversation {
     /// Room for what RVMs lack runs out. One that hardly moves must not stop the client, nor one that follows at a
     /// pace of its own slow it for long, unless the operator chose that.
     pub(crate) fn blame_laggards(&mut self, ctx: &mut Context) {
-        if ctx.config.on_lag == crate::LagPolicy::Wait {
+        if ctx.config.on_lag == LagPolicy::Wait {
             return;
         }
         let ovm = ctx.queue.ovm();
@@ -172,7 +173,7 @@ impl Conversation {
             }
         }
         if !self.is_open() && self.is_awaited(ctx) {
-            consider(self.suspicion.deadline(&ctx.config.timing, ctx));
+            consider(self.suspicion.deadline(&ctx.config.timing, ctx.now, |since| ctx.measured_from(since)));
         }
         if self.is_open() {
             consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
@@ -182,7 +183,7 @@ impl Conversation {
                     .map(|(since, _)| since + CLIENT_SILENCE),
             );
             consider(self.held.map(|held| held.review.unwrap_or(held.ends(ctx))));
-            consider(self.suspicion.deadline(&ctx.config.timing, ctx));
+            consider(self.suspicion.deadline(&ctx.config.timing, ctx.now, |since| ctx.measured_from(since)));
         }
         next
     }

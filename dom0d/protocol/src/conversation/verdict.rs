@@ -9,12 +9,12 @@
 
 use core::time::Duration;
 
-use crate::Evidence;
 use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::event::Evidence;
 use crate::follower::leg::{Leg, Phase};
 use crate::follower::mask::{self, Compared};
-use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::key::{MAX_SERVERS, Slot};
 use crate::suspicion::{REMINDERS, Suspicion, reminder};
 use crate::tcp::seq::seq_of;
 use crate::wire::Segment;

@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::event::{ServerId, Uncovered};
+use crate::key::{MAX_SERVERS, Slot};
 use crate::tcp::sender::Sender;
 use crate::tcp::stream::Stream;
 use crate::tcp::translate::{latest_tsval, tsecr_for_server};
-use crate::{Instant, ServerId, Uncovered};
+use crate::time::Instant;
 
 /// A server that reset a conversation may be a moment ahead of the OVM doing the same.
 pub(crate) const GONE_GRACE: core::time::Duration = core::time::Duration::from_millis(500);

@@ -1,6 +1,6 @@
 //! Comparison of answers, by position, with ranges that may differ.
 
-use crate::Mask;
+use crate::config::Mask;
 use crate::tcp::stream::Stream;
 
 /// Bytes before a compared position that must stay retained so that a mask's prefix can be found:

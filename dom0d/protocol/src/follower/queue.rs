@@ -4,25 +4,17 @@ use core::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::service::catching_up::Goal;
-use crate::{EventKind, Instant, NotPromotable, ServerId, ServerSpec, StaleReason};
+use crate::event::{EventKind, NotPromotable, ServerId, ServerSpec, StaleReason};
+use crate::key::Slot;
+use crate::time::Instant;
 
-/// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).
-pub const MAX_SERVERS: usize = 4;
-
-/// A place in per-conversation arrays. Reused; the [`ServerId`] in it tells whose it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub(crate) struct Slot(u8);
-
-impl Slot {
-    pub(crate) const fn index(self) -> usize {
-        self.0 as usize
-    }
-
-    #[cfg(test)]
-    pub(crate) const fn for_tests(index: u8) -> Self {
-        Self(index)
-    }
+/// Where the others were, and what the server had followed, at a moment.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Goal {
+    pub(crate) at: Instant,
+    /// Length of the service-wide order.
+    pub(crate) mark: u64,
+    pub(crate) followed: u64,
 }
 
 /// One server.
@@ -120,7 +112,7 @@ impl Queue {
 
     /// Adds a server at the end; `None` if no slot is free.
     pub(crate) fn push(&mut self, spec: ServerSpec, stale: Option<StaleReason>) -> Option<Slot> {
-        let slot = (0..MAX_SERVERS as u8).map(Slot).find(|slot| self.get(*slot).is_none())?;
+        let slot = Slot::all().find(|slot| self.get(*slot).is_none())?;
         self.servers.push(Server {
             id: spec.id,
             slot,

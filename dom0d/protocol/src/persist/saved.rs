@@ -4,12 +4,10 @@
 //! bytes. Who adds to the state adds to what is saved, and raises [`FORMAT`].
 
 use core::net::IpAddr;
-use std::collections::{BTreeMap, HashMap};
+use serde::{Deserialize, Serialize};
 
-use serde::{Deserialize, Serialize, Serializer};
-
+use crate::config::ServiceConfig;
 use crate::service::Service;
-use crate::{Event, ServiceConfig};
 
 /// Which shape the saved state has; another one can't be read.
 const FORMAT: u32 = 5;
@@ -158,35 +156,5 @@ impl Service {
         };
         service.ctx.config = ServiceConfig { seed: basis.seed, ..config };
         Ok(service)
-    }
-}
-
-/// Stands in until [`Service::restore`] puts its own in the place.
-pub(crate) fn unconfigured() -> ServiceConfig {
-    ServiceConfig::new("", Vec::new(), Vec::new())
-}
-
-/// Saves a map in the order of its keys: a hash map's own order is another in every process.
-pub(crate) fn by_key<K, V, S>(map: &HashMap<K, V>, serializer: S) -> Result<S::Ok, S::Error>
-where
-    K: Ord + Serialize,
-    V: Serialize,
-    S: Serializer,
-{
-    map.iter().collect::<BTreeMap<_, _>>().serialize(serializer)
-}
-
-/// Saves an event as JSON: its shape is the control API's, and only a format that names fields can carry that.
-pub(crate) mod as_text {
-    use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
-
-    use super::Event;
-
-    pub(crate) fn serialize<S: Serializer>(event: &Event, serializer: S) -> Result<S::Ok, S::Error> {
-        serde_json::to_string(event).map_err(ser::Error::custom)?.serialize(serializer)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Event, D::Error> {
-        serde_json::from_str(&String::deserialize(deserializer)?).map_err(de::Error::custom)
     }
 }

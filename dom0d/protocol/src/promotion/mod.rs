@@ -8,12 +8,12 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::CandidatePolicy;
 use crate::context::{Context, Recuperation};
-use crate::follower::queue::{Server, Slot};
-use crate::{
-    CandidatePolicy, Effect, EventKind, Evidence, Instant, NotPromotable, OperatorError, ServerId,
-    StaleReason,
-};
+use crate::event::{Effect, EventKind, Evidence, NotPromotable, OperatorError, ServerId, StaleReason};
+use crate::follower::queue::Server;
+use crate::key::Slot;
+use crate::time::Instant;
 
 /// What becomes of the old OVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

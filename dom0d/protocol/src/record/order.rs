@@ -8,8 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::follower::queue::{MAX_SERVERS, Slot};
-use crate::key::ConversationId;
+use crate::key::{ConversationId, MAX_SERVERS, Slot};
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {

@@ -4,24 +4,15 @@
 
 use core::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use crate::follower::queue::Slot;
+use crate::event::{EventKind, StaleReason};
+use crate::follower::queue::Goal;
+use crate::key::Slot;
 use crate::promotion;
 use crate::service::Service;
-use crate::{EventKind, Instant, StaleReason};
+use crate::time::Instant;
 
 /// Who reaches within this time where the others were is in step: a few looks, since each comes after 100 ms.
 const IN_STEP: Duration = Duration::from_millis(500);
-
-/// Where the others were, and what the server had followed, at a moment.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct Goal {
-    at: Instant,
-    /// Length of the service-wide order.
-    mark: u64,
-    followed: u64,
-}
 
 impl Service {
     /// Looks whether the RVM in `slot` lags, and whether it has caught up if it did.

@@ -3,8 +3,9 @@
 use core::time::Duration;
 use std::collections::VecDeque;
 
+use crate::event::{EventKind, OperatorError, Release, ServerId};
 use crate::service::{Drain, Purpose, Service};
-use crate::{EventKind, Instant, OperatorError, Release, ServerId};
+use crate::time::Instant;
 
 impl Service {
     /// Lets no conversation begin, and those that are open until the deadline to end; then nothing of clients reaches the

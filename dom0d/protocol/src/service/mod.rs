@@ -17,14 +17,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::ServiceConfig;
 use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::conversation::handshake::{Handshakes, Third};
 use crate::conversation::table::Table;
+use crate::event::{Effect, Evidence, LinkAddress, ServerId, Sign, StaleReason, Transmit};
 use crate::key::{ConversationId, Key};
 use crate::promotion::{self, Unplanned};
+use crate::time::Instant;
 use crate::wire::{self, Flags, Malformed, Parsed};
-use crate::{Effect, Evidence, Instant, LinkAddress, ServerId, ServiceConfig, Sign, StaleReason, Transmit};
 
 /// Conversations looked at in one call after a promotion, so that new packets never wait for long.
 pub(crate) const SWEEP: usize = 128;

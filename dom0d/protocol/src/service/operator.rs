@@ -1,13 +1,13 @@
 //! What an operator may ask of a service, and what a service tells an operator.
 
+use crate::config::ServiceConfig;
 use crate::conversation::Conversation;
-use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::event::{EventKind, Evidence, OperatorError, Release, Seeding, ServerId, ServerSpec, StaleReason};
+use crate::key::{MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
 use crate::service::{Purpose, Service};
-use crate::{
-    ConversationStatus, EventKind, Evidence, Instant, LegStatus, OperatorError, Release, Role, Seeding,
-    ServerId, ServerSpec, ServerStatus, ServiceConfig, ServiceStatus, StaleReason,
-};
+use crate::status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
+use crate::time::Instant;
 
 impl Service {
     // ---- operator actions ---------------------------------------------------------------------

@@ -3,11 +3,10 @@
 use core::net::IpAddr;
 
 use crate::conversation::handshake::Embryonic;
-use crate::follower::queue::Slot;
-use crate::key::Key;
+use crate::event::{Destination, EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
+use crate::key::{Key, Slot};
 use crate::service::Service;
 use crate::wire::{Flags, Icmp, Segment};
-use crate::{Destination, EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
 
 /// Link addresses remembered for clients of unprotected conversations.
 const LINKS: usize = 4096;

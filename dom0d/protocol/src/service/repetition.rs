@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ServerId;
+use crate::event::ServerId;
 use crate::key::{ConversationId, Key};
 use crate::service::Service;
 use crate::tcp::seq::position_of;

@@ -3,11 +3,12 @@
 
 use core::time::Duration;
 
+use crate::config::LagPolicy;
 use crate::conversation::Conversation;
-use crate::follower::queue::{MAX_SERVERS, Slot};
+use crate::event::{EventKind, Evidence, NotPromotable, StaleReason};
+use crate::key::{MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
 use crate::service::{SWEEP, Service};
-use crate::{EventKind, Evidence, StaleReason};
 
 /// An RVM is evicted for want of memory if this part of what may be kept is kept for it: else that would free nothing.
 const LEAST_FREED_SHARE: u64 = 16;
@@ -79,7 +80,7 @@ impl Service {
             }
             self.ctx.counters.promotions_limited += 1;
             if let Some(server) = self.ctx.queue.get(slot) {
-                because.push((server.id, crate::NotPromotable::PromotionLimit));
+                because.push((server.id, NotPromotable::PromotionLimit));
             }
         }
         // Nobody is accused again for the same silence before the limits have passed once more.
@@ -140,7 +141,7 @@ impl Service {
 
     pub(crate) fn check_limits(&mut self) {
         let limits = self.ctx.config.limits;
-        let evicts = self.ctx.config.on_lag == crate::LagPolicy::Evict;
+        let evicts = self.ctx.config.on_lag == LagPolicy::Evict;
         let slots: Vec<Slot> = self.ctx.queue.rvms().collect();
         for slot in slots {
             self.review_follower(slot);

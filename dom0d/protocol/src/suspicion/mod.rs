@@ -4,8 +4,8 @@ use core::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::context::Context;
-use crate::{Instant, Timing};
+use crate::config::Timing;
+use crate::time::Instant;
 
 /// Since when a conversation has something against the OVM.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -44,19 +44,21 @@ impl Suspicion {
         self.unacked_since.is_some() || self.silent_since.is_some() || self.shut_since.is_some()
     }
 
-    pub(crate) fn deadline(&self, timing: &Timing, ctx: &Context) -> Option<Instant> {
+    /// When the wait that began must be looked at again; `measured_from` leaves out the time in which nobody is at fault.
+    pub(crate) fn deadline(
+        &self,
+        timing: &Timing,
+        now: Instant,
+        measured_from: impl Fn(Instant) -> Instant,
+    ) -> Option<Instant> {
         let due = |since: Instant, limit: Duration, times: u32| {
             let times = if times < REMINDERS { times + 1 } else { REMINDERS + 1 };
-            ctx.measured_from(since) + reminder(limit, times)
+            measured_from(since) + reminder(limit, times)
         };
         let unacked = self.unacked_since.map(|since| due(since, timing.unacked_limit, self.reminders));
         let silent = self.silent_since.into_iter().chain(self.shut_since);
         let silent = silent.map(|since| due(since, timing.progress_limit, self.nudges));
-        unacked
-            .into_iter()
-            .chain(silent)
-            .min()
-            .map(|deadline| deadline.max(ctx.now + Duration::from_millis(1)))
+        unacked.into_iter().chain(silent).min().map(|deadline| deadline.max(now + Duration::from_millis(1)))
     }
 }
 

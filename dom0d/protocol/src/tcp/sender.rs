@@ -5,7 +5,7 @@ use core::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Instant;
+use crate::time::Instant;
 
 /// First retransmission timeout. Peers acknowledge within a delayed ACK (40 ms on Linux, at most
 /// 500 ms by RFC 9293 §3.8.6.3); 200 ms is Linux's own lower bound.

@@ -1,0 +1,219 @@
+//! A conversation that the data plane passes between client and OVM by itself (see [`crate::Flow`]): from when to when, and
+//! how far both sides may go on meanwhile.
+
+use crate::context::Context;
+use crate::conversation::Conversation;
+use crate::event::{Effect, EventKind, Handover, StaleReason, Uncovered};
+use crate::key::Key;
+use crate::tcp::seq::{position_of, seq_of};
+use crate::tcp::stream::Stream;
+use crate::tcp::translate::{Bounds, Flow};
+use crate::wire::Segment;
+
+/// Conversations are handed over while the daemon holds less than this part of its limit for all of them, and taken
+/// back at twice that.
+const HANDOVER_SHARE: u64 = 4;
+
+/// Bounds are moved on by this part of [`crate::Limits::ahead_bytes`] at least.
+const STEP_SHARE: u64 = 32;
+
+/// Bounds where no RVM lacks anything: less than half of the sequence space.
+const FAR: u64 = 1 << 30;
+
+/// Who may send less than this counts as stopped by its window.
+const NEARLY_SHUT: u64 = 64 << 10;
+
+/// Bounds of a conversation that the plane does not pass.
+pub(crate) const UNBOUNDED: (u64, u64) = (u64::MAX, u64::MAX);
+
+impl Conversation {
+    /// Nothing but new segments are to be expected, and the engine has room for them.
+    pub(crate) fn may_pass(&self, ctx: &Context, shares: u64) -> bool {
+        let room_for_all = ctx.config.limits.retained_bytes / HANDOVER_SHARE * shares;
+        let through = ctx
+            .ovm()
+            .and_then(|(slot, server)| self.legs.get(slot, server))
+            .is_some_and(|leg| leg.through && leg.gone.is_none());
+        through
+            && self.closed.is_none()
+            && self.recuperating.is_none()
+            && self.held.is_none()
+            && (self.up_fin, self.up_rst, self.down_fin) == (None, None, None)
+            && ctx.retained < room_for_all
+    }
+
+    /// In the middle of a repair of gaps most segments would come straight back.
+    pub(crate) fn may_begin_to_pass(&self, ctx: &Context) -> bool {
+        self.up.highest() == self.up.end() && self.down.highest() == self.down.end() && self.may_pass(ctx, 1)
+    }
+
+    pub(crate) fn hand_over(&mut self, ctx: &Context) -> Option<Handover> {
+        if ctx.plane.is_none() || self.passing == ctx.plane || !self.may_begin_to_pass(ctx) {
+            return None;
+        }
+        // Whatever was told already holds.
+        let (up, down) = self.reach(ctx);
+        self.bounds = (up.max(self.told.edge), down.max(self.client.edge).max(self.shown.1));
+        let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server))?;
+        let flow = Flow {
+            seq_delta: self.told.iss.wrapping_sub(leg.iss),
+            ts_delta: leg.ts_delta,
+            ts_floor: leg.ts_floor,
+            server_tsval: leg.tsval,
+            told_tsval: self.told.tsval,
+            ts_recent: self.client.ts_recent,
+            up_nxt: seq_of(self.client.iss, self.up.end()),
+            told_acked: seq_of(self.client.iss, self.told.acked),
+            server_edge: seq_of(self.client.iss, self.told.edge.max(leg.edge)),
+            down_nxt: seq_of(self.told.iss, self.down.end()),
+            client_acked: seq_of(self.told.iss, self.client.acked),
+            client_edge: seq_of(self.told.iss, self.client.edge),
+            client_shift: self.client.shift.unwrap_or(0),
+            server_shift: leg.shift,
+            told_shift: self.told.shift,
+            timestamps: self.client.timestamps,
+            bounds: self.bounds_as_told(),
+        };
+        self.passing = ctx.plane;
+        let Key { client, psc } = self.key;
+        Some(Handover { client, psc, link: self.link, place: self.id.index, flow })
+    }
+
+    fn bounds_as_told(&self) -> Bounds {
+        let (up, down) = self.bounds;
+        Bounds { up: seq_of(self.client.iss, up), down: seq_of(self.told.iss, down) }
+    }
+
+    /// How far client and OVM may go on, so that what RVMs then lack can be kept.
+    fn reach(&self, ctx: &Context) -> (u64, u64) {
+        let room = u64::from(ctx.config.limits.ahead_bytes);
+        let (mut up, mut down) = (self.up.end() + FAR, self.down.end() + FAR);
+        for (slot, server) in ctx.roster() {
+            let leg = self.legs.get(slot, server).filter(|leg| !leg.through && leg.gone.is_none());
+            if let Some(leg) = leg {
+                up = up.min(leg.rcv_nxt + room);
+                down = if leg.covers() { down.min(leg.compared + room) } else { down };
+            }
+        }
+        (up, down)
+    }
+
+    /// Moves the plane's bounds on, as RVMs do, if that is worth it.
+    pub(crate) fn extend(&mut self, ctx: &mut Context) {
+        let step = u64::from(ctx.config.limits.ahead_bytes) / STEP_SHARE;
+        let (up, down) = self.reach(ctx);
+        if up >= self.bounds.0 + step || down >= self.bounds.1 + step {
+            self.bounds = (up.max(self.bounds.0), down.max(self.bounds.1));
+            ctx.effect(Effect::Extend { place: self.id.index, bounds: self.bounds_as_told() });
+        }
+    }
+
+    /// Client or OVM is about to stop for RVMs that are behind.
+    pub(crate) fn is_held_back(&self, ctx: &Context) -> bool {
+        let near = NEARLY_SHUT.min(u64::from(ctx.config.limits.ahead_bytes) / 4);
+        self.up.end() + near >= self.bounds.0 || self.down.end() + near >= self.bounds.1
+    }
+
+    /// Client or OVM may wait for a window that has opened since it was last told, and nothing else would tell
+    /// them: the other side has nothing to say.
+    pub(crate) fn reopen_windows(&mut self, ctx: &mut Context) {
+        let Some((slot, server)) = ctx.ovm().filter(|_| self.closed.is_none()) else { return };
+        let Some(ovm) = self.legs.get(slot, server).filter(|leg| leg.through && leg.gone.is_none()) else {
+            return;
+        };
+        let is_stopped = |end: u64, shown: u64, edge: u64| edge > shown && end + NEARLY_SHUT > shown;
+        let up = ovm.edge.min(self.bounds.0).min(self.room_up(ctx));
+        let down = self.client.edge.min(self.bounds.1);
+        if is_stopped(self.down.end(), self.shown.1, down)
+            && let Some(guest) = ctx.guest(slot, self.key.psc)
+        {
+            ctx.send_to_server(server, self.segment_to_leg(ovm, guest).emit());
+            ctx.counters.ahead_bytes += 1;
+            self.shown.1 = down;
+        }
+        if is_stopped(self.up.end(), self.shown.0, up) {
+            self.told.edge = self.told.edge.max(up);
+            let update = self.segment_to_client();
+            self.send_to_client(&update, ctx);
+            ctx.counters.ahead_bytes += 1;
+            self.shown.0 = up;
+        }
+    }
+
+    /// Takes the conversation back from the plane, if that has it.
+    pub(crate) fn stop_passing(&mut self, ctx: &mut Context) {
+        if self.passing.take().is_some() {
+            ctx.effect(Effect::TakeBack { client: self.key.client, psc: self.key.psc });
+        }
+    }
+
+    /// What ends here goes on between client and OVM, and in the plane.
+    pub(crate) fn leave_to_plane(&mut self, ctx: &mut Context) {
+        self.passing = None;
+        let ovm = ctx.queue.ovm();
+        for (slot, server) in ctx.roster() {
+            match self.legs.take(slot, server) {
+                Some(leg) if ovm == Some(slot) => self.settle_accounts(slot, &leg, ctx),
+                Some(leg) => self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx),
+                None => {}
+            }
+        }
+    }
+
+    /// The plane has passed what is not recorded: no RVM can carry the conversation on.
+    pub(crate) fn uncover(&mut self, ctx: &mut Context) {
+        ctx.counters.passed_unrecorded += 1;
+        let ovm = ctx.queue.ovm();
+        for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
+            if let Some(leg) = self.legs.take(slot, server) {
+                self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx);
+            }
+        }
+    }
+
+    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded; it had acknowledged `taken` before, a
+    /// FIN perhaps.
+    pub(crate) fn go_on_alone(&mut self, end: u64, taken: u64, ctx: &mut Context) {
+        self.uncover(ctx);
+        // One that has no part in this conversation lacks them, too.
+        ctx.mark_all_stale(StaleReason::UncoveredConversation);
+        ctx.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
+        if let Some((ovm, _)) = ctx.ovm() {
+            ctx.due(ovm, end.saturating_sub(self.up.end().max(taken)) as i64);
+        }
+        self.up = Stream::new(end);
+        self.up_fin = None;
+    }
+
+    /// What the plane has passed to the OVM must be recorded, or no RVM can follow.
+    pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
+        ctx.untaken = false;
+        if ctx.passed() && !segment.payload.is_empty() {
+            let end = position_of(self.client.iss, segment.seq, self.up.end())
+                .map(|start| start + segment.payload.len() as u64);
+            if let Some(end) = end.filter(|end| *end > self.up.highest()) {
+                let ovm = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
+                let taken = ovm.map_or(0, |ovm| ovm.rcv_nxt);
+                self.go_on_alone(end, taken, ctx);
+            }
+        }
+    }
+
+    /// What the plane has passed to the client must be recorded, or no RVM can go on from there.
+    pub(crate) fn check_passed_to_client(
+        &mut self,
+        server_iss: u32,
+        segment: &Segment<'_>,
+        ctx: &mut Context,
+    ) {
+        ctx.untaken = false;
+        if ctx.passed() && !segment.payload.is_empty() {
+            let end = position_of(server_iss, segment.seq, self.down.end())
+                .map(|start| start + segment.payload.len() as u64);
+            if let Some(end) = end.filter(|end| *end > self.down.highest()) {
+                self.uncover(ctx);
+                self.down = Stream::new(end);
+            }
+        }
+    }
+}

@@ -48,6 +48,9 @@ pub use load::{
 pub use pages::Pages;
 pub use tap::{Copied, Packet, RingEnd, Source, Tap};
 
+// As many servers as the engine has slots for.
+const _: () = assert!(layout::SLOTS == understudy_protocol::MAX_SERVERS);
+
 /// What programs, maps and daemon agree on, as text: maps that were made for another can't be used.
 pub const LAYOUT: &str =
     concat!(include_str!(concat!(env!("OUT_DIR"), "/layout.h")), include_str!("../programs/maps.h"));

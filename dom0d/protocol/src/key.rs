@@ -25,8 +25,8 @@ impl ConversationId {
     }
 }
 
-/// Servers in one queue: the OVM and up to three RVMs (as in the paper's experiments).
-pub const MAX_SERVERS: usize = 4;
+/// Servers in one queue: the OVM and up to seven RVMs. A data plane that forwards by itself has as many slots.
+pub const MAX_SERVERS: usize = 8;
 
 /// A place in per-conversation arrays. Reused; the [`ServerId`] in it tells whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

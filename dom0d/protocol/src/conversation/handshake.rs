@@ -387,7 +387,7 @@ impl Embryonic {
             up_rst: None,
             down: Stream::new(1),
             down_fin: None,
-            legs: Legs::none(),
+            legs: Legs::default(),
             held: None,
             recuperating: None,
             suspicion: Default::default(),

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::event::{ServerId, Uncovered};
-use crate::key::{MAX_SERVERS, Slot};
+use crate::key::Slot;
 use crate::tcp::sender::Sender;
 use crate::tcp::stream::Stream;
 use crate::tcp::translate::{latest_tsval, tsecr_for_server};
@@ -211,53 +211,61 @@ pub(crate) enum Place {
     Present(Box<Leg>),
 }
 
-/// The legs of one conversation by slot.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Legs([Place; MAX_SERVERS]);
+/// The legs of one conversation by slot. Slots behind the last one that was ever used take no memory.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Legs(Vec<Place>);
 
 impl Legs {
-    pub(crate) fn none() -> Self {
-        Self([const { Place::Absent(Uncovered::AttachedLater) }; MAX_SERVERS])
-    }
-
     /// The leg in `slot` if it belongs to `server`.
     pub(crate) fn get(&self, slot: Slot, server: ServerId) -> Option<&Leg> {
-        match &self.0[slot.index()] {
+        match self.0.get(slot.index())? {
             Place::Present(leg) if leg.server == server => Some(leg),
             _ => None,
         }
     }
 
     pub(crate) fn get_mut(&mut self, slot: Slot, server: ServerId) -> Option<&mut Leg> {
-        match &mut self.0[slot.index()] {
+        match self.0.get_mut(slot.index())? {
             Place::Present(leg) if leg.server == server => Some(leg),
             _ => None,
         }
     }
 
     pub(crate) fn put(&mut self, slot: Slot, leg: Box<Leg>) {
-        self.0[slot.index()] = Place::Present(leg);
+        self.set(slot, Place::Present(leg));
     }
 
     /// Takes the leg out to work on it.
     pub(crate) fn take(&mut self, slot: Slot, server: ServerId) -> Option<Box<Leg>> {
-        self.get(slot, server)?;
-        match core::mem::replace(&mut self.0[slot.index()], Place::Absent(Uncovered::AttachedLater)) {
-            Place::Present(leg) => Some(leg),
-            Place::Absent(_) => None,
+        let place = self.0.get_mut(slot.index())?;
+        match core::mem::replace(place, Place::Absent(Uncovered::AttachedLater)) {
+            Place::Present(leg) if leg.server == server => Some(leg),
+            other => {
+                *place = other;
+                None
+            }
         }
     }
 
     /// Why `slot` is empty.
     pub(crate) fn absence(&self, slot: Slot) -> Uncovered {
-        match &self.0[slot.index()] {
-            Place::Absent(reason) => *reason,
-            Place::Present(_) => Uncovered::AttachedLater,
+        match self.0.get(slot.index()) {
+            Some(Place::Absent(reason)) => *reason,
+            Some(Place::Present(_)) | None => Uncovered::AttachedLater,
         }
     }
 
     pub(crate) fn set_absent(&mut self, slot: Slot, reason: Uncovered) {
-        self.0[slot.index()] = Place::Absent(reason);
+        self.set(slot, Place::Absent(reason));
+    }
+
+    fn set(&mut self, slot: Slot, place: Place) {
+        let index = slot.index();
+        if index >= self.0.len() {
+            self.0.reserve_exact(index + 1 - self.0.len());
+            self.0.resize_with(index + 1, || Place::Absent(Uncovered::AttachedLater));
+        }
+        self.0[index] = place;
     }
 
     /// Frees legs of servers that `lives` does not know.

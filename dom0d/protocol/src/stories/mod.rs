@@ -19,8 +19,8 @@ use std::collections::VecDeque;
 
 use crate::wire::{self, Flags, Options, Parsed, SackBlocks, Segment};
 use crate::{
-    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, Seeding, ServerId, ServerSpec,
-    Service, ServiceConfig,
+    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, MAX_SERVERS, Seeding, ServerId,
+    ServerSpec, Service, ServiceConfig,
 };
 
 const PSC: &str = "10.0.0.100:80";
@@ -53,7 +53,7 @@ struct Story {
     events: Vec<EventKind>,
     effects: Vec<Effect>,
     /// How often each server was asked for a sign of life.
-    asked: [u32; 4],
+    asked: [u32; MAX_SERVERS],
     timestamps: bool,
 }
 
@@ -85,7 +85,7 @@ impl Default for Say<'_> {
 }
 
 fn iss(server: u32) -> u32 {
-    [7_000, u32::MAX - 3, 500_000, 9][server as usize]
+    [7_000, u32::MAX - 3, 500_000, 9, 1 << 31, 0, u32::MAX, 80][server as usize]
 }
 
 fn spec(server: u32) -> ServerSpec {
@@ -106,7 +106,7 @@ impl Story {
         for server in 1..=rvms {
             service.attach(now, spec(server), Seeding::AssumeIdentical).unwrap();
         }
-        let servers = vec![VecDeque::new(); 4];
+        let servers = vec![VecDeque::new(); MAX_SERVERS];
         let mut story = Self {
             service,
             peer: CLIENT.parse().unwrap(),
@@ -115,7 +115,7 @@ impl Story {
             servers,
             events: Vec::new(),
             effects: Vec::new(),
-            asked: [0; 4],
+            asked: [0; MAX_SERVERS],
             timestamps: false,
         };
         story.drain();
@@ -328,5 +328,5 @@ fn at(position: u32) -> u32 {
 
 /// Each server's clock stands elsewhere.
 fn tsval(server: u32) -> u32 {
-    [1000, 900_000, u32::MAX - 5, 77][server as usize]
+    [1000, 900_000, u32::MAX - 5, 77, 5, 1 << 31, 1, 3000][server as usize]
 }

@@ -338,3 +338,28 @@ fn a_replica_that_opens_connections_of_its_own_is_promoted_only_by_an_operator()
     );
     assert_eq!(story.service.failover(story.now, Some(ServerId(1)), true), Ok(ServerId(1)));
 }
+
+#[test]
+fn a_service_has_seven_replicas_and_no_more_and_outlives_seven_of_its_servers() {
+    let mut story = Story::established(7);
+    assert_eq!(
+        story.service.attach(story.now, spec(8), Seeding::Unseeded),
+        Err(OperatorError::QueueFull(MAX_SERVERS))
+    );
+    for survivor in 1..=7 {
+        story.fail_ovm();
+        story.wait(Duration::from_millis(5));
+        assert_eq!(story.service.ovm(), Some(ServerId(survivor)));
+        let position = survivor;
+        story.client_sends(position, b"?", position);
+        for server in survivor..=7 {
+            story.server_sends(server, position, b"!", position + 1);
+        }
+        assert_eq!(story.client.pop_back().map(|heard| heard.payload), Some(b"!".to_vec()), "{survivor}");
+        story.client_says(Say { seq: at(position + 1), ack: iss(0) + position + 1, ..Say::default() });
+        story.wait(Duration::from_millis(1));
+        // More than three faults within a minute are not believed.
+        story.wait(story.service.config().timing.promotion_window);
+        story.client.clear();
+    }
+}

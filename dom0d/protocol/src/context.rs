@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::accounts::Share;
 use crate::config::ServiceConfig;
 use crate::counters::Counters;
 use crate::event::{
@@ -60,6 +61,9 @@ pub(crate) struct Context {
     pub(crate) counters: Counters,
     out: VecDeque<Transmit>,
     effects: VecDeque<Effect>,
+    /// What the conversation at work was before.
+    #[serde(skip)]
+    before: Share,
     /// Bytes held by all conversations.
     pub(crate) retained: u64,
     /// Those of clients and OVM among them that are beyond gaps.
@@ -127,6 +131,7 @@ impl Context {
             counters: Counters::default(),
             out: VecDeque::new(),
             effects: VecDeque::new(),
+            before: Share::default(),
             retained: 0,
             out_of_order: 0,
             open: 0,
@@ -309,27 +314,58 @@ impl Context {
         Some(SocketAddr::new(address, psc.port()))
     }
 
-    /// `bytes` more are to be followed by the server in `slot` (fewer if negative).
-    pub(crate) fn due(&mut self, slot: Slot, bytes: i64) {
-        if let Some(server) = self.queue.get_mut(slot) {
-            server.behind = server.behind.saturating_add_signed(bytes);
-            server.followed += u64::try_from(-bytes).unwrap_or(0);
+    /// A conversation begins to work.
+    pub(crate) fn begin_turn(&mut self, before: Share) {
+        self.before = before;
+    }
+
+    /// Bytes of both directions that the server in `slot` has followed, ever, where it is `behind` now in the conversation
+    /// at work.
+    pub(crate) fn followed(&self, slot: Slot, behind: u64) -> u64 {
+        let before = self.before.servers[slot.index()].behind;
+        self.queue.get(slot).map_or(0, |server| server.followed) + before.saturating_sub(behind)
+    }
+
+    /// The conversation `id` has worked, and is `after` now: the service's sums and lists follow.
+    pub(crate) fn end_turn(&mut self, id: ConversationId, after: &Share) {
+        let before = core::mem::take(&mut self.before);
+        let moved = |sum: u64, before: u64, after: u64| (sum + after).saturating_sub(before);
+        self.open = moved(self.open, before.is_open.into(), after.is_open.into());
+        self.retained = moved(self.retained, before.retained, after.retained);
+        self.out_of_order = moved(self.out_of_order, before.beyond, after.beyond);
+        for server in self.queue.iter_mut() {
+            let (before, after) = (before.servers[server.slot.index()], after.servers[server.slot.index()]);
+            {
+                server.covered = moved(server.covered, before.covered.into(), after.covered.into());
+                server.diverged = moved(server.diverged, before.diverged.into(), after.diverged.into());
+                server.behind = moved(server.behind, before.behind, after.behind);
+                server.followed += before.behind.saturating_sub(after.behind);
+                server.held = moved(server.held, before.kept, after.kept);
+            }
+        }
+        if before.is_held || after.is_held {
+            set(&mut self.holding, id, after.is_held);
+            set(&mut self.disputes, id, after.is_disputed);
+            if self.holding.is_empty() {
+                self.refusals.clear();
+            }
+        }
+        if before.is_recuperating || after.is_recuperating {
+            set(&mut self.recuperation.pending, id, after.is_recuperating);
+        }
+        if before.gap != after.gap {
+            // Once a gap closes, the client has answers behind it that a new OVM must give itself before anybody's next
+            // request: at a promotion they must be known.
+            match after.gap {
+                Some(highest) => self.gaps.insert(id, highest),
+                None => self.gaps.remove(&id),
+            };
         }
     }
 
-    /// `bytes` more are kept of what the server in `slot` said (fewer if negative).
-    pub(crate) fn hold(&mut self, slot: Slot, bytes: i64) {
-        if let Some(server) = self.queue.get_mut(slot) {
-            server.held = server.held.saturating_add_signed(bytes);
-        }
-    }
-
-    /// An open conversation became (un)covered or (un)diverged on `slot`.
-    pub(crate) fn count(&mut self, slot: Slot, covered: i64, diverged: i64) {
-        if let Some(server) = self.queue.get_mut(slot) {
-            server.covered = server.covered.saturating_add_signed(covered);
-            server.diverged = server.diverged.saturating_add_signed(diverged);
-        }
+    /// Conversations beside this one in which RVMs dispute a close of the OVM.
+    pub(crate) fn disputes_beside(&self, id: ConversationId) -> usize {
+        self.disputes.len() - usize::from(self.disputes.contains(&id))
     }
 
     /// Asks the OVM for a sign of life: once, however many conversations want to know.
@@ -385,5 +421,13 @@ impl Context {
     /// From when on what has stood since `since` is not the daemon's own fault.
     pub(crate) fn unstarved(&self, since: Instant) -> Instant {
         since.max(self.starved_at)
+    }
+}
+
+fn set(list: &mut BTreeSet<ConversationId>, id: ConversationId, belongs: bool) {
+    if belongs {
+        list.insert(id);
+    } else {
+        list.remove(&id);
     }
 }

@@ -4,6 +4,7 @@
 //! Packets go in and come out as whole IP packets; link layers, devices and domains are the
 //! caller's. The terms are RFC 9293's for TCP, the paper's for roles.
 
+mod accounts;
 mod config;
 mod context;
 mod conversation;

@@ -170,12 +170,6 @@ impl Conversation {
                 // It may not have had this before.
                 ovm.handed_at = ctx.now;
             }
-            if grown > 0 {
-                // An OVM may have acknowledged what was never recorded.
-                self.for_each_leg(ctx, |slot, leg, ctx| {
-                    ctx.due(slot, end.saturating_sub(leg.rcv_nxt.max(before)) as i64);
-                });
-            }
             if let Some(recuperating) = &mut self.recuperating {
                 // A retransmission or a gap: the client waits for an ACK.
                 recuperating.ack_due |= grown == 0;

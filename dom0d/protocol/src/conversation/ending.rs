@@ -25,17 +25,9 @@ impl Conversation {
         if self.closed.is_some() {
             return;
         }
-        for (slot, server) in ctx.roster() {
-            if let Some(leg) = self.legs.get(slot, server) {
-                let (covered, diverged) = leg.counts();
-                ctx.count(slot, -covered, -diverged);
-            }
-        }
         self.closed = Some(ctx.now);
-        ctx.gaps.remove(&self.id);
-        ctx.open = ctx.open.saturating_sub(1);
-        self.release_hold(ctx);
-        self.end_recuperation(ctx);
+        self.held = None;
+        self.recuperating = None;
     }
 
     /// Closes the conversation if both sides have closed and acknowledged.
@@ -45,16 +37,6 @@ impl Conversation {
         let served = self.legs.get(slot, server).is_some_and(|leg| leg.rcv_nxt > up_fin);
         if served && self.client.acked > down_fin {
             self.close(ctx);
-        }
-    }
-
-    pub(crate) fn release_hold(&mut self, ctx: &mut Context) {
-        if self.held.take().is_some() {
-            ctx.holding.remove(&self.id);
-            ctx.disputes.remove(&self.id);
-            if ctx.holding.is_empty() {
-                ctx.refusals.clear();
-            }
         }
     }
 
@@ -176,7 +158,6 @@ impl Conversation {
         self.close(ctx);
         let open_at_ovm = self.is_open_at_ovm(ctx);
         let ovm = ctx.queue.ovm();
-        ctx.owed.remove(&self.id);
         for (slot, server) in ctx.roster() {
             if let Some(leg) = self.legs.take(slot, server) {
                 if self.is_behind(&leg) {
@@ -185,11 +166,8 @@ impl Conversation {
                 if open_at_ovm && ovm == Some(slot) && leg.is_open() {
                     self.send_reset_to(slot, &leg, ctx);
                 }
-                self.settle_accounts(slot, &leg, ctx);
             }
         }
         ctx.progressed = [true; MAX_SERVERS];
-        ctx.retained = ctx.retained.saturating_sub(self.retained);
-        ctx.out_of_order = ctx.out_of_order.saturating_sub(self.beyond);
     }
 }

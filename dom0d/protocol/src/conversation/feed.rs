@@ -91,11 +91,6 @@ impl Conversation {
             match compared {
                 Compared::Equal(position) => leg.compared = position,
                 Compared::Diverged(position) => {
-                    // From here on it is not measured by what the client was sent.
-                    ctx.due(slot, -(self.down.end().saturating_sub(leg.answers.end()) as i64));
-                    if self.is_open() {
-                        ctx.count(slot, -leg.counts().0, 1);
-                    }
                     leg.diverged_at = Some(position);
                     ctx.counters.divergences += 1;
                     ctx.progressed[slot.index()] = true;

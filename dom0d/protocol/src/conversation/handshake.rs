@@ -408,7 +408,6 @@ impl Embryonic {
             retained: 0,
             beyond: 0,
         });
-        ctx.open += 1;
         let mut recuperates = true;
         for (slot, server) in ctx.roster() {
             let leg = if Some(server) == answer.server {
@@ -428,7 +427,7 @@ impl Embryonic {
         if recuperates {
             // The daemon carries it over: the new OVM is behind, or the client speaks with a server
             // that was deposed in mid-handshake.
-            conversation.begin_recuperation(ctx);
+            conversation.begin_recuperation();
         }
         Some(conversation)
     }

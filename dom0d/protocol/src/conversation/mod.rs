@@ -14,6 +14,7 @@ pub(crate) mod handshake;
 pub(crate) mod passing;
 pub(crate) mod recuperation;
 pub(crate) mod server;
+pub(crate) mod share;
 pub(crate) mod table;
 pub(crate) mod upkeep;
 pub(crate) mod verdict;
@@ -82,6 +83,8 @@ pub(crate) struct Held {
     /// first hold ends.
     pub(crate) review: Option<Instant>,
     pub(crate) until: Instant,
+    /// A covering RVM has had the chance to do the same, and goes on.
+    pub(crate) is_disputed: bool,
 }
 
 impl Held {
@@ -267,13 +270,11 @@ impl Conversation {
             ctx.mark_stale(slot, StaleReason::UncoveredConversation);
             return;
         }
-        ctx.count(slot, 1, 0);
         self.legs.put(slot, Box::new(leg));
     }
 
     /// The server does not cover the conversation any more, so its state may differ from now on.
     pub(crate) fn drop_leg(&mut self, slot: Slot, leg: &Leg, reason: Uncovered, ctx: &mut Context) {
-        self.settle_accounts(slot, leg, ctx);
         if leg.is_open() {
             self.send_reset_to(slot, leg, ctx);
         }
@@ -285,25 +286,9 @@ impl Conversation {
     /// The server reset the conversation, or refused it.
     pub(crate) fn note_gone(&self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
         if leg.gone.is_none() {
-            if self.is_open() {
-                ctx.count(slot, -leg.counts().0, 0);
-            }
             leg.gone = Some(ctx.now);
             leg.sender.disarm();
             ctx.progressed[slot.index()] = true;
-        }
-    }
-
-    /// Takes what `leg` stands for out of its server's sums.
-    pub(crate) fn settle_accounts(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
-        let up = self.up.end().saturating_sub(leg.rcv_nxt.max(1));
-        let measured = !leg.through && leg.covers();
-        let down = if measured { self.down.end().saturating_sub(leg.answers.end()) } else { 0 };
-        ctx.due(slot, -((up + down) as i64));
-        ctx.hold(slot, -(leg.held as i64));
-        if self.is_open() {
-            let (covered, diverged) = leg.counts();
-            ctx.count(slot, -covered, -diverged);
         }
     }
 

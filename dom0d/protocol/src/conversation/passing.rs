@@ -153,9 +153,8 @@ impl Conversation {
         let ovm = ctx.queue.ovm();
         for (slot, server) in ctx.roster() {
             match self.legs.take(slot, server) {
-                Some(leg) if ovm == Some(slot) => self.settle_accounts(slot, &leg, ctx),
-                Some(leg) => self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx),
-                None => {}
+                Some(leg) if ovm != Some(slot) => self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx),
+                _ => {}
             }
         }
     }
@@ -171,16 +170,12 @@ impl Conversation {
         }
     }
 
-    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded; it had acknowledged `taken` before, a
-    /// FIN perhaps.
-    pub(crate) fn go_on_alone(&mut self, end: u64, taken: u64, ctx: &mut Context) {
+    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded.
+    pub(crate) fn go_on_alone(&mut self, end: u64, ctx: &mut Context) {
         self.uncover(ctx);
         // One that has no part in this conversation lacks them, too.
         ctx.mark_all_stale(StaleReason::UncoveredConversation);
         ctx.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
-        if let Some((ovm, _)) = ctx.ovm() {
-            ctx.due(ovm, end.saturating_sub(self.up.end().max(taken)) as i64);
-        }
         self.up = Stream::new(end);
         self.up_fin = None;
     }
@@ -192,9 +187,7 @@ impl Conversation {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.up.highest()) {
-                let ovm = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
-                let taken = ovm.map_or(0, |ovm| ovm.rcv_nxt);
-                self.go_on_alone(end, taken, ctx);
+                self.go_on_alone(end, ctx);
             }
         }
     }

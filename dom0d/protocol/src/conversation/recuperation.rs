@@ -16,7 +16,7 @@ impl Conversation {
         self.epoch = ctx.epoch;
         self.suspicion = Default::default();
         // What the deposed OVM wanted to close is the new OVM's to decide.
-        self.release_hold(ctx);
+        self.held = None;
         self.play_client(ctx);
         if self.closed.is_some() {
             return;
@@ -27,7 +27,7 @@ impl Conversation {
             Some(leg) if leg.gone.is_none() && leg.covers() => {
                 leg.ts_delta = tsval.wrapping_sub(leg.tsval);
                 leg.ts_floor = leg.tsval;
-                self.begin_recuperation(ctx);
+                self.begin_recuperation();
             }
             _ => self.reset(ctx),
         }
@@ -54,18 +54,11 @@ impl Conversation {
     }
 
     /// From now on the daemon plays the server.
-    pub(crate) fn begin_recuperation(&mut self, ctx: &mut Context) {
+    pub(crate) fn begin_recuperation(&mut self) {
         // Whatever the client lacks is sent at once: nobody waits for a retransmission timer.
         let mut sender = Sender::new(self.client.acked);
         sender.highest = self.down_end();
         self.recuperating = Some(Box::new(Recuperating { sender, ack_due: false, resend: false }));
-        ctx.recuperation.pending.insert(self.id);
-    }
-
-    pub(crate) fn end_recuperation(&mut self, ctx: &mut Context) {
-        if self.recuperating.take().is_some() {
-            ctx.recuperation.pending.remove(&self.id);
-        }
     }
 
     /// One step: take what the new OVM answered, tell the client, hand back if the counts are reached.
@@ -101,7 +94,6 @@ impl Conversation {
             leg.through = true;
             self.shown = (self.told.edge, leg.told.1);
             leg.sender.disarm();
-            ctx.recuperation.pending.remove(&self.id);
             ctx.recuperation.recuperated += 1;
         } else {
             self.recuperating = Some(recuperating);
@@ -123,7 +115,6 @@ impl Conversation {
                 break;
             }
             self.note_answer(before, ctx);
-            self.note_gap(ctx);
             if let Some(slot) = ctx.queue.slot_of(leg.server) {
                 // Bytes beyond a gap, sent under the old OVM, are compared as they are reached.
                 self.compare(slot, leg, ctx);

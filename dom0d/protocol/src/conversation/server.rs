@@ -27,7 +27,6 @@ impl Conversation {
         ctx: &mut Context,
     ) {
         let Some(mut leg) = self.legs.take(slot, server) else { return };
-        let was_open = self.is_open();
         if let Some((tsval, _)) = segment.options.timestamps.filter(|_| !segment.flags.has(Flags::RST)) {
             leg.note_tsval(tsval);
         }
@@ -43,11 +42,6 @@ impl Conversation {
                 Ok(())
             }
         };
-        if was_open && !self.is_open() {
-            // What closed it did not see this leg.
-            let covers = leg.covers();
-            ctx.count(slot, -i64::from(covers), -i64::from(!covers));
-        }
         match kept {
             Ok(()) => self.legs.put(slot, leg),
             Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
@@ -127,7 +121,7 @@ impl Conversation {
             }
             // By whatever way they came there, it has bytes that no RVM will get.
             ctx.counters.acknowledged_unrecorded += 1;
-            self.go_on_alone(ack, leg.rcv_nxt, ctx);
+            self.go_on_alone(ack, ctx);
         }
         ctx.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
@@ -176,19 +170,15 @@ impl Conversation {
             return;
         }
         if ack > leg.rcv_nxt {
-            self.note_progress(leg, ack, ctx);
+            Self::note_progress(leg, ack, ctx);
         }
         leg.edge = ack + (u64::from(segment.window) << leg.shift);
     }
 
     /// A server acknowledged the client's bytes up to `ack`.
-    fn note_progress(&mut self, leg: &mut Leg, ack: u64, ctx: &mut Context) {
-        let bytes = ack.min(self.up.end()).saturating_sub(leg.rcv_nxt.max(1));
-        if let Some(slot) = ctx.queue.slot_of(leg.server) {
-            ctx.due(slot, -(bytes as i64));
-            if ctx.queue.ovm() == Some(slot) {
-                ctx.last_taken = ctx.now;
-            }
+    fn note_progress(leg: &mut Leg, ack: u64, ctx: &mut Context) {
+        if ctx.ovm().is_some_and(|(_, ovm)| ovm == leg.server) {
+            ctx.last_taken = ctx.now;
         }
         leg.rcv_nxt = ack;
         leg.asked = true;
@@ -209,7 +199,6 @@ impl Conversation {
             self.blame_laggards(ctx);
             return None;
         }
-        self.note_gap(ctx);
         self.note_answer(before, ctx);
         if inserted.conflict.is_none() {
             return Some(None);
@@ -224,17 +213,7 @@ impl Conversation {
         Some(Some(first_copy))
     }
 
-    /// Once a gap closes, the client has answers behind it that a new OVM must give itself before
-    /// anybody's next request: at a promotion they must be known.
-    pub(crate) fn note_gap(&mut self, ctx: &mut Context) {
-        if self.down.highest() > self.down.end() {
-            ctx.gaps.insert(self.id, self.down.highest());
-        } else if !ctx.gaps.is_empty() {
-            ctx.gaps.remove(&self.id);
-        }
-    }
-
-    /// What the client is sent grew from `before`: the order and the RVMs' dues follow.
+    /// What the client is sent grew from `before`: the order follows.
     pub(crate) fn note_answer(&mut self, before: u64, ctx: &mut Context) {
         let end = self.down.end();
         if end == before {
@@ -242,11 +221,6 @@ impl Conversation {
         }
         ctx.last_answer = ctx.now;
         self.suspicion.note_answer();
-        self.for_each_leg(ctx, |slot, leg, ctx| {
-            if !leg.through && leg.covers() {
-                ctx.due(slot, end.saturating_sub(leg.answers.end().max(before)) as i64);
-            }
-        });
         if ctx.queue.rvms().next().is_some() {
             ctx.order.answered(self.id, end);
             // An RVM that was faster has produced this already.
@@ -320,22 +294,17 @@ impl Conversation {
         let had = self.held.map_or(had.min(self.up_end()), |held| held.had);
         let opinion = self.opinion(position, rst, had, ctx);
         if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
-            self.release_hold(ctx);
+            self.held = None;
             return false;
         }
-        if opinion == Opinion::Disputed {
-            ctx.disputes.insert(self.id);
-        }
-        if self.held.is_none() {
-            ctx.counters.closes_held += 1;
-            ctx.holding.insert(self.id);
-        }
+        ctx.counters.closes_held += u64::from(self.held.is_none());
         // A RST after a FIN, or the other way round: the last word counts.
         let hold = ctx.config.timing.close_hold;
         let (review, until) = self
             .held
             .map_or((Some(ctx.now + hold * 3 / 4), ctx.now + hold), |held| (held.review, held.until));
-        self.held = Some(Held { position, rst, had, review, until });
+        let is_disputed = opinion == Opinion::Disputed || self.held.is_some_and(|held| held.is_disputed);
+        self.held = Some(Held { position, rst, had, review, until, is_disputed });
         true
     }
 
@@ -446,11 +415,10 @@ impl Conversation {
         let Some(mut held) = self.held else { return };
         let opinion = self.opinion(held.position, held.rst, held.had, ctx);
         if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
-            if opinion == Opinion::Disputed {
-                ctx.disputes.insert(self.id);
-            }
-            if held.review.take_if(|review| ctx.now >= *review).is_some() {
-                self.held = Some(held);
+            held.is_disputed |= opinion == Opinion::Disputed;
+            let is_due = held.review.take_if(|review| ctx.now >= *review).is_some();
+            self.held = Some(held);
+            if is_due {
                 self.ask_for_opinions(held.had, ctx);
             }
             if ctx.now < held.ends(ctx) {
@@ -458,7 +426,8 @@ impl Conversation {
             }
             ctx.counters.closes_unshared += 1;
             // A handshake that was refused meanwhile is a conversation too.
-            if ctx.disputes.len() + ctx.refusals.len() > 1 && !self.suspicion.close_disputed {
+            let disputes = ctx.disputes_beside(self.id) + usize::from(held.is_disputed);
+            if disputes + ctx.refusals.len() > 1 && !self.suspicion.close_disputed {
                 // If nothing can be promoted, it passes next time.
                 self.suspicion.close_disputed = true;
                 ctx.suspicion.get_or_insert(Evidence::UnsharedClose);
@@ -466,7 +435,7 @@ impl Conversation {
                 return;
             }
         }
-        self.release_hold(ctx);
+        self.held = None;
         if held.position < self.down.end() {
             // A new OVM that left behind what the client has: nothing that it says can be passed on.
             return self.reset(ctx);
@@ -535,9 +504,6 @@ impl Conversation {
                 self.note_pause(leg, before, was_stopped, ctx);
                 leg.asked = false;
                 leg.answered_at = ctx.now;
-                // What is ahead of the client in one conversation makes good for nothing elsewhere.
-                let followed = leg.answers.end().min(self.down.end()).saturating_sub(before);
-                ctx.due(slot, if leg.covers() { -(followed as i64) } else { 0 });
                 ctx.progressed[slot.index()] = true;
             }
             // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).
@@ -561,7 +527,7 @@ impl Conversation {
         let edge = ack + (u64::from(segment.window) << leg.shift);
         if ack > leg.rcv_nxt {
             let bytes = ack - leg.rcv_nxt;
-            self.note_progress(leg, ack, ctx);
+            Self::note_progress(leg, ack, ctx);
             if leg.sender.acknowledged(ack, bytes, ctx.now) {
                 self.retransmit_first(leg, ctx);
             }

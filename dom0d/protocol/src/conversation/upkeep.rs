@@ -63,11 +63,6 @@ impl Conversation {
             self.judge(ctx);
         }
         self.release(ctx);
-        if self.is_open_at_ovm(ctx) {
-            ctx.owed.insert(self.id);
-        } else {
-            ctx.owed.remove(&self.id);
-        }
         self.is_wanted(ctx)
     }
 
@@ -86,18 +81,12 @@ impl Conversation {
         self.up.release(up);
         let lookback = if ctx.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
         self.down.release(if self.closed.is_some() { down } else { down.saturating_sub(lookback) });
-        let mut retained = (self.up.retained() + self.down.retained()) as u64;
-        self.for_each_leg(ctx, |slot, leg, ctx| {
-            let held = leg.answers.retained() as u64;
-            ctx.hold(slot, held as i64 - leg.held as i64);
-            leg.held = held;
-            retained += held;
-        });
-        ctx.retained = ctx.retained - self.retained + retained;
-        self.retained = retained;
-        let beyond = (self.up.beyond() + self.down.beyond()) as u64;
-        ctx.out_of_order = ctx.out_of_order - self.beyond + beyond;
-        self.beyond = beyond;
+        let mut retained = self.up.retained() + self.down.retained();
+        for (slot, server) in ctx.roster() {
+            retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained());
+        }
+        self.retained = retained as u64;
+        self.beyond = (self.up.beyond() + self.down.beyond()) as u64;
     }
 
     /// Looks for RVMs for which client or OVM must stop, or soon will.
@@ -127,13 +116,14 @@ impl Conversation {
         let room = u64::from(limits.conversation_bytes);
         let full = self.retained >= room - room / NEARLY_FULL_SHARE;
         let stops = full || self.is_held_back(ctx);
+        let (up_end, down_end) = (self.up.end(), self.down.end());
         let mut is_slowed = false;
         self.for_each_leg(ctx, |slot, leg, ctx| {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
             // In any conversation: in this one it may wait for its turn in the service-wide order.
-            let progress = ctx.queue.get(slot).map_or(0, |server| server.followed);
+            let progress = ctx.followed(slot, leg.behind(up_end, down_end));
             let (since, before) = *leg.paced.get_or_insert((now, progress));
             if !blamed || progress - before >= least {
                 leg.paced = blamed.then_some((now, progress));

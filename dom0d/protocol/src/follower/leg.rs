@@ -81,8 +81,6 @@ pub(crate) struct Leg {
     pub(crate) direct: u64,
     /// What it answered and was not compared yet; its end is the server's SND.NXT as received.
     pub(crate) answers: Stream,
-    /// Bytes of these, as its server's sum has them.
-    pub(crate) held: u64,
     /// Answers are compared up to here.
     pub(crate) compared: u64,
     /// It has acknowledged something of the client's since it last answered something new.
@@ -130,7 +128,6 @@ impl Leg {
             sender: Sender::new(0),
             direct: 0,
             answers: Stream::new(1),
-            held: 0,
             compared: 1,
             asked: false,
             fin: None,
@@ -153,10 +150,12 @@ impl Leg {
         self.diverged_at.is_none()
     }
 
-    /// What it is in its server's counts: covered, diverged. One that reset the conversation is neither.
-    pub(crate) fn counts(&self) -> (i64, i64) {
-        let carries = self.covers() && self.gone.is_none();
-        (i64::from(carries), i64::from(!self.covers()))
+    /// Bytes that it has not acknowledged of the client's, recorded up to `up_end`, and that it has not answered of what the
+    /// client was sent, up to `down_end`. A leg that diverged is not measured by the latter.
+    pub(crate) fn behind(&self, up_end: u64, down_end: u64) -> u64 {
+        let measured = !self.through && self.covers();
+        let down = if measured { down_end.saturating_sub(self.answers.end()) } else { 0 };
+        up_end.saturating_sub(self.rcv_nxt.max(1)) + down
     }
 
     /// May be given segments.

@@ -70,6 +70,10 @@ impl Queue {
         self.servers.iter()
     }
 
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Server> + '_ {
+        self.servers.iter_mut()
+    }
+
     pub(crate) fn get(&self, slot: Slot) -> Option<&Server> {
         self.servers.iter().find(|server| server.slot == slot)
     }

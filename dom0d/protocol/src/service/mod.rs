@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::accounts::Share;
 use crate::config::ServiceConfig;
 use crate::context::Context;
 use crate::conversation::Conversation;
@@ -354,12 +355,19 @@ impl Service {
     pub(crate) fn with(&mut self, id: ConversationId, change: impl FnOnce(&mut Conversation, &mut Context)) {
         if let Some(mut conversation) = self.table.take(id) {
             let was_open = conversation.is_open();
+            self.ctx.begin_turn(conversation.share(&self.ctx.queue));
             // First, or a deposed OVM's segment would still pass as the OVM's.
             conversation.follow_epoch(&mut self.ctx);
             self.note_passage(&mut conversation);
             change(&mut conversation, &mut self.ctx);
             let wanted = conversation.work(&mut self.ctx);
             if wanted {
+                self.ctx.end_turn(id, &conversation.share(&self.ctx.queue));
+                if conversation.is_open_at_ovm(&self.ctx) {
+                    self.ctx.owed.insert(id);
+                } else {
+                    self.ctx.owed.remove(&id);
+                }
                 self.schedule(&mut conversation);
                 self.review_passing(&mut conversation);
                 let closed = was_open && !conversation.is_open();
@@ -389,12 +397,16 @@ impl Service {
     /// Removes a conversation whose addresses or place are wanted for another.
     pub(crate) fn abandon(&mut self, id: ConversationId) {
         if let Some(mut conversation) = self.table.take(id) {
+            self.ctx.begin_turn(conversation.share(&self.ctx.queue));
             self.forget(&mut conversation);
         }
     }
 
+    /// The end of a conversation that was taken out of the table, and of its turn.
     pub(crate) fn forget(&mut self, conversation: &mut Conversation) {
         conversation.end(&mut self.ctx);
+        self.ctx.end_turn(conversation.id, &Share::default());
+        self.ctx.owed.remove(&conversation.id);
         conversation.stop_passing(&mut self.ctx);
         if conversation.is_passable_queued {
             self.forget_passable(conversation.id);

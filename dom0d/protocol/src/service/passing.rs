@@ -69,6 +69,7 @@ impl Service {
         self.handshakes.forget(&key);
         if let Some(mut conversation) = self.table.find(&key).and_then(|id| self.table.take(id)) {
             self.ctx.event(EventKind::Unprotected { client, reason: Uncovered::Unrecorded });
+            self.ctx.begin_turn(conversation.share(&self.ctx.queue));
             conversation.leave_to_plane(&mut self.ctx);
             self.forget(&mut conversation);
         }

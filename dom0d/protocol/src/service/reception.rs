@@ -2,6 +2,7 @@
 
 use core::net::IpAddr;
 
+use crate::accounts::Share;
 use crate::conversation::handshake::Embryonic;
 use crate::event::{Destination, EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
 use crate::key::{Key, Slot};
@@ -129,8 +130,12 @@ impl Service {
             self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
             return;
         };
+        self.ctx.begin_turn(Share::default());
         match embryonic.open(id, key, &mut self.ctx) {
-            Some(conversation) => self.table.put(conversation),
+            Some(conversation) => {
+                self.ctx.end_turn(id, &conversation.share(&self.ctx.queue));
+                self.table.put(conversation);
+            }
             None => self.table.cancel(id, &key),
         }
     }

@@ -1,0 +1,33 @@
+//! What a conversation stands for in the sums and lists of its service.
+
+use crate::accounts::{ServerShare, Share};
+use crate::conversation::Conversation;
+use crate::follower::queue::Queue;
+
+impl Conversation {
+    /// What it stands for now, at the servers in the queue.
+    pub(crate) fn share(&self, queue: &Queue) -> Share {
+        let is_open = self.is_open();
+        let mut share = Share {
+            is_open,
+            retained: self.retained,
+            beyond: self.beyond,
+            is_held: self.held.is_some(),
+            is_disputed: self.held.is_some_and(|held| held.is_disputed),
+            is_recuperating: self.recuperating.is_some(),
+            gap: Some(self.down.highest()).filter(|highest| is_open && *highest > self.down.end()),
+            servers: Default::default(),
+        };
+        for server in queue.iter() {
+            if let Some(leg) = self.legs.get(server.slot, server.id) {
+                share.servers[server.slot.index()] = ServerShare {
+                    covered: is_open && leg.covers() && leg.gone.is_none(),
+                    diverged: is_open && !leg.covers(),
+                    behind: leg.behind(self.up.end(), self.down.end()),
+                    kept: leg.answers.retained() as u64,
+                };
+            }
+        }
+        share
+    }
+}

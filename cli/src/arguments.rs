@@ -1,4 +1,4 @@
-//! What can be written on the command line, and what `--help` says about it.
+//! The command line and its help.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -12,13 +12,13 @@ Examples:
   understudy status                          who serves, who could take over, and if not, why
   understudy attach redis redis-2 --copy ./copy   hold clients, copy the OVM's state, let them in again
   understudy switchover redis --to redis-2   move the service, planned
-  understudy events --follow --since 5m      what happened in the last five minutes, and what happens
+  understudy events --follow --since 5m      what happened in the last five minutes, and what happens next
   understudy --json status | jq '.services[].epoch'
 
 SERVICE may be left out where the configuration has only one. DOMAIN is a domain's name or UUID.
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 dom0d can't be reached.";
 
-/// Ask dom0d about the services it keeps alive, and tell it what to do
+/// Ask dom0d about the services that it keeps alive, and command it
 #[derive(Debug, Parser)]
 #[command(name = "understudy", version, after_help = EXAMPLES)]
 pub(crate) struct Arguments {
@@ -31,33 +31,33 @@ pub(crate) struct Arguments {
     pub(crate) socket: PathBuf,
 
     #[command(subcommand)]
-    pub(crate) order: Order,
+    pub(crate) command: Command,
 }
 
 #[derive(Debug, Subcommand)]
-pub(crate) enum Order {
-    /// The daemon, its services, and each server: its place, and why it is not promotable if so
+pub(crate) enum Command {
+    /// Show the daemon, its services, and each server: its role, and why it is not promotable
     Status,
 
-    /// One line per service
+    /// Show one line per service
     Services,
 
-    /// Open conversations of a service, and which servers cover them
+    /// Show a service's open conversations, and which servers cover them
     Conversations {
         /// The service
         service: Option<String>,
-        /// Show at most so many
+        /// Show at most N
         #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
         limit: u32,
-        /// Leave out so many at the front
+        /// Skip the first N
         #[arg(long, value_name = "N", default_value_t = 0)]
         skip: u32,
     },
 
-    /// Put a domain into a service's queue, or seed one that is in it: state that its state is right
+    /// Put a domain into a service's queue as a replica whose state equals the OVM's
     ///
     /// One of --copy, --drain and --assume-identical must be given: only a server whose state equals the
-    /// OVM's can take over. --copy sees to it; for the others nobody but you can know.
+    /// OVM's can take over. --copy makes it equal; for the other two dom0d relies on your word.
     #[command(allow_missing_positional = true)]
     Attach {
         /// The service
@@ -68,22 +68,23 @@ pub(crate) enum Order {
         /// The domain's state equals the OVM's now; refused while conversations are open
         #[arg(long, conflicts_with = "drain")]
         assume_identical: bool,
-        /// The domain has all that clients wrote until now, and its state equals the OVM's once open
-        /// conversations have ended: new ones are held until then. Waits for the end. A copy that was made
-        /// while clients wrote lacks what they wrote meanwhile
+        /// The domain has everything that clients wrote until now. Holds new conversations until the open
+        /// ones have ended, then takes its state as equal. A copy that was made while clients wrote lacks
+        /// what they wrote meanwhile
         #[arg(long)]
         drain: bool,
-        /// Make the domain's state equal: hold new clients, let open conversations end, then run this with
-        /// sh while nothing of clients reaches the OVM. It finds UNDERSTUDY_SERVICE, and of both domains
-        /// UNDERSTUDY_FROM (name), _FROM_UUID, _FROM_DOMID, _FROM_ADDRESSES and _FROM_ADDRESS (the first),
-        /// UNDERSTUDY_TO and so on; no terminal. If it fails, takes too long, or this command ends, clients
-        /// are let in again, and the domain is not seeded
+        /// Make the domain's state equal: hold new clients, let open conversations end, then run COMMAND
+        /// with sh while no client reaches the OVM. COMMAND gets no terminal. Its environment has
+        /// UNDERSTUDY_SERVICE; of the OVM UNDERSTUDY_FROM (its name), _FROM_UUID, _FROM_DOMID,
+        /// _FROM_ADDRESSES and _FROM_ADDRESS (the first); of the domain UNDERSTUDY_TO and so on. If COMMAND
+        /// fails or takes too long, or if understudy ends, clients are let in again and the domain is not
+        /// seeded
         #[arg(long, conflicts_with_all = ["drain", "assume_identical"], value_name = "COMMAND")]
         copy: Option<String>,
         /// How long open conversations get to end, such as 30s (default) or 2m; at most 1h
         #[arg(long, conflicts_with = "assume_identical", value_name = "DURATION", value_parser = wait_limit)]
         timeout: Option<Duration>,
-        /// How long the copy may take, while clients wait: 10m if not given; at most 1h
+        /// How long the copy may take, while clients wait, such as 10m (default); at most 1h
         #[arg(long, requires = "copy", conflicts_with_all = ["drain", "assume_identical"], value_name = "DURATION", value_parser = wait_limit)]
         copy_limit: Option<Duration>,
     },
@@ -98,11 +99,11 @@ pub(crate) enum Order {
         domain: String,
     },
 
-    /// Move a service to a replica, planned: the OVM becomes an RVM, conversations go on
+    /// Move a service to a replica, planned: the OVM becomes an RVM, conversations continue
     Switchover {
         /// The service
         service: Option<String>,
-        /// The next OVM; without it the best candidate
+        /// The next OVM; the best candidate if not given
         #[arg(long, value_name = "DOMAIN")]
         to: Option<String>,
     },
@@ -111,15 +112,15 @@ pub(crate) enum Order {
     Failover {
         /// The service
         service: Option<String>,
-        /// The next OVM; without it the best candidate
+        /// The next OVM; the best candidate if not given
         #[arg(long, value_name = "DOMAIN")]
         to: Option<String>,
-        /// Promote even what is not promotable: conversations that can't go on there are reset
+        /// Promote a server that is not promotable, too: conversations that can't continue there are reset
         #[arg(long)]
         force: bool,
     },
 
-    /// Pause a domain for maintenance, announced: causes no failover within the service's limit
+    /// Pause a domain for maintenance: no failover follows within the service's limit
     #[command(allow_missing_positional = true)]
     Pause {
         /// The service
@@ -141,7 +142,7 @@ pub(crate) enum Order {
 
     /// Tell dom0d to look for domains at once: a domain or vif came or is about to leave
     ///
-    /// For hooks of toolstacks, and only a hint: dom0d watches xenstore anyway. Waits a second at most.
+    /// For the hooks of toolstacks. It is only a hint: dom0d watches xenstore anyway. It waits one second at most.
     Notify {
         /// What happens
         event: What,
@@ -156,12 +157,12 @@ pub(crate) enum Order {
         domain: Option<String>,
     },
 
-    /// What happened
+    /// Show what happened
     Events {
-        /// Go on with what happens, until interrupted
+        /// Continue with what happens next, until interrupted
         #[arg(long, short)]
         follow: bool,
-        /// Begin there: an age such as 5m (0s: only what is new), or a time such as 2026-11-23T10:00:00Z
+        /// Begin at an age such as 5m (0s: only new events), or a time such as 2026-11-23T10:00:00Z
         #[arg(long, value_name = "WHEN", value_parser = since)]
         since: Option<String>,
     },
@@ -174,7 +175,7 @@ pub(crate) enum Order {
     },
 }
 
-/// What [`Order::Notify`] tells.
+/// What [`Command::Notify`] tells.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum What {
     /// It came
@@ -212,8 +213,8 @@ mod tests {
         let one = Arguments::try_parse_from(["understudy", "detach", "redis-2"]);
         let two = Arguments::try_parse_from(["understudy", "detach", "redis", "redis-2"]);
         for (parsed, expected) in [(one, None), (two, Some("redis".to_owned()))] {
-            match parsed.map(|arguments| arguments.order) {
-                Ok(Order::Detach { service, domain }) => {
+            match parsed.map(|arguments| arguments.command) {
+                Ok(Command::Detach { service, domain }) => {
                     assert_eq!((service, domain.as_str()), (expected, "redis-2"));
                 }
                 other => panic!("{other:?}"),

@@ -1,4 +1,4 @@
-//! `understudy check-config`: the daemon's own reading of a file, without the daemon.
+//! `understudy check-config`: reads a configuration as dom0d does, without dom0d.
 
 use std::path::Path;
 
@@ -21,14 +21,14 @@ pub(crate) fn check_config(path: &Path, output: &Output) -> Result<(), Failed> {
         Failed::refused("unreadable_config", message)
     })?;
     let config: Config = text.parse().map_err(|error| {
-        let message = format!("{} is wrong:\n{error}", path.display());
+        let message = format!("{} is invalid:\n{error}", path.display());
         Failed::refused("invalid_config", message.trim_end())
     })?;
     let names = config.services.iter().map(|s| s.engine.name.as_str());
     let checked = Checked { path, ok: true, services: names.collect() };
     output.result(&checked, || {
         format!(
-            "{} is right: {}. Whether its domains and bridges exist is seen when dom0d runs.\n",
+            "{} is valid: {}. dom0d looks for its domains and bridges when it runs.\n",
             path.display(),
             match checked.services.as_slice() {
                 [one] => format!("service {one}"),

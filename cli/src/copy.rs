@@ -1,4 +1,5 @@
-//! `attach --copy`: dom0d holds clients for as long as this process is there, which meanwhile runs the operator's command.
+//! `attach --copy`: dom0d holds clients as long as this process reads its answer; meanwhile this process runs the operator's
+//! command.
 
 use std::net::IpAddr;
 use std::process::{ExitStatus, Stdio};
@@ -14,13 +15,13 @@ use crate::daemon::{Daemon, percent_encoded};
 use crate::failed::Failed;
 use crate::output::Output;
 
-/// How often a person is told that the copy goes on.
+/// How often the operator is told that the copy is still running.
 const PROGRESS: Duration = Duration::from_secs(10);
 
-/// How long a command that is to end may take, before it is killed.
+/// How long a command may take to end after SIGTERM, before it is killed.
 const END: Duration = Duration::from_secs(3);
 
-/// The operator's command, and all that it started.
+/// The operator's command, with all processes that it started.
 struct Copy {
     child: Child,
     begun: Instant,
@@ -40,18 +41,18 @@ impl Copy {
         }
         let child = shell.spawn();
         let child =
-            child.map_err(|error| Failed::refused("copy_failed", format!("sh can't be run: {error}")))?;
+            child.map_err(|error| Failed::refused("copy_failed", format!("can't run sh: {error}")))?;
         Ok(Self { child, begun: Instant::now(), told: Instant::now() })
     }
 
     fn signal(&self, signal: Signal) {
-        // It leads a group of its own. One that has ended and was waited for has no number any more.
+        // It leads its own process group. Once it has been waited for it has no id.
         if let Some(group) = self.child.id().and_then(|id| i32::try_from(id).ok()) {
             let _ = killpg(Pid::from_raw(group), signal);
         }
     }
 
-    /// Ends it with all that it started.
+    /// Ends the command with all processes that it started.
     async fn end(mut self) {
         self.signal(Signal::SIGTERM);
         let _ = tokio::time::timeout(END, self.child.wait()).await;
@@ -62,12 +63,12 @@ impl Copy {
 pub(crate) async fn copy_to(
     daemon: &Daemon,
     service: &str,
-    order: &Hold,
+    body: &Hold,
     command: &str,
     output: &Output,
 ) -> Result<(), Failed> {
     let path = |end| format!("/v1/services/{}/{end}", percent_encoded(service));
-    // Before clients are held, so that no signal ends this process in between.
+    // Before clients are held, so that no signal ends this process unnoticed.
     let signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
     let [interrupt, terminate, hangup] = signals;
     let (mut interrupt, mut terminate, mut hangup) = (
@@ -75,11 +76,11 @@ pub(crate) async fn copy_to(
         terminate.map_err(Failed::Output)?,
         hangup.map_err(Failed::Output)?,
     );
-    let mut lines = daemon.hold(&path("hold"), order).await?;
+    let mut lines = daemon.hold(&path("hold"), body).await?;
     let mut copy: Option<Copy> = None;
     let mut open = None;
     let mut hold = 0;
-    let not = format!("clients are let in again, and {} is not seeded", order.domain);
+    let not = format!("clients are let in again, and {} is not seeded", body.domain);
     let ended: Result<ExitStatus, Failed> = loop {
         let done = async {
             match &mut copy {
@@ -99,7 +100,7 @@ pub(crate) async fn copy_to(
         };
         let holding: Option<Holding> = line.and_then(|line| serde_json::from_str(&line).ok());
         let Some(holding) = holding else {
-            let message = format!("dom0d holds clients no longer: it stopped, see its log; {not}");
+            let message = format!("dom0d stopped and no longer holds clients, see its log; {not}");
             break Err(Failed::refused("hold_lost", message));
         };
         hold = holding.hold;
@@ -107,7 +108,7 @@ pub(crate) async fn copy_to(
             HoldState::Draining { open: now } if open != Some(*now) => {
                 open = Some(*now);
                 output.notice(&format!(
-                    "{service}: new clients wait; {now} open conversations have yet to end"
+                    "{service}: new clients wait until {now} open conversations have ended"
                 ));
             }
             HoldState::Draining { .. } => {}
@@ -125,7 +126,7 @@ pub(crate) async fn copy_to(
                 Some(copy) if copy.told.elapsed() >= PROGRESS => {
                     copy.told = Instant::now();
                     let seconds = copy.begun.elapsed().as_secs();
-                    output.notice(&format!("{service}: copying for {seconds} s; clients wait"));
+                    output.notice(&format!("{service}: copying, {seconds} s so far; clients wait"));
                 }
                 Some(_) => {}
             },
@@ -136,25 +137,23 @@ pub(crate) async fn copy_to(
     };
     let ended = ended.and_then(|status| match status.success() {
         true => Ok(()),
-        false => {
-            Err(Failed::refused("copy_failed", format!("the command to copy ended with {status}: {not}")))
-        }
+        false => Err(Failed::refused("copy_failed", format!("the copy command ended with {status}: {not}"))),
     });
     if let Err(failed) = ended {
-        // First of all.
+        // First: it lets clients in again.
         drop(lines);
         if let Some(copy) = copy {
             copy.end().await;
         }
         return Err(failed);
     }
-    let attach = Attach { domain: order.domain.clone(), copied: Some(hold), ..Attach::default() };
+    let attach = Attach { domain: body.domain.clone(), copied: Some(hold), ..Attach::default() };
     let attached: Attached = daemon.post(&path("attach"), &attach).await?;
     drop(lines);
     let took = copy.map_or(0, |copy| copy.begun.elapsed().as_secs());
     output.result(&attached, || {
         format!(
-            "{service}: {} is in the queue, and promotable; its state was copied in {took} s, and clients are let in again\n",
+            "{service}: {} is in the queue and promotable; its state was copied in {took} s, and clients are let in again\n",
             attached.domain.name
         )
     })

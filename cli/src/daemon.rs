@@ -1,4 +1,4 @@
-//! The way to dom0d: HTTP/1.1 over its Unix socket.
+//! The client of dom0d's control API: HTTP/1.1 over a Unix socket.
 
 use std::io;
 use std::path::PathBuf;
@@ -16,16 +16,16 @@ use understudy_api::{Failure, Notice, Noticed};
 
 use crate::failed::Failed;
 
-/// Longer than dom0d lets any answer take.
+/// Longest wait for an answer. dom0d's own limit is shorter.
 const ANSWER_LIMIT: Duration = Duration::from_secs(40);
 
-/// Longest wait for dom0d to take a notice: hooks that tell hold up toolstacks.
+/// Longest wait for dom0d to take a notice: a toolstack waits for the hook that sends it.
 const NOTICE_LIMIT: Duration = Duration::from_secs(1);
 
-/// Longest answer: a page of 1,000 conversations has some 1 MiB.
+/// Longest answer in bytes. A page of 1,000 conversations has about 1 MiB.
 const ANSWER_BYTES: usize = 64 << 20;
 
-/// Longest event.
+/// Longest event in bytes.
 const EVENT_BYTES: usize = 1 << 20;
 
 /// dom0d, behind its control socket.
@@ -35,21 +35,21 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Asks.
+    /// Asks a question.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failed> {
         self.exchange(ANSWER_LIMIT, Method::GET, path, Bytes::new()).await
     }
 
-    /// Orders.
+    /// Sends a command.
     pub(crate) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
-        order: &impl Serialize,
+        body: &impl Serialize,
     ) -> Result<T, Failed> {
-        self.post_within(ANSWER_LIMIT, path, order).await
+        self.post_within(ANSWER_LIMIT, path, body).await
     }
 
-    /// Tells.
+    /// Sends a notice.
     pub(crate) async fn notify(&self, notice: &Notice) -> Result<Noticed, Failed> {
         self.post_within(NOTICE_LIMIT, "/v1/notify", notice).await
     }
@@ -69,9 +69,9 @@ impl Daemon {
         self.lines(Method::GET, &format!("/v1/events{query}"), Bytes::new()).await
     }
 
-    /// Orders what lasts for as long as the answer is read.
-    pub(crate) async fn hold(&self, path: &str, order: &impl Serialize) -> Result<Events<'_>, Failed> {
-        let body = serde_json::to_vec(order).map_err(|error| self.broken(&error.to_string()))?;
+    /// Sends a command that lasts as long as its answer is read.
+    pub(crate) async fn hold(&self, path: &str, body: &impl Serialize) -> Result<Events<'_>, Failed> {
+        let body = serde_json::to_vec(body).map_err(|error| self.broken(&error.to_string()))?;
         self.lines(Method::POST, path, body.into()).await
     }
 
@@ -111,7 +111,7 @@ impl Daemon {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error.to_string()))?;
-        // Its errors reach the request, too.
+        // Its errors reach the request.
         tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -131,7 +131,7 @@ impl Daemon {
         }
     }
 
-    /// What dom0d says about a request that it did not carry out.
+    /// Why dom0d did not carry out a request.
     async fn failure(&self, answer: Response<Incoming>) -> Failed {
         let status = answer.status();
         match self.body(answer).await {
@@ -147,13 +147,13 @@ impl Daemon {
         let socket = self.socket.display();
         let message = match error.kind() {
             io::ErrorKind::NotFound => format!(
-                "dom0d is not running: there is no {socket}. Start it with `systemctl start dom0d`, and see `journalctl -u dom0d` if it ends; if it runs with another `control_socket`, name that with --socket"
+                "dom0d is not running: there is no {socket}. Start it with `systemctl start dom0d`, and see `journalctl -u dom0d` if it ends. If it runs with another `control_socket`, name that with --socket"
             ),
             io::ErrorKind::ConnectionRefused => format!(
-                "dom0d is not running: nobody listens on {socket}, which an earlier one left behind. Start it with `systemctl start dom0d`, and see `journalctl -u dom0d` if it ends"
+                "dom0d is not running: nobody listens on {socket}, which an earlier dom0d left behind. Start it with `systemctl start dom0d`, and see `journalctl -u dom0d` if it ends"
             ),
             io::ErrorKind::PermissionDenied => {
-                format!("no permission to use {socket}: only root may. Run this as root")
+                format!("no permission to use {socket}: only root may use it. Run this as root")
             }
             _ => format!("can't connect to {socket}: {error}. Is it dom0d's `control_socket`?"),
         };
@@ -162,13 +162,13 @@ impl Daemon {
 
     fn broken(&self, error: &str) -> Failed {
         Failed::Unreachable(format!(
-            "no usable answer on {} ({error}): either dom0d stopped while it was asked, or something else listens there. See dom0d's log, then ask again",
+            "no usable answer on {} ({error}): either dom0d stopped meanwhile, or something else listens there. See dom0d's log, and try again",
             self.socket.display()
         ))
     }
 }
 
-/// Events, or other lines, as they come.
+/// An answer that comes line by line, such as events.
 pub(crate) struct Events<'a> {
     daemon: &'a Daemon,
     body: Incoming,
@@ -176,7 +176,7 @@ pub(crate) struct Events<'a> {
 }
 
 impl Events<'_> {
-    /// The next line of JSON; `None` when dom0d ended the answer.
+    /// The next line of JSON; `None` once dom0d has ended the answer.
     pub(crate) async fn next(&mut self) -> Result<Option<String>, Failed> {
         loop {
             if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {

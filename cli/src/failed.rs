@@ -9,9 +9,9 @@ use understudy_api::Refusal;
 /// Why a command was not carried out.
 #[derive(Debug)]
 pub(crate) enum Failed {
-    /// dom0d, or a check, says no.
+    /// dom0d or a check refuses it.
     Refused(Refusal),
-    /// The command line leaves open what is meant.
+    /// The command line is ambiguous.
     Usage(String),
     /// dom0d does not answer.
     Unreachable(String),
@@ -29,7 +29,7 @@ impl Failed {
             Self::Refused(_) => ExitCode::from(1),
             Self::Usage(_) => ExitCode::from(2),
             Self::Unreachable(_) => ExitCode::from(3),
-            // Whoever read the output has had enough of it, as `head` does.
+            // The reader has read enough, as `head` does.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             Self::Output(_) => ExitCode::from(1),
         }

@@ -1,4 +1,4 @@
-//! Where results and errors go: text for people or JSON for programs, safe for terminals and pipes.
+//! Writes results and errors: text for people or JSON for programs, safe for terminals and pipes.
 
 use std::io::{self, Write};
 
@@ -7,7 +7,7 @@ use understudy_api::{Failure, Refusal};
 
 use crate::failed::Failed;
 
-/// How to write.
+/// The output format.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     /// JSON instead of text.
@@ -25,7 +25,7 @@ impl Output {
         }
     }
 
-    /// Writes one of many results: a line each.
+    /// Writes one of several results on a line of its own.
     pub(crate) fn line(&self, json: &str, text: impl FnOnce() -> String) -> Result<(), Failed> {
         match self.json {
             true => write(&format!("{json}\n")),
@@ -43,11 +43,11 @@ impl Output {
             Ok(json) if self.json => json,
             _ => printable(&format!("understudy: {failed}")),
         };
-        // There is nowhere left to complain.
+        // If stderr is closed, too, nobody can be told.
         let _ = writeln!(io::stderr(), "{text}");
     }
 
-    /// Tells a person what is going on, to stderr; programs don't want to know.
+    /// Tells a person about progress, on stderr; programs get nothing.
     pub(crate) fn notice(&self, text: &str) {
         if !self.json {
             let _ = writeln!(io::stderr(), "{}", printable(text));
@@ -60,7 +60,7 @@ fn write(text: &str) -> Result<(), Failed> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Failed::Output)
 }
 
-/// Names come from xenstore and files: none of them may steer the operator's terminal.
+/// Replaces control characters: names come from xenstore and files, and must not control the operator's terminal.
 fn printable(text: &str) -> String {
     let harmless = |c: char| match c {
         '\n' => c,
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_can_t_steer_a_terminal() {
+    fn names_can_t_control_a_terminal() {
         assert_eq!(printable("a\x1b[2Jb\r\n\u{9b}c\u{7f}"), "a\u{fffd}[2Jb\u{fffd}\n\u{fffd}c\u{fffd}");
     }
 }

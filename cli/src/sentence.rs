@@ -1,10 +1,10 @@
-//! An event as a sentence. A kind that this version does not know is shown by its name and fields.
+//! Puts an event into a sentence. An unknown kind is shown by its name and fields.
 
 use serde::de::DeserializeOwned;
 use understudy_api::protocol::{Evidence, NotPromotable, ServerId, StaleReason, Uncovered};
 use understudy_api::{EVENTS_LOST, Event, words};
 
-/// What happened, without its time and service.
+/// The event as a sentence, without its time and service.
 pub(crate) fn sentence(event: &Event) -> String {
     known(event).unwrap_or_else(|| unknown(event))
 }
@@ -30,7 +30,7 @@ fn known(event: &Event) -> Option<String> {
             server()?,
             number("open")?
         ),
-        "held" => "clients wait: the OVM's state can be copied".to_owned(),
+        "held" => "clients wait: the OVM's state can be copied now".to_owned(),
         "released" => match text("reason")? {
             "seeded" => "clients are let in again: the copy is in the queue".to_owned(),
             "given_up" => "clients are let in again: the copy was given up".to_owned(),
@@ -39,11 +39,9 @@ fn known(event: &Event) -> Option<String> {
             }
             "limit" => "clients are let in again: the copy took too long".to_owned(),
             "unattended" => {
-                "clients are let in again: some reached the OVM past a dom0d that did not run".to_owned()
+                "clients are let in again: some reached the OVM while dom0d did not run".to_owned()
             }
-            "ovm_changed" => {
-                "clients are let in again: another OVM serves than the one that was copied".to_owned()
-            }
+            "ovm_changed" => "clients are let in again: the OVM that was copied no longer serves".to_owned(),
             _ => return None,
         },
         "suspected" => format!("{} is at fault: {}", server()?, evidence(event)?),
@@ -64,20 +62,20 @@ fn known(event: &Event) -> Option<String> {
             )
         }
         "recovering" => format!(
-            "{} lost its seat and goes on as a replica: promotable again once it has caught up",
+            "{} lost its seat and continues as a replica; it is promotable again once it has caught up",
             server()?
         ),
         "recovered" => format!("{} has caught up and is promotable again", server()?),
         "first_byte" => format!("first byte to a client in epoch {}", number("epoch")?),
         "recuperated" => format!(
-            "epoch {}: {} conversations go on, {} were reset",
+            "epoch {}: {} conversations continue, {} were reset",
             number("epoch")?,
             number("recuperated")?,
             number("reset")?
         ),
         "no_candidate" => no_candidate(event)?,
         "diverged" => format!(
-            "{} answers client {} differently from byte {} on",
+            "{} answers client {} differently, beginning at byte {}",
             server()?,
             text("client")?,
             number("position")?
@@ -91,21 +89,26 @@ fn known(event: &Event) -> Option<String> {
             )
         }
         "reset" => {
-            format!("the conversation of client {} was reset: it could not go on correctly", text("client")?)
+            format!(
+                "the conversation of client {} was reset: it could not continue correctly",
+                text("client")?
+            )
         }
         "psc_ready" => format!("the PSC is in place on {} ({})", text("bridge")?, text("mac")?),
         "domain_appeared" => format!("{} appeared", of_domain(event)?),
         "domain_gone" => format!("{} is gone", of_domain(event)?),
-        "domain_moved" => format!("{} was domid {} until it was migrated", server()?, number("from_domid")?),
-        "not_attached" => format!("{} is not put into the queue: {}", of_domain(event)?, text("reason")?),
+        "domain_moved" => {
+            format!("{} migrated within this host; it was domid {}", server()?, number("from_domid")?)
+        }
+        "not_attached" => format!("{} does not join the queue: {}", of_domain(event)?, text("reason")?),
         "fenced" => format!("{} is fenced for good ({})", server()?, text("by")?),
         "fence_failed" => format!(
-            "{} could not be fenced for good yet, its frames are dropped: {}",
+            "{} is not fenced for good yet, but its frames are dropped: {}",
             server()?,
             text("error")?
         ),
         "maintenance_began" => format!(
-            "maintenance of {} began: its pause is excused for {} s",
+            "maintenance of {} began: its pause causes no failover for {} s",
             server()?,
             number("limit_ms")? as f64 / 1_000.0
         ),
@@ -114,17 +117,23 @@ fn known(event: &Event) -> Option<String> {
             format!("the toolstack asks {} to shut down ({})", server()?, text("request")?)
         }
         "own_connection" => format!(
-            "{} opened a connection of its own to {}, which is dropped while it is a replica",
+            "{} tried to open a connection of its own to {}, which is dropped while it is a replica",
             server()?,
             text("to")?
         ),
+        "taken_over" => {
+            format!(
+                "dom0d continues where its predecessor stopped, with {} open conversations",
+                number("conversations")?
+            )
+        }
         "problem" => format!("problem: {}", text("message")?),
         "restored" => format!(
-            "somebody else changed or took away {}; it is there again, and guests may have been heard meanwhile",
+            "somebody changed or removed {}; dom0d restored it, but guests' frames may have passed meanwhile",
             text("what")?
         ),
         "solved" => format!("solved: {}", text("message")?),
-        EVENTS_LOST => format!("{} events were dropped before they were read", number("count")?),
+        EVENTS_LOST => format!("{} events were dropped before you read them", number("count")?),
         _ => return None,
     })
 }
@@ -228,6 +237,18 @@ mod tests {
     }
 
     #[test]
+    fn kinds_of_the_daemon_have_sentences() {
+        assert_eq!(
+            said(json!({"event": "taken_over", "conversations": 6})),
+            "dom0d continues where its predecessor stopped, with 6 open conversations"
+        );
+        assert_eq!(
+            said(json!({"event": "fenced", "server": 1, "by": "pause"})),
+            "redis-1 is fenced for good (pause)"
+        );
+    }
+
+    #[test]
     fn a_failover_reads_as_a_story() {
         let cut_over = EventKind::CutOver {
             epoch: 2,
@@ -253,9 +274,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_shown_all_the_same() {
+    fn an_unknown_kind_is_shown_by_its_fields() {
         assert_eq!(said(json!({"event": "cloned", "ms": 7, "of": "redis-1"})), "cloned ms=7 of=\"redis-1\"");
-        // A kind that is known, with a field of a later version.
+        // A known kind with a reason of a later version.
         assert_eq!(
             said(json!({"event": "stale", "server": 2, "reason": "moonlight"})),
             "stale reason=\"moonlight\" server=2"

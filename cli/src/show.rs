@@ -1,4 +1,4 @@
-//! The daemon's answers as text for people.
+//! Puts dom0d's answers into text for people.
 
 use std::time::Duration;
 
@@ -78,7 +78,8 @@ fn one_service(service: &Service) -> String {
         );
     }
     if !service.contained.is_empty() {
-        text += &format!("  nothing but what `allow` names passes from {}\n", listed(&service.contained));
+        text +=
+            &format!("  contained, so that only what `allow` names passes: {}\n", listed(&service.contained));
     }
     text
 }
@@ -265,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_tells_who_serves_and_why_one_can_t_take_over() {
+    fn the_status_tells_who_serves_and_why_a_replica_can_t_take_over() {
         let status = Status {
             version: "0.1.0".into(),
             pid: 7,

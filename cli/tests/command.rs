@@ -216,7 +216,7 @@ fn of_several_services_one_must_be_named() {
     let output = directory.run(&["pause", "redis-2"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("name one of redis, web"));
-    assert_eq!(requests.try_iter().count(), 1, "nothing was ordered");
+    assert_eq!(requests.try_iter().count(), 1, "nothing was commanded");
 }
 
 #[test]
@@ -360,7 +360,7 @@ fn a_configuration_is_checked_without_dom0d() {
     std::fs::write(path, good).unwrap();
     let output = directory.run(&["check-config", path]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    assert!(stdout(&output).contains("is right: service redis"));
+    assert!(stdout(&output).contains("is valid: service redis"));
     let output = directory.run(&["check-config", path, "--json"]);
     let json: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!(json["services"][0], "redis");

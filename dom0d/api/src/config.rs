@@ -1,7 +1,7 @@
-//! The configuration file `/etc/understudy/dom0d.toml`: its keys, their defaults, and what makes one wrong.
+//! The configuration file `/etc/understudy/dom0d.toml`: its keys, their defaults, and what makes it invalid.
 //!
-//! dom0d and `understudy check-config` read it through the same code, so that what the check passes
-//! the daemon takes. Names of domains are not looked up here: a domain may be created later.
+//! dom0d and `understudy check-config` read it with the same code: what the check accepts, the daemon
+//! accepts. Names of domains are not looked up here: a domain may be created later.
 
 mod check;
 mod file;
@@ -19,10 +19,10 @@ use uuid::Uuid;
 use check::Problems;
 use file::RawConfig;
 
-/// Where the configuration is looked for when nothing else is said.
+/// Where the configuration is, unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/understudy/dom0d.toml";
 
-/// Where the control socket is when the configuration does not say.
+/// Where the control socket is, unless the configuration says otherwise.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/understudy/control.sock";
 
 /// A configuration that has been checked.
@@ -41,18 +41,17 @@ pub struct Config {
 /// One service: a PSC and the domains behind it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// What the protocol engine must know: name, addresses, ports, policies, limits.
+    /// The protocol engine's part: name, addresses, ports, policies, limits.
     pub engine: ServiceConfig,
     /// The MAC that answers for the PSC: unicast.
     pub psc_mac: [u8; 6],
     /// How packets get to and from the engine.
     pub plane: Plane,
-    /// On the `bpf` plane: how long the daemon may be silent before `on_daemon_loss` counts.
+    /// On the `bpf` plane: how long the daemon may be silent before `on_daemon_loss` applies.
     pub daemon_grace: Duration,
-    /// On the `bpf` plane: what becomes of open conversations when the daemon is gone and nothing can be recorded
-    /// any more.
+    /// On the `bpf` plane: what happens to conversations once the daemon is gone and nothing can be recorded.
     pub on_daemon_loss: OnDaemonLoss,
-    /// The bridge that the PSC lives on; the OVM's vif tells when it is not given.
+    /// The PSC's bridge; if not given, that of the domains' vifs.
     pub bridge: Option<String>,
     /// The VLAN (IEEE 802.1Q) that the service's frames are tagged with at the bridge's ports: 1 to 4094; `None` if
     /// they have no tag.
@@ -61,9 +60,9 @@ pub struct Service {
     pub ovm: Selector,
     /// The domains that replicate it.
     pub rvms: Vec<Selector>,
-    /// How a deposed OVM is silenced beyond the data path's own fence.
+    /// How a deposed OVM is silenced, beyond the data path's own fence.
     pub fence: Fence,
-    /// What a matching domain that appears for the first time is taken for.
+    /// What dom0d assumes of a matching domain that appears for the first time.
     pub attach: AttachAs,
     /// How long a pause that nobody announced is excused.
     pub pause_grace: Duration,
@@ -73,11 +72,11 @@ pub struct Service {
     pub on_shutdown_request: OnShutdownRequest,
     /// Traffic that an RVM may send by itself.
     pub allow: Vec<Allowed>,
-    /// What it means that an RVM opens a TCP connection of its own that `allow` does not name.
+    /// What follows if an RVM opens a TCP connection of its own that `allow` does not name.
     pub own_connections: OwnConnections,
-    /// What becomes of frames for a server's own address at a port of the service.
+    /// What happens to frames for a server's own address at a port of the service.
     pub direct: Direct,
-    /// Guest addresses, where the toolstack's `ip=` does not give them; the first match counts.
+    /// The guests' own addresses, if the toolstack's `ip=` does not give them; the first match counts.
     pub addresses: Vec<(Selector, Vec<IpAddr>)>,
 }
 
@@ -99,7 +98,7 @@ impl Selector {
         }
     }
 
-    /// Whether the domain of that name and UUID is meant.
+    /// Whether it means the domain of that name and UUID.
     pub fn matches(&self, name: &str, uuid: Uuid) -> bool {
         match self {
             Self::Uuid(wanted) => *wanted == uuid,
@@ -122,7 +121,7 @@ impl fmt::Display for Selector {
     }
 }
 
-/// Matches greedily with one point of return, so that no pattern costs more than |pattern| × |name|.
+/// Matches greedily and returns to the last `*` only, so that no pattern costs more than |pattern| × |name|.
 fn name_matches(pattern: &[u8], name: &[u8]) -> bool {
     let (mut p, mut n) = (0, 0);
     let mut star: Option<(usize, usize)> = None;
@@ -149,7 +148,7 @@ fn name_matches(pattern: &[u8], name: &[u8]) -> bool {
     pattern[p..].iter().all(|&c| c == b'*')
 }
 
-/// How a deposed OVM is silenced, beyond the fence that the data path is from the cutover on.
+/// How a deposed OVM is silenced, beyond the data path's fence, which holds from the cutover on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fence {
@@ -158,7 +157,7 @@ pub enum Fence {
     Pause,
     /// Its domain is destroyed.
     Destroy,
-    /// Its domain goes on; everything it sends is dropped at its vif.
+    /// Its domain continues to run; everything that it sends is dropped at its vif.
     Isolate,
 }
 
@@ -177,35 +176,35 @@ impl Fence {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Plane {
-    /// Everything goes through the daemon, by libpcap.
+    /// Every packet goes through the daemon, by libpcap.
     Pcap,
-    /// The kernel passes what it can between clients and OVM, by tc programs; where it can't (before 6.1), it
-    /// is [`Plane::Pcap`].
+    /// The kernel passes what it can between clients and OVM, by tc programs. Kernels before 6.1 can't; dom0d then takes
+    /// [`Plane::Pcap`].
     #[default]
     Bpf,
 }
 
-/// What becomes of open conversations when the daemon is gone and nothing can be recorded any more.
+/// What happens to conversations once the daemon is gone and nothing can be recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnDaemonLoss {
-    /// They go on, and RVMs become stale.
+    /// They continue, and RVMs become stale.
     #[default]
     Serve,
     /// They stop until the daemon is back.
     Protect,
 }
 
-/// What a matching domain is taken for when it appears for the first time.
+/// What dom0d assumes of a matching domain that appears for the first time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AttachAs {
-    /// A replica of unknown state: fed, and promotable once an operator states that it is identical.
+    /// It is a replica of unknown state: fed, and promotable once an operator attaches it.
     #[default]
     Known,
-    /// A replica whose state equals the OVM's, by the operator's standing word. Only at a domain's
-    /// first appearance, and only until the service has served its first client; one that comes later,
-    /// rebooted, was evicted or deposed has missed something and needs a statement of its own.
+    /// It is a replica whose state equals the OVM's, as the operator states here. This holds at a domain's
+    /// first appearance and until the service has served its first client. A domain that comes later,
+    /// rebooted, was evicted or deposed has missed something, and must be attached.
     AssumeIdentical,
 }
 
@@ -220,27 +219,27 @@ pub enum OnShutdownRequest {
     Switchover,
 }
 
-/// What it means that an RVM opens a TCP connection of its own, which is dropped: a service that asks another one (a proxy,
-/// a pool of connections to a database) can't answer there what the OVM answers, and repeats itself once promoted.
+/// What follows if an RVM opens a TCP connection of its own, which is dropped. A service that opens connections (a proxy,
+/// a pool of database connections) answers differently without them, and repeats its requests once it is promoted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OwnConnections {
-    /// The RVM is not promoted unasked.
+    /// dom0d does not promote the RVM unasked.
     #[default]
     Refuse,
-    /// Nothing: the operator states that what the domain opens has nothing to do with the service.
+    /// Nothing: the operator states that these connections have nothing to do with the service.
     Tolerate,
 }
 
-/// What becomes of frames for a server's own address at a port of the service: beside the PSC, a client can change one
-/// server that the others know nothing of.
+/// What happens to frames for a server's own address at a port of the service: by these a client could change one server
+/// without the others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Direct {
-    /// They are dropped on every bridge of dom0, dom0's own too, and counted.
+    /// They are dropped on every bridge of dom0 and counted, frames of dom0 itself included.
     #[default]
     Drop,
-    /// They pass; what comes of it is unprotected, and may make replicas stale.
+    /// They pass, unprotected, and may make replicas stale.
     Allow,
 }
 
@@ -280,10 +279,10 @@ pub enum ConfigError {
         /// Why.
         error: std::io::Error,
     },
-    /// It is not TOML, or has keys or types that do not belong there; says the line.
+    /// It is not TOML, or has an unknown key or a wrong type; the message has the line.
     #[error("{0}")]
     Syntax(Box<toml::de::Error>),
-    /// It contradicts itself.
+    /// Values are out of range, or contradict each other.
     #[error("{}", join(.0))]
     Invalid(Vec<Problem>),
 }
@@ -293,10 +292,10 @@ fn join(problems: &[Problem]) -> String {
     lines.join("\n")
 }
 
-/// One thing that is wrong in a configuration.
+/// One mistake in a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// The service, by name or, if it has none, by its place (`#2`); `None` for the file as a whole.
+    /// The service, by name or, if it has none, by its number in the file (`#2`); `None` for the file as a whole.
     pub service: Option<String>,
     /// The key.
     pub key: &'static str,
@@ -313,8 +312,8 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Default of `capture_buffer_mib`. libpcap gives every frame a slot for the longest frame (64 KiB), so
-/// this is 512 frames.
+/// Default of `capture_buffer_mib`. libpcap keeps room for the longest frame (64 KiB) for each frame, so
+/// this holds 512 frames.
 const DEFAULT_CAPTURE_BUFFER_MIB: u32 = 32;
 
 impl Config {
@@ -364,7 +363,7 @@ impl FromStr for Config {
 }
 
 /// The MAC of a PSC whose configuration names none: locally administered, and the same in every run, so
-/// that clients' ARP caches stay true over a restart.
+/// that clients' ARP caches stay valid over a restart.
 pub fn psc_mac(address: IpAddr) -> [u8; 6] {
     match address {
         IpAddr::V4(v4) => {

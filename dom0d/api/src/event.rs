@@ -8,29 +8,28 @@ use serde_json::{Map, Value};
 use crate::Domain;
 
 /// An event. The field `event` names its kind; the kinds of the protocol engine and their fields are
-/// those of [`understudy_protocol::EventKind`], the daemon adds its own. Kinds may be added: a reader
-/// passes over those that it does not know.
+/// those of [`understudy_protocol::EventKind`]; the daemon adds its own. Kinds may be added: a reader
+/// ignores those that it does not know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Grows by one with each event of this run of dom0d.
+    /// Grows by one with each event, from the start of dom0d.
     pub seq: u64,
     /// When, as RFC 3339 in UTC with microseconds.
     pub time: String,
     /// When, in microseconds of CLOCK_MONOTONIC: comparable with other processes of the same host.
     pub monotonic_us: u64,
-    /// The service that it is about, if it is about one.
+    /// The service concerned, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
     /// The domains behind the server ids in it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub domains: BTreeMap<String, Domain>,
-    /// What happened: `event`, and the fields that this kind has.
+    /// What happened: `event`, and the fields of this kind.
     #[serde(flatten)]
     pub what: Map<String, Value>,
 }
 
-/// The event that stands in place of those that were dropped before this reader got them; its field
-/// `count` says how many.
+/// The event in place of those that were dropped before this reader got them. Its field `count` says how many.
 pub const EVENTS_LOST: &str = "events_lost";
 
 impl Event {

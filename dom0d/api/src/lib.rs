@@ -1,21 +1,22 @@
-//! Types of dom0d's control API, shared by the daemon and the CLI.
+//! What dom0d and `understudy` share: the types of the control API, and the configuration.
 //!
-//! HTTP/1.1 with JSON on a Unix socket; `/v1/` paths are stable. Reasons, roles and server ids are the
-//! protocol engine's own types, see [`protocol`].
+//! The API is HTTP/1.1 with JSON on a Unix socket; its paths below `/v1/` are stable. Reasons, roles and server ids are the
+//! protocol engine's own types, see [`protocol`]; [`words`] puts the reasons into words. [`config`] reads
+//! `/etc/understudy/dom0d.toml`.
 
+mod command;
 pub mod config;
 mod event;
-mod order;
 mod status;
 pub mod time;
 pub mod words;
 
-pub use event::{EVENTS_LOST, Event};
-pub use order::{
+pub use command::{
     Attach, Attached, CopyEnd, DEFAULT_COPY_LIMIT_MS, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure,
     Hold, HoldState, Holding, MAX_COPY_LIMIT_MS, MAX_DRAIN_TIMEOUT_MS, Notice, NoticeEvent, Noticed,
     OnDomain, Promoted, Refusal, Switchover,
 };
+pub use event::{EVENTS_LOST, Event};
 pub use status::{
     Conversation, Conversations, Domain, KnownDomain, Leg, Server, Service, Services, Status, queue_state,
 };

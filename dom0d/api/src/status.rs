@@ -1,7 +1,7 @@
-//! What `GET /v1/status`, `/v1/services` and `/v1/services/{s}/conversations` answer.
+//! The answers to `GET /v1/status`, `/v1/services` and `/v1/services/{s}/conversations`.
 //!
-//! Counts and bytes are of the moment at which the data path answered; all of one answer is of one
-//! moment. Fields are only ever added: readers ignore those they don't know.
+//! All counts and bytes of one answer are of the moment at which the data path answered. Fields are only
+//! ever added: readers ignore those that they don't know.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +17,7 @@ pub struct Domain {
     pub name: String,
     /// Its identity.
     pub uuid: Uuid,
-    /// The number of this life of it; reused by Xen after its end.
+    /// The number of its present life. Xen uses it again after that life.
     pub domid: u16,
 }
 
@@ -30,9 +30,9 @@ pub struct Status {
     pub pid: u32,
     /// How long dom0d has been up, in milliseconds.
     pub uptime_ms: u64,
-    /// What runs the domains: `xen` or `lab`.
+    /// The hypervisor: `xen` or `lab`.
     pub hypervisor: String,
-    /// Every service serves and nothing hinders the daemon; what `/readyz` says.
+    /// Every service serves and nothing hinders the daemon, as in `/readyz`.
     pub ready: bool,
     /// What hinders the daemon as a whole, and what to do.
     pub problems: Vec<String>,
@@ -52,7 +52,7 @@ pub struct Services {
 /// One service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
-    /// The operator's name of it.
+    /// Its name in the configuration.
     pub name: String,
     /// The PSC's addresses.
     pub psc: Vec<IpAddr>,
@@ -74,8 +74,8 @@ pub struct Service {
     pub servers: Vec<Server>,
     /// Domains that match the configuration and are not in the queue.
     pub known: Vec<KnownDomain>,
-    /// Interfaces in dom0 of the service's domains from which nothing passes but what `allow` names, also while their
-    /// domains are starting or can't be used.
+    /// Interfaces in dom0 of the service's domains, from which only what `allow` names passes. Also those of domains that
+    /// are starting or can't be used.
     #[serde(default)]
     pub contained: Vec<String>,
     /// Open conversations.
@@ -93,12 +93,12 @@ pub struct Service {
 }
 
 impl Service {
-    /// The server that serves now.
+    /// The server that serves now, or takes over.
     pub fn ovm(&self) -> Option<&Server> {
         self.servers.iter().find(|server| matches!(server.role, Role::Ovm | Role::TakingOver))
     }
 
-    /// How many servers could take over unasked.
+    /// How many servers dom0d would promote unasked.
     pub fn promotable(&self) -> usize {
         self.servers.iter().filter(|s| s.promotable).count()
     }
@@ -109,21 +109,21 @@ impl Service {
 pub struct Server {
     /// Its id in events.
     pub server: ServerId,
-    /// The domain; `null` in the moment in which the daemon has lost sight of it.
+    /// The domain; `null` if the daemon has just lost it.
     pub domain: Option<Domain>,
-    /// Its place.
+    /// Its role.
     pub role: Role,
-    /// The place as the paper numbers it (§IV.B), see [`queue_state`].
+    /// The role as the paper numbers it (§IV.B), see [`queue_state`].
     pub queue_state: u8,
     /// It can be promoted unasked.
     pub promotable: bool,
-    /// Why it can't, for programs.
+    /// Why it can't be promoted, for programs.
     pub not_promotable: Option<NotPromotable>,
-    /// Why it can't, in words, and what to do; `null` if it can, and for the OVM.
+    /// Why it can't be promoted, in words, and what to do; `null` if it can, and for the OVM.
     pub why: Option<String>,
     /// Why its state may differ from the OVM's, if it may.
     pub stale: Option<StaleReason>,
-    /// It is behind the service-wide order for too long.
+    /// It is behind the record for too long.
     pub lagging: bool,
     /// Open conversations it covers.
     pub covered: u64,
@@ -131,12 +131,12 @@ pub struct Server {
     pub uncovered: u64,
     /// Open conversations in which it diverged.
     pub diverged: u64,
-    /// Bytes, over all conversations and both directions, that it is behind.
+    /// How many bytes it is behind, over all conversations and both directions.
     pub behind_bytes: u64,
 }
 
-/// The paper's number of a server's place in the queue: 2 OVM, 3 RVM, 4 taking over. (The paper's 0
-/// and 1 stand for the PSC and the client, which are no servers here.)
+/// The paper's number of a server's role: 2 OVM, 3 RVM, 4 taking over. (The paper's 0 and 1 stand for the
+/// PSC and the client, which are no servers here.)
 pub fn queue_state(role: Role) -> u8 {
     match role {
         Role::Ovm => 2,
@@ -161,7 +161,7 @@ pub struct Conversations {
     pub service: String,
     /// Open conversations in all.
     pub total: u64,
-    /// How many were left out at the front.
+    /// How many were skipped at the front.
     pub skip: usize,
     /// The page, in table order.
     pub conversations: Vec<Conversation>,
@@ -174,7 +174,7 @@ pub struct Conversation {
     pub client: SocketAddr,
     /// The PSC's address and port.
     pub psc: SocketAddr,
-    /// RFC 9293 state as the daemon sees it.
+    /// Its state as the daemon sees it.
     pub state: String,
     /// It is in recuperation.
     pub recuperating: bool,
@@ -186,14 +186,14 @@ pub struct Conversation {
     pub legs: Vec<Leg>,
 }
 
-/// One server's part in one conversation.
+/// One server's counterpart of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leg {
     /// Which server.
     pub server: ServerId,
     /// The name of its domain.
     pub domain: Option<String>,
-    /// It would go on there after a promotion.
+    /// The conversation would continue there after a promotion.
     pub covered: bool,
     /// Client bytes it acknowledged.
     pub acknowledged_bytes: u64,
@@ -201,6 +201,6 @@ pub struct Leg {
     pub produced_bytes: u64,
     /// Why it does not cover the conversation.
     pub uncovered: Option<Uncovered>,
-    /// Position of its first answer byte that differs from what the client was sent, if one does.
+    /// Position of its first answer byte that differs from what the client was sent, if any differs.
     pub diverged_at: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! The protocol engine's reasons in words that tell an operator what happened and what to do.
+//! Puts the protocol engine's reasons into words that tell an operator what happened and what to do.
 
 use understudy_protocol::{Evidence, NotPromotable, StaleReason, Uncovered};
 
@@ -11,11 +11,11 @@ pub fn not_promotable(reason: NotPromotable) -> String {
             stale(reason)
         ),
         NotPromotable::Lagging => {
-            "lagging: it answers more slowly than the OVM; promotable again once it has caught up"
+            "lagging: it is behind the OVM; promotable again once it has caught up"
                 .to_owned()
         }
         NotPromotable::Recovering => {
-            "recovering: it lost its seat as the OVM; promotable again once it has caught up, fenced if it does not in time"
+            "recovering: it lost its seat as the OVM; promotable again once it has caught up, and fenced if it does not in time"
                 .to_owned()
         }
         NotPromotable::PromotionLimit => {
@@ -23,10 +23,10 @@ pub fn not_promotable(reason: NotPromotable) -> String {
                 .to_owned()
         }
         NotPromotable::NotRunning => {
-            "its domain does not run; `understudy resume`, or start it".to_owned()
+            "its domain does not run; start it, or `understudy resume` it if it is paused".to_owned()
         }
         NotPromotable::OwnConnections => {
-            "it opened connections of its own, which are dropped (understudy status says to where), so it may hold or do something else than the OVM; let them pass (allow = [\"tcp/PORT\"]), or state that they do no harm (own_connections = \"tolerate\"), then detach it, bring its state in line and attach it"
+            "it tried to open connections of its own, which are dropped (`understudy events` says to where), so its state may differ from the OVM's; let them pass (allow = [\"tcp/PORT\"]) or state that they do no harm (own_connections = \"tolerate\"), then detach it, bring its state in line and attach it"
                 .to_owned()
         }
     }
@@ -37,7 +37,7 @@ pub fn stale(reason: StaleReason) -> &'static str {
     match reason {
         StaleReason::NotSeeded => "nobody has stated that its state equals the OVM's",
         StaleReason::MissedBytes => "it missed bytes that the OVM received",
-        StaleReason::TookMore => "it was given a request that the OVM answered with a reset",
+        StaleReason::TookMore => "it received a request that the OVM answered with a reset",
         StaleReason::UncoveredConversation => {
             "the OVM serves a conversation that could not be replicated to it"
         }
@@ -56,7 +56,7 @@ pub fn uncovered(reason: Uncovered) -> &'static str {
         Uncovered::RvmReset => "the RVM refused or reset it",
         Uncovered::RvmLagged => "the RVM did not answer, or fell behind a limit",
         Uncovered::Authenticated => "TCP-MD5 or TCP-AO: its segments can't be rewritten",
-        Uncovered::Unrecorded => "the kernel passed what found no room to be recorded",
+        Uncovered::Unrecorded => "the kernel passed bytes that found no room to be recorded",
     }
 }
 

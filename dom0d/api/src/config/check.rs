@@ -1,4 +1,4 @@
-//! What makes a configuration wrong.
+//! Checks a configuration, and collects every mistake in it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,7 +20,7 @@ const WIDEST_WINDOW: u32 = 1 << 30;
 const DEFAULT_MAINTENANCE_LIMIT: Duration = Duration::from_secs(30);
 const DEFAULT_DAEMON_GRACE: Duration = Duration::from_secs(5);
 
-/// Collects what is wrong, so that an operator sees all of it at once.
+/// Collects the mistakes, so that an operator sees all of them at once.
 #[derive(Default)]
 pub(super) struct Problems {
     pub(super) found: Vec<Problem>,
@@ -345,7 +345,7 @@ impl Problems {
         }
     }
 
-    /// What is wrong between services.
+    /// Checks services against each other.
     pub(super) fn between(&mut self, services: &[Service]) {
         let mut names = BTreeSet::new();
         let mut pscs: BTreeMap<IpAddr, &str> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! The file's keys as they are written, before anything is checked.
+//! The file's keys as written, unchecked.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -109,7 +109,7 @@ pub(super) struct RawPattern {
     pub(super) length: u16,
 }
 
-/// Text, or bytes where text can't say it.
+/// Text, or byte values for bytes that are no text.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a string or a list of byte values")]
 pub(super) enum RawPrefix {

@@ -1,5 +1,4 @@
-//! What operators can order (`POST /v1/services/{s}/…`) and hooks can tell (`POST /v1/notify`), what is
-//! answered, and how a refusal looks.
+//! Operators' commands (`POST /v1/services/{s}/…`), hooks' notices (`POST /v1/notify`), their answers and refusals.
 
 use std::net::IpAddr;
 
@@ -8,16 +7,16 @@ use understudy_protocol::ServerId;
 
 use crate::Domain;
 
-/// How long open conversations get to end by themselves when an attach with a drain does not say.
+/// How long open conversations get to end by themselves, if an attach with a drain gives no time.
 pub const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 30_000;
 
-/// The longest drain: clients without an open conversation are kept waiting meanwhile.
+/// The longest drain: new clients wait meanwhile.
 pub const MAX_DRAIN_TIMEOUT_MS: u64 = 3_600_000;
 
-/// How long clients may be held while a state is copied, when an attach with a copy does not say.
+/// How long clients may be held while a state is copied, if an attach with a copy gives no time.
 pub const DEFAULT_COPY_LIMIT_MS: u64 = 600_000;
 
-/// The longest copy: clients are kept waiting meanwhile.
+/// The longest copy: clients wait meanwhile.
 pub const MAX_COPY_LIMIT_MS: u64 = 3_600_000;
 
 /// Body of `…/attach`. Exactly one of `assume_identical`, `drain` and `copied` must be there.
@@ -26,25 +25,25 @@ pub const MAX_COPY_LIMIT_MS: u64 = 3_600_000;
 pub struct Attach {
     /// The domain's name or UUID.
     pub domain: String,
-    /// The operator states: its state equals the OVM's now.
+    /// The operator states that its state equals the OVM's now.
     #[serde(default)]
     pub assume_identical: bool,
-    /// The operator states: its state equals the OVM's once the open conversations have ended. New
-    /// ones are held until then.
+    /// The operator states that its state equals the OVM's once the open conversations have ended. New
+    /// conversations are held until then.
     #[serde(default)]
     pub drain: bool,
-    /// When the drain gives up, in milliseconds from now; [`DEFAULT_DRAIN_TIMEOUT_MS`] if absent.
+    /// How long the drain waits, in milliseconds; [`DEFAULT_DRAIN_TIMEOUT_MS`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_timeout_ms: Option<u64>,
-    /// It was made equal to the OVM's under this hold ([`Holding`]), which ends thereby.
+    /// Its state was made equal to the OVM's during this hold ([`Holding`]), which ends now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copied: Option<u64>,
 }
 
-/// Body of `…/hold`: clients are held for as long as the answer is read, while the OVM's state is copied to a domain.
+/// Body of `…/hold`: clients are held as long as the answer is read, while the OVM's state is copied to a domain.
 ///
-/// The answer is a stream of [`Holding`], one per line, at least each second. Whoever closes the connection lets the
-/// clients in again.
+/// The answer is a stream of [`Holding`], one per line, at least each second. Closing the connection lets the clients in
+/// again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hold {
@@ -53,12 +52,12 @@ pub struct Hold {
     /// How long open conversations get to end, in milliseconds; [`DEFAULT_DRAIN_TIMEOUT_MS`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_timeout_ms: Option<u64>,
-    /// How long clients are held then, in milliseconds; [`DEFAULT_COPY_LIMIT_MS`] if absent.
+    /// How long clients are held for the copy, in milliseconds; [`DEFAULT_COPY_LIMIT_MS`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit_ms: Option<u64>,
 }
 
-/// How a hold is.
+/// One line of a hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holding {
     /// Its number, for [`Attach::copied`].
@@ -67,7 +66,7 @@ pub struct Holding {
     pub from: CopyEnd,
     /// The domain that it is to be copied to.
     pub to: CopyEnd,
-    /// What is so now.
+    /// Its state now.
     pub state: HoldState,
 }
 
@@ -80,7 +79,7 @@ pub struct CopyEnd {
     pub addresses: Vec<IpAddr>,
 }
 
-/// What is so of a hold.
+/// The state of a hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "snake_case")]
 pub enum HoldState {
@@ -89,9 +88,9 @@ pub enum HoldState {
         /// How many are open.
         open: u64,
     },
-    /// Nothing of clients reaches the OVM: copy now.
+    /// No client reaches the OVM: copy now.
     Held,
-    /// Clients are let in again; the last line.
+    /// Clients are let in again. This is the last line.
     Over {
         /// Why.
         reason: String,
@@ -122,13 +121,13 @@ pub struct Failover {
     /// The next OVM; the best candidate if absent.
     #[serde(default)]
     pub to: Option<String>,
-    /// Promote although it is not promotable: conversations that can't go on there are reset.
+    /// Promote a server that is not promotable, too: conversations that can't continue there are reset.
     #[serde(default)]
     pub force: bool,
 }
 
 /// Body of `/v1/notify`: a domain or a vif came, or is about to leave. It is only a hint to look at xenstore
-/// at once, so nothing that it names need exist.
+/// at once: nothing that it names need exist.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Notice {
@@ -155,7 +154,7 @@ pub enum NoticeEvent {
     Offline,
 }
 
-/// Answer to `/v1/notify`: dom0d lists the domains anew soon; what it finds is in the events.
+/// Answer to `/v1/notify`: dom0d will list the domains soon; the events tell what it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noticed {}
 
@@ -166,7 +165,7 @@ pub struct Attached {
     pub domain: Domain,
     /// Its id in events and status from now on.
     pub server: ServerId,
-    /// The drain is under way; an event (`seeded`, or `stale`) reports its end.
+    /// The drain is running; the event `seeded`, `drain_failed`, `detached` or `evicted` reports its end.
     pub draining: bool,
 }
 
@@ -195,7 +194,7 @@ pub struct Failure {
     pub error: Refusal,
 }
 
-/// Why a request was not carried out; nothing was changed.
+/// Why a request was not carried out. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
     /// A stable name, for programs.

@@ -1,4 +1,4 @@
-//! What each command asks dom0d, and what it makes of the answer.
+//! Carries out each command: asks dom0d, and shows its answer.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use understudy_api::{
     NoticeEvent, OnDomain, Promoted, Services, Status, Switchover,
 };
 
-use crate::arguments::{Arguments, Order, What};
+use crate::arguments::{Arguments, Command, What};
 use crate::check_config::check_config;
 use crate::copy::copy_to;
 use crate::daemon::{Daemon, Events, percent_encoded};
@@ -15,29 +15,29 @@ use crate::failed::Failed;
 use crate::output::Output;
 use crate::{sentence, show};
 
-/// Conversations asked for at a time; dom0d gives no more.
+/// Conversations in one request; dom0d answers with no more.
 const PAGE: u32 = 1_000;
 
-/// How long after a drain's deadline its end may be reported.
+/// How long after a drain's deadline dom0d may report its end.
 const DRAIN_SLACK: Duration = Duration::from_secs(5);
 
 pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(), Failed> {
     let daemon = &Daemon { socket: arguments.socket };
-    match arguments.order {
-        Order::Status => {
+    match arguments.command {
+        Command::Status => {
             let status: Status = daemon.get("/v1/status").await?;
             output.result(&status, || show::status(&status))
         }
-        Order::Services => {
+        Command::Services => {
             let services: Services = daemon.get("/v1/services").await?;
             output.result(&services, || show::services(&services))
         }
-        Order::Conversations { service, limit, skip } => {
+        Command::Conversations { service, limit, skip } => {
             let path = path_of(daemon, service, "conversations").await?.1;
             let page = conversations(daemon, &path, skip, limit).await?;
             output.result(&page, || show::conversations(&page))
         }
-        Order::Attach { service, domain, assume_identical, drain, copy, timeout, copy_limit } => {
+        Command::Attach { service, domain, assume_identical, drain, copy, timeout, copy_limit } => {
             let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
             let (timeout, limit_ms) = (timeout.map(ms), copy_limit.map(ms));
             match copy {
@@ -47,43 +47,43 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
                     copy_to(daemon, &service, &hold, &command, output).await
                 }
                 None => {
-                    let order =
+                    let body =
                         Attach { domain, assume_identical, drain, drain_timeout_ms: timeout, copied: None };
-                    attach(daemon, service, order, output).await
+                    attach(daemon, service, body, output).await
                 }
             }
         }
-        Order::Detach { service, domain } => {
+        Command::Detach { service, domain } => {
             let (service, path) = path_of(daemon, service, "detach").await?;
             let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
             output.result(&done, || format!("{service}: {} is out of the queue\n", done.domain.name))
         }
-        Order::Switchover { service, to } => {
+        Command::Switchover { service, to } => {
             let (service, path) = path_of(daemon, service, "switchover").await?;
             let promoted: Promoted = daemon.post(&path, &Switchover { to }).await?;
             output.result(&promoted, || now_serves(&service, &promoted))
         }
-        Order::Failover { service, to, force } => {
+        Command::Failover { service, to, force } => {
             let (service, path) = path_of(daemon, service, "failover").await?;
             let promoted: Promoted = daemon.post(&path, &Failover { to, force }).await?;
             output.result(&promoted, || now_serves(&service, &promoted))
         }
-        Order::Pause { service, domain } => {
+        Command::Pause { service, domain } => {
             let (service, path) = path_of(daemon, service, "pause").await?;
             let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
             output.result(&done, || {
                 format!(
-                    "{service}: {name} is paused, announced; end it with `understudy resume {name}`\n",
+                    "{service}: {name} is paused for maintenance; end it with `understudy resume {name}`\n",
                     name = done.domain.name
                 )
             })
         }
-        Order::Resume { service, domain } => {
+        Command::Resume { service, domain } => {
             let (service, path) = path_of(daemon, service, "resume").await?;
             let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
             output.result(&done, || format!("{service}: {} runs\n", done.domain.name))
         }
-        Order::Notify { event, domid, vif, domain } => {
+        Command::Notify { event, domid, vif, domain } => {
             let event = match event {
                 What::Online => NoticeEvent::Online,
                 What::Offline => NoticeEvent::Offline,
@@ -93,18 +93,18 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             let noticed = daemon.notify(&notice).await?;
             output.result(&noticed, || "dom0d looks for domains now\n".to_owned())
         }
-        Order::Events { follow, since } => events(daemon, follow, since, output).await,
-        Order::CheckConfig { path } => check_config(&path, output),
+        Command::Events { follow, since } => events(daemon, follow, since, output).await,
+        Command::CheckConfig { path } => check_config(&path, output),
     }
 }
 
-/// The service's name and the path of an order on it. Without a name it is the only service.
-async fn path_of(daemon: &Daemon, service: Option<String>, order: &str) -> Result<(String, String), Failed> {
+/// The service's name, or that of the only service, and the path of a command on it.
+async fn path_of(daemon: &Daemon, service: Option<String>, verb: &str) -> Result<(String, String), Failed> {
     let service = match service {
         Some(service) => service,
         None => only_service(daemon).await?,
     };
-    let path = format!("/v1/services/{}/{order}", percent_encoded(&service));
+    let path = format!("/v1/services/{}/{verb}", percent_encoded(&service));
     Ok((service, path))
 }
 
@@ -126,7 +126,7 @@ fn now_serves(service: &str, promoted: &Promoted) -> String {
     format!("{service}: {domain} serves now (epoch {epoch})\n")
 }
 
-/// Asks page by page; rows may move between pages, as conversations come and go.
+/// Asks page by page. A row may appear twice or not at all, since conversations come and go between pages.
 async fn conversations(daemon: &Daemon, path: &str, skip: u32, limit: u32) -> Result<Conversations, Failed> {
     let mut all: Option<Conversations> = None;
     let mut taken = 0;
@@ -154,31 +154,31 @@ async fn conversations(daemon: &Daemon, path: &str, skip: u32, limit: u32) -> Re
 async fn attach(
     daemon: &Daemon,
     service: Option<String>,
-    order: Attach,
+    body: Attach,
     output: &Output,
 ) -> Result<(), Failed> {
-    if !order.assume_identical && !order.drain {
+    if !body.assume_identical && !body.drain {
         return Err(Failed::Usage(format!(
-            "attaching {} needs a statement on its state: --assume-identical if it equals the OVM's now, --drain if it will once open conversations have ended, --copy COMMAND to make it equal",
-            order.domain
+            "say what the state of {} is: --assume-identical if it equals the OVM's now, --drain if it does once open conversations have ended, --copy COMMAND to make it equal",
+            body.domain
         )));
     }
     let (service, path) = path_of(daemon, service, "attach").await?;
     // Listen first: the drain may end at once.
-    let mut events = match order.drain {
+    let mut events = match body.drain {
         true => Some(daemon.events("?follow=true&since=0s").await?),
         false => None,
     };
-    let mut attached: Attached = daemon.post(&path, &order).await?;
+    let mut attached: Attached = daemon.post(&path, &body).await?;
     if let (true, Some(events)) = (attached.draining, &mut events) {
-        let timeout_ms = order.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
+        let timeout_ms = body.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
         let timeout = Duration::from_millis(timeout_ms);
         output.notice(&format!(
-            "{service}: you state that {} lacks nothing that clients wrote until now (a copy made while they wrote does; --copy holds them)",
+            "{service}: you state that {} has everything that clients wrote until now. A copy made while they wrote does not; use --copy then",
             attached.domain.name
         ));
         output.notice(&format!(
-            "{service}: waiting up to {} s for open conversations to end; new ones are held",
+            "{service}: waiting up to {} s for open conversations to end; new clients wait",
             timeout.as_secs_f64()
         ));
         let end = drained(events, &service, &attached);
@@ -198,7 +198,7 @@ async fn attach(
     })
 }
 
-/// Waits for the drain's good end.
+/// Waits until the drain has succeeded.
 async fn drained(events: &mut Events<'_>, service: &str, attached: &Attached) -> Result<(), Failed> {
     let server = u64::from(attached.server.0);
     while let Some(line) = events.next().await? {
@@ -212,7 +212,7 @@ async fn drained(events: &mut Events<'_>, service: &str, attached: &Attached) ->
             "seeded" => return Ok(()),
             "drain_failed" | "detached" | "evicted" => {
                 let message = format!(
-                    "service {service}: {}. {} is not promotable; try again with a longer --timeout, or when fewer clients are connected",
+                    "service {service}: {}. {} is not promotable; try again with a longer --timeout or fewer clients",
                     sentence::sentence(&event),
                     attached.domain.name
                 );
@@ -243,5 +243,5 @@ async fn events(daemon: &Daemon, follow: bool, since: Option<String>, output: &O
 }
 
 fn ended() -> Failed {
-    Failed::Unreachable("dom0d ended the stream of events: it stopped; see its log".to_owned())
+    Failed::Unreachable("dom0d stopped, and the stream of events with it; see its log".to_owned())
 }

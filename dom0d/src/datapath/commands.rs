@@ -298,7 +298,7 @@ fn find(service: &Service, domain: &str) -> Outcome<ServerId> {
 /// Whether a domain can be a server as it is now.
 fn usable(service: &Service, id: ServerId, domain: &str) -> Outcome<()> {
     let server = &service.servers[&id];
-    let reason = if !service.plane.has_server(id) {
+    let reason = if !service.plane.ports.has_server(id) {
         "its vif can't be used at the moment; see understudy status"
     } else if !server.running {
         "its domain does not run (paused, suspended or shut down); resume it (understudy resume, xl unpause) or start it"

@@ -388,7 +388,7 @@ impl DataPath {
             rules_changed |= std::mem::take(&mut service.rules_changed);
             service.note_equals();
             memory_changed |= std::mem::take(&mut service.memory_changed);
-            for loss in service.plane.take_losses() {
+            for loss in service.plane.ports.take_losses() {
                 self.counters.interfaces_lost += 1;
                 let server = loss.server.and_then(|id| service.servers.get(&id));
                 tracing::warn!(service = service.name(), error = loss.error, "an interface was lost");

@@ -1,29 +1,42 @@
-//! How do a service's packets get from the wire to the engine and back? One trait for all data planes.
+//! How do a service's packets get from the wire to the engine and back?
 //!
-//! A plane belongs to one service and to the data-path thread. It tells client from server by where a
-//! packet came from; whose voice counts is the engine's business.
+//! A plane belongs to one service and to the data-path thread. It tells client from server by where a packet came from;
+//! whose voice counts is the engine's business.
+//!
+//! Every plane captures the service's interfaces with libpcap and injects what the engine rewrote (the paper's own
+//! construction, and all of the plane `pcap`): what a guest sends is taken at its vif and kept from the bridge (see
+//! [`crate::containment`]), and what clients send to the PSC's MAC ends at the anchor. The plane `bpf` has a fast path in
+//! the kernel beside that.
 
-mod bpf;
+mod fast;
 mod neighbours;
-mod pcap;
+mod notes;
+mod packet;
+mod ports;
+mod presence;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use nix::poll::PollFlags;
 use understudy_api::config;
 use understudy_bpf::{Packet, Programs};
-use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId, Sign, Transmit};
+use understudy_protocol::{Bounds, Destination, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
 
-use self::bpf::BpfPlane;
-use self::pcap::PcapPlane;
-use crate::link::device::Device;
-use crate::link::frame::Mac;
+use self::fast::Taken;
+use self::notes::Notes;
+use self::packet::{destination_address, opens, source_address};
+use self::ports::Ports;
+use self::presence::Presence;
+use crate::link::device::{Device, mac_text};
+use crate::link::frame::{self, Content, Frame, Mac, is_unicast};
 use crate::link::psc::Psc;
 use crate::link::vif::Interface;
+
+pub(crate) use self::fast::{FastPath, Left};
 
 /// A packet for the engine.
 #[derive(Debug)]
@@ -65,137 +78,40 @@ pub(crate) enum Origin {
     Server(ServerId),
 }
 
-/// An interface that a plane lost.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Loss {
-    /// The server whose vif it was; `None` for the PSC's own.
-    pub(crate) server: Option<ServerId>,
-    /// What happened.
-    pub(crate) error: String,
+/// The data plane of one service.
+pub(crate) struct Plane {
+    /// The service's open interfaces.
+    pub(crate) ports: Ports,
+    /// What servers told beside the service's segments.
+    pub(crate) notes: Notes,
+    /// What passes conversations by itself, on the plane `bpf`.
+    pub(crate) fast: Option<FastPath>,
+    presence: Presence,
+    ovm: Option<ServerId>,
+    counters: Counters,
 }
 
-/// The data plane of one service.
-pub(crate) trait Plane: Send {
-    /// Its name in the configuration.
-    fn name(&self) -> &'static str;
+#[derive(Default)]
+struct Counters {
+    client_frames: u64,
+    server_frames: u64,
+    no_link_address: u64,
+    other_vlan_refused: u64,
+    malformed: u64,
+}
 
-    /// The PSC's place on its bridge: the far end of the anchor. The PSC is announced with the next
-    /// [`Plane::tick`].
-    fn set_anchor(&mut self, now: Instant, far_end: Device);
-
-    /// Whether the PSC has its place on a bridge.
-    fn is_anchored(&self) -> bool;
-
-    /// A server's vif, the guest's MAC and its addresses. Replaces the interface of a server that is there already.
-    fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, addresses: &[IpAddr]);
-
-    /// Whether a server's vif is open.
-    fn has_server(&self, server: ServerId) -> bool;
-
-    /// A server goes on under another id: it was attached anew.
-    fn rename_server(&mut self, from: ServerId, to: ServerId);
-
-    /// Closes a server's interface.
-    fn remove_server(&mut self, server: ServerId);
-
-    /// What to poll for reading. The order is that of the flags given to [`Plane::set_ready`].
-    fn fds(&self) -> Vec<BorrowedFd<'_>>;
-
-    /// Which of [`Plane::fds`] have something, in their order; the others, and those that are not told of, are left alone
-    /// until the next poll.
-    fn set_ready(&mut self, ready: &[PollFlags]);
-
-    /// The next packet of this round, fairly from all that are ready. Gives a bounded number of packets
-    /// after each [`Plane::set_ready`]. Answers neighbours' questions on the way.
-    fn receive(&mut self, now: Instant) -> Option<Inbound<'_>>;
-
-    /// Asks a server for its own link-layer address; the answer is a sign that it lives.
-    fn ask(&mut self, server: ServerId);
-
-    /// The next sign of the OVM's life: of each kind the latest, as far as there is room for them.
-    fn take_sign(&mut self) -> Option<(ServerId, Sign)>;
-
-    /// Sends a packet of the engine. Failures are counted: to a TCP they are losses.
-    fn transmit(&mut self, packet: &Transmit);
-
-    /// Who is the OVM from now on; also after [`Plane::stop`].
-    fn set_ovm(&mut self, ovm: Option<ServerId>);
-
-    /// Passes conversations by itself.
-    fn passes(&self) -> bool {
-        false
-    }
-
-    /// Passes nothing by itself from now on. `false` if it never does, or had stopped already.
-    fn stop(&mut self) -> bool {
-        false
-    }
-
-    /// Whether it stopped and was not told of an OVM since.
-    fn is_stopped(&self) -> bool {
-        false
-    }
-
-    /// The next packet of those that came before [`Plane::stop`], passed or not; `None` when there is none left, whatever
-    /// clients have said since: that is received as ever.
-    fn rest(&mut self) -> Option<Inbound<'_>> {
-        None
-    }
-
-    /// Everything of clients and OVM has been received.
-    fn is_idle(&self) -> bool {
-        false
-    }
-
-    /// Passes a conversation by itself from now on.
-    fn hand_over(&mut self, _handover: &Handover) {}
-
-    /// Lets a conversation that it passes go on further than before.
-    fn extend(&mut self, _place: u32, _bounds: Bounds) {}
-
-    /// Passes a conversation by itself no more.
-    fn take_back(&mut self, _client: SocketAddr, _psc: SocketAddr) {}
-
-    /// Whether something was passed since the last call that could not be told.
-    fn take_untold(&mut self) -> bool {
-        false
-    }
-
-    /// Does what is due (announcing the PSC), and says when to call again.
-    fn tick(&mut self, now: Instant) -> Option<Instant>;
-
-    /// Goes on where a predecessor's plane was, with servers in these slots.
-    fn succeed(&mut self, _slots: &BTreeMap<ServerId, u8>, _ovm: Option<ServerId>, _untold: u64) {}
-
-    /// Whether this OVM's segments, and nobody else's, are let through to clients.
-    fn lets_speak(&self, _ovm: Option<ServerId>) -> bool {
-        true
-    }
-
-    /// Servers by their places in what outlives the process.
-    fn slots(&self) -> BTreeMap<ServerId, u8> {
-        BTreeMap::new()
-    }
-
-    /// What [`Plane::take_untold`] told of so far.
-    fn untold(&self) -> u64 {
-        0
-    }
-
-    /// Interfaces lost since the last call.
-    fn take_losses(&mut self) -> Vec<Loss>;
-
-    /// Connections that RVMs tried to open by themselves since the last call, and where to: the first ones, if many.
-    fn take_own_connections(&mut self) -> Vec<(ServerId, SocketAddr)>;
-
-    /// Monotonic counters.
-    fn counters(&mut self) -> BTreeMap<&'static str, u64>;
+/// What a captured frame means.
+enum Meaning {
+    /// A packet for the engine, in this part of the frame at hand.
+    Packet(Origin, Range<usize>),
+    /// Dealt with, or nothing to do.
+    Done,
 }
 
 /// The plane that a service's configuration asks for, if this host has it; else the portable one and why.
 pub(crate) struct Choice {
     /// The plane.
-    pub(crate) plane: Box<dyn Plane>,
+    pub(crate) plane: Plane,
     /// What goes on the service's interfaces.
     pub(crate) programs: Option<Programs>,
     /// Why it is not the one that was asked for.
@@ -205,18 +121,315 @@ pub(crate) struct Choice {
 /// Chooses a service's plane, whose maps, if it has any, are pinned there. May take a moment: the kernel verifies
 /// programs.
 pub(crate) fn choose(service: &config::Service, pins: Option<&Path>) -> Choice {
-    let portable = PcapPlane::new(Psc::of(service));
+    let plane = |fast| Plane {
+        ports: Ports::default(),
+        notes: Notes::default(),
+        fast,
+        presence: Presence::new(Psc::of(service)),
+        ovm: None,
+        counters: Counters::default(),
+    };
     match service.plane {
-        config::Plane::Pcap => Choice { plane: Box::new(portable), programs: None, reason: None },
-        config::Plane::Bpf => match understudy_bpf::load(&bpf::settings(service, pins)) {
+        config::Plane::Pcap => Choice { plane: plane(None), programs: None, reason: None },
+        config::Plane::Bpf => match understudy_bpf::load(&fast::settings(service, pins)) {
             Ok((programs, tap)) => {
-                let plane = Box::new(BpfPlane::new(tap, portable));
-                Choice { plane, programs: Some(programs), reason: None }
+                Choice { plane: plane(Some(FastPath::new(tap))), programs: Some(programs), reason: None }
             }
             Err(error) => {
                 let reason = format!("the plane bpf can't be used here, so pcap is: {error}");
-                Choice { plane: Box::new(portable), programs: None, reason: Some(reason) }
+                Choice { plane: plane(None), programs: None, reason: Some(reason) }
             }
         },
+    }
+}
+
+/// What the service asks of it: interfaces come and go, packets are received.
+impl Plane {
+    /// The PSC has its place on its bridge: the far end of the anchor. The PSC is announced with the next [`Plane::tick`].
+    pub(crate) fn set_anchor(&mut self, now: Instant, far_end: Device) {
+        self.ports.set_anchor(far_end);
+        self.presence.begin(now);
+    }
+
+    /// A server's vif, the guest's MAC and its addresses. Replaces the interface of a server that is there already. One
+    /// that the fast path has no slot for is not in the plane ([`Ports::has_server`]).
+    pub(crate) fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, addresses: &[IpAddr]) {
+        let has_slot =
+            self.fast.as_mut().is_none_or(|fast| fast.add_server(server, vif.index, mac, addresses));
+        if has_slot {
+            self.ports.add_server(server, vif.device, mac, addresses);
+        }
+    }
+
+    /// A server goes on under another id (it was attached anew), or, without one, leaves.
+    pub(crate) fn move_server(&mut self, from: ServerId, to: Option<ServerId>) {
+        self.presence.forget(from);
+        match (to, &mut self.fast) {
+            (Some(to), Some(fast)) => fast.rename_server(from, to),
+            (None, Some(fast)) => fast.remove_server(from),
+            (_, None) => {}
+        }
+        match to {
+            Some(to) => self.ports.rename_server(from, to),
+            None => self.ports.remove_server(from),
+        }
+    }
+
+    /// What to poll for reading. The order is that of the flags given to [`Plane::set_ready`].
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fast.iter().flat_map(FastPath::fds).chain(self.ports.fds()).collect()
+    }
+
+    /// Which of [`Plane::fds`] have something, in their order; the others, and those that are not told of, are left alone
+    /// until the next poll.
+    pub(crate) fn set_ready(&mut self, ready: &[PollFlags]) {
+        let rings = self.fast.as_ref().map_or(0, |fast| fast.fds().count());
+        if let Some(fast) = &mut self.fast {
+            fast.begin_round();
+        }
+        self.ports.set_ready(ready.get(rings..).unwrap_or_default(), self.ovm);
+    }
+
+    /// The next packet of this round, fairly from all that are ready. Gives a bounded number of packets after each
+    /// [`Plane::set_ready`]. Answers neighbours' questions on the way.
+    pub(crate) fn receive(&mut self, now: Instant) -> Option<Inbound<'_>> {
+        if let Some(taken) = self.fast.as_mut().and_then(|fast| fast.receive(now)) {
+            return self.inbound(taken);
+        }
+        let (from, range) = loop {
+            let port = self.ports.receive()?;
+            let Some(frame) = frame::parse(self.ports.frame()) else {
+                self.counters.malformed += 1;
+                continue;
+            };
+            let meaning = match port {
+                None => self.network_frame(now, frame),
+                Some(server) => self.server_frame(now, server, frame),
+            };
+            if let Meaning::Packet(from, range) = meaning {
+                break (from, range);
+            }
+        };
+        let packet = Bytes::Captured(&self.ports.frame()[range]);
+        Some(Inbound { from, packet, passage: Passage::Kept })
+    }
+
+    /// Does what is due, and says when to call again.
+    pub(crate) fn tick(&mut self, now: Instant) -> Option<Instant> {
+        let look = self.fast.as_mut().and_then(|fast| fast.tick(now));
+        look.into_iter().chain(self.presence.tick(now, &mut self.ports)).min()
+    }
+
+    /// Monotonic counters.
+    pub(crate) fn counters(&mut self) -> BTreeMap<&'static str, u64> {
+        let own = &self.counters;
+        let mut counters = BTreeMap::from([
+            ("client_frames", own.client_frames),
+            ("server_frames", own.server_frames),
+            ("no_link_address", own.no_link_address),
+            ("other_vlan_refused", own.other_vlan_refused),
+            ("malformed", own.malformed),
+            ("own_connection_attempts", self.notes.own_connection_attempts()),
+        ]);
+        counters.extend(self.ports.counters());
+        counters.extend(self.presence.counters());
+        counters.extend(self.fast.iter().flat_map(FastPath::counters));
+        counters
+    }
+}
+
+/// What the engine asks of it.
+impl Plane {
+    /// Sends a packet of the engine. Failures are counted: to a TCP they are losses.
+    pub(crate) fn transmit(&mut self, transmit: &Transmit) {
+        let (packet, psc_mac) = (&transmit.packet, self.presence.psc().mac);
+        match transmit.to {
+            Destination::Server(id) => {
+                self.ports.send_packet_to_server(id, psc_mac, packet, transmit.segment);
+            }
+            Destination::Client(link) => {
+                let known = if is_unicast(link.0) {
+                    Some(link.0)
+                } else {
+                    let address = destination_address(packet);
+                    address.and_then(|address| self.presence.neighbour(address)).map(|known| known.mac)
+                };
+                match known {
+                    Some(mac) => self.ports.send_packet_to_network(mac, psc_mac, packet, transmit.segment),
+                    None => self.counters.no_link_address += 1,
+                }
+            }
+        }
+    }
+
+    /// Asks a server for its own link-layer address; the answer is a sign that it lives.
+    pub(crate) fn ask(&mut self, server: ServerId) {
+        self.presence.ask(server, &mut self.ports);
+    }
+
+    /// Who is the OVM from now on; also after [`Plane::stop`].
+    pub(crate) fn set_ovm(&mut self, ovm: Option<ServerId>) {
+        if let Some(fast) = &mut self.fast {
+            fast.set_ovm(ovm);
+        }
+        if self.ovm != ovm {
+            self.notes.forget_signs();
+        }
+        self.ovm = ovm;
+    }
+
+    /// Passes nothing by itself from now on. `false` if it never does, or had stopped already.
+    pub(crate) fn stop(&mut self) -> bool {
+        self.fast.as_mut().is_some_and(FastPath::stop)
+    }
+
+    /// Whether it stopped and was not told of an OVM since.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.fast.as_ref().is_some_and(FastPath::is_stopped)
+    }
+
+    /// The next packet of those that came before [`Plane::stop`], passed or not; `None` when there is none left, whatever
+    /// clients have said since: that is received as ever.
+    pub(crate) fn rest(&mut self) -> Option<Inbound<'_>> {
+        let taken = self.fast.as_mut()?.rest()?;
+        self.inbound(taken)
+    }
+
+    /// Whether everything of clients and OVM has been received, so that conversations can be handed over.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.fast.as_ref().is_some_and(FastPath::is_idle)
+    }
+
+    /// Whether something was passed since the last call that could not be told.
+    pub(crate) fn take_untold(&mut self) -> bool {
+        self.fast.as_mut().is_some_and(FastPath::take_untold)
+    }
+
+    /// Passes a conversation by itself from now on.
+    pub(crate) fn hand_over(&mut self, handover: &Handover) {
+        if let Some(fast) = &mut self.fast {
+            fast.hand_over(handover);
+        }
+    }
+
+    /// Lets a conversation that it passes go on further than before.
+    pub(crate) fn extend(&mut self, entry: u32, bounds: Bounds) {
+        if let Some(fast) = &mut self.fast {
+            fast.extend(entry, bounds);
+        }
+    }
+
+    /// Passes a conversation by itself no more.
+    pub(crate) fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {
+        if let Some(fast) = &mut self.fast {
+            fast.take_back(client, psc);
+        }
+    }
+
+    /// Whether this OVM's segments, and nobody else's, are let through to clients.
+    pub(crate) fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
+        self.fast.as_ref().is_none_or(|fast| fast.lets_speak(ovm))
+    }
+
+    /// Goes on where a predecessor's plane was.
+    pub(crate) fn succeed(&mut self, left: &Left, ovm: Option<ServerId>) {
+        if let Some(fast) = &mut self.fast {
+            fast.succeed(left, ovm);
+        }
+        self.ovm = ovm;
+    }
+}
+
+impl Plane {
+    /// A packet of the fast path, for the engine.
+    fn inbound(&mut self, Taken { source, from, passage, .. }: Taken) -> Option<Inbound<'_>> {
+        let fast = self.fast.as_mut()?;
+        if let Origin::Client(LinkAddress(mac)) = from
+            && let Some(address) = source_address(&fast.packet(source))
+        {
+            self.presence.learn(address, mac, None, &mut self.ports);
+        }
+        Some(Inbound { from, packet: Bytes::Tapped(fast.packet(source)), passage })
+    }
+
+    fn network_frame(&mut self, now: Instant, frame: Frame) -> Meaning {
+        if self.presence.is_elsewhere(&frame) {
+            if self.presence.is_addressed(&frame) {
+                self.refuse_vlan(&frame);
+            }
+            return Meaning::Done;
+        }
+        let (presence, ports) = (&mut self.presence, &mut self.ports);
+        match frame.content {
+            Content::Ip(range) => {
+                if frame.destination != presence.psc().mac {
+                    return Meaning::Done;
+                }
+                if !is_unicast(frame.source) {
+                    self.counters.malformed += 1;
+                    return Meaning::Done;
+                }
+                self.counters.client_frames += 1;
+                if let Some(address) = source_address(&ports.frame()[range.clone()]) {
+                    presence.learn(address, frame.source, None, ports);
+                }
+                return Meaning::Packet(Origin::Client(LinkAddress(frame.source)), range);
+            }
+            Content::Arp(arp) => presence.network_arp(now, arp, ports),
+            Content::Solicitation(asks) => presence.network_solicitation(asks, frame.source, ports),
+            Content::Advertisement(tells) => presence.network_advertisement(now, tells, frame.source, ports),
+            Content::Malformed => self.counters.malformed += 1,
+            Content::ManyTags | Content::Other => {}
+        }
+        Meaning::Done
+    }
+
+    fn server_frame(&mut self, now: Instant, server: ServerId, frame: Frame) -> Meaning {
+        if self.presence.is_elsewhere(&frame) {
+            self.refuse_vlan(&frame);
+            return Meaning::Done;
+        }
+        let is_rvm = self.ovm != Some(server);
+        if !is_rvm {
+            self.notes.note_sign(server, &frame.content, &self.presence);
+        }
+        let (presence, ports) = (&mut self.presence, &mut self.ports);
+        match frame.content {
+            Content::Ip(range) => {
+                if let Some(to) = opens(&ports.frame()[range.clone()]) {
+                    // The OVM's go on to the bridge.
+                    if is_rvm {
+                        self.notes.note_own_connection(server, to);
+                    }
+                    return Meaning::Done;
+                }
+                self.counters.server_frames += 1;
+                return Meaning::Packet(Origin::Server(server), range);
+            }
+            // The OVM's questions are answered by the network; an RVM's never reach it.
+            Content::Arp(arp) if is_rvm && arp.request => presence.server_arp(now, server, arp, ports),
+            Content::Solicitation(asks) if is_rvm => {
+                presence.server_solicitation(now, server, asks, frame.source, ports);
+            }
+            Content::Malformed => self.counters.malformed += 1,
+            _ => {}
+        }
+        Meaning::Done
+    }
+
+    /// Counted always, told once: a service in another VLAN than its clients would otherwise just not answer.
+    fn refuse_vlan(&mut self, frame: &Frame) {
+        self.counters.other_vlan_refused += 1;
+        if self.counters.other_vlan_refused == 1 {
+            let psc = self.presence.psc();
+            tracing::warn!(
+                sender = mac_text(frame.source),
+                vlan = ?frame.vlan,
+                service_vlan = ?psc.vlan,
+                psc_v4 = ?psc.v4,
+                psc_v6 = ?psc.v6,
+                "frames of another VLAN than the service's are refused; where its clients or guests should be in that one, correct the service's `vlan`"
+            );
+        }
     }
 }

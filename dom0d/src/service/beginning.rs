@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::{Place, Server, Service, Surroundings};
 use crate::clock;
 use crate::link::vif::Arrival;
-use crate::plane;
+use crate::plane::{self, FastPath, Left};
 use crate::report::DaemonEvent;
 use crate::store::memory::ServiceMemory;
 use crate::store::succession::{Engine, Lost, remove};
@@ -29,10 +29,7 @@ const OPENING: Duration = Duration::from_secs(1);
 #[derive(Default, Serialize, Deserialize)]
 struct Known<S = BTreeMap<ServerId, Server>> {
     servers: S,
-    /// In the plane.
-    slots: BTreeMap<ServerId, u8>,
-    /// What the plane had passed and could not tell.
-    untold: u64,
+    plane: Left,
     /// The daemon's next server id.
     next_server: u32,
 }
@@ -143,7 +140,7 @@ impl Service {
             tracing::warn!(service = name, "{reason}");
             left = None;
         }
-        let passes = choice.plane.passes();
+        let passes = choice.plane.fast.is_some();
         config.engine.seed = Uuid::new_v4().as_u64_pair().0;
         let (engine, known) = left.unwrap_or_else(|| {
             let mut engine = Engine::new(config.engine.clone());
@@ -156,7 +153,7 @@ impl Service {
             (engine, Known::default())
         });
         let mut service = Self::new(index, config, engine, memory, choice.plane);
-        service.plane.succeed(&known.slots, service.engine.ovm(), known.untold);
+        service.plane.succeed(&known.plane, service.engine.ovm());
         let succeeds = !known.servers.is_empty();
         service.opening = succeeds.then(clock::now);
         service.rules_changed = succeeds;
@@ -183,7 +180,8 @@ impl Service {
     pub(crate) fn is_opening(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
         let Some(begun) = self.opening else { return false };
         let mut queued = self.servers.iter().filter(|(_, server)| server.place == Place::Queued);
-        let is_open = self.plane.is_anchored() && queued.all(|(&id, _)| self.plane.has_server(id));
+        let is_open =
+            self.plane.ports.is_anchored() && queued.all(|(&id, _)| self.plane.ports.has_server(id));
         if !is_open && now.since(begun) < OPENING {
             return true;
         }
@@ -223,8 +221,7 @@ impl Service {
     pub(crate) fn note_surroundings(&mut self, next_server: u32) {
         let known = Known {
             servers: &self.servers,
-            slots: self.plane.slots(),
-            untold: self.plane.untold(),
+            plane: self.plane.fast.as_ref().map(FastPath::left).unwrap_or_default(),
             next_server,
         };
         if let Ok(bytes) = postcard::to_stdvec(&known) {

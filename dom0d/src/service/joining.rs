@@ -155,7 +155,7 @@ impl Service {
             self.remember_name(new, &server.domain);
             self.servers.insert(new, server);
         }
-        self.plane.rename_server(id, new);
+        self.plane.move_server(id, Some(new));
         let uuid = self.servers[&new].domain.uuid;
         self.memory.set_detached(uuid, false);
         self.memory_changed = true;

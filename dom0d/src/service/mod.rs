@@ -71,7 +71,7 @@ pub(crate) struct Service {
     /// The protocol.
     pub(crate) engine: Engine,
     /// How packets come and go.
-    pub(crate) plane: Box<dyn Plane>,
+    pub(crate) plane: Plane,
     /// Every domain that could serve, in the queue or not, by its current id.
     pub(crate) servers: BTreeMap<ServerId, Server>,
     /// What outlives this process.
@@ -119,7 +119,7 @@ impl Service {
         config: config::Service,
         engine: Engine,
         mut memory: ServiceMemory,
-        plane: Box<dyn Plane>,
+        plane: Plane,
     ) -> Self {
         let in_step = memory.take_in_step();
         Self {
@@ -237,7 +237,7 @@ impl Service {
             self.accuse(now, id, Evidence::DomainGone, around);
         }
         self.copying_lost(now, id, around);
-        self.plane.remove_server(id);
+        self.plane.move_server(id, None);
         self.rules_changed = true;
         let event = DaemonEvent::DomainGone { domain: self.servers[&id].domain.clone() };
         // An OVM that nobody could replace stays in the engine's books, and so here.
@@ -454,7 +454,7 @@ impl Service {
             }
             self.drain(now, around);
         }
-        while let Some((server, sign)) = self.plane.take_sign() {
+        while let Some((server, sign)) = self.plane.notes.take_sign() {
             any = true;
             self.engine.handle_sign(now, server, sign);
             self.drain(now, around);
@@ -467,7 +467,7 @@ impl Service {
 
     /// A replica's own connections go nowhere: whose service opens some is no replica of one whose OVM's are answered.
     fn note_own_connections(&mut self, now: Instant, around: &mut Surroundings<'_>) {
-        for (id, to) in self.plane.take_own_connections() {
+        for (id, to) in self.plane.notes.take_own_connections() {
             let is_rvm = self.is_queued(id) && self.engine.ovm() != Some(id);
             // What passes is the operator's choice.
             if !is_rvm || self.config.allow.contains(&Allowed::Tcp(to.port())) {

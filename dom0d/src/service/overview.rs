@@ -18,7 +18,7 @@ impl Service {
             .iter()
             .filter(|(_, server)| server.domain.name == domain || server.domain.uuid.to_string() == domain);
         matching
-            .max_by_key(|(id, server)| (self.plane.has_server(**id), server.domain.domid))
+            .max_by_key(|(id, server)| (self.plane.ports.has_server(**id), server.domain.domid))
             .map(|(&id, _)| id)
     }
 
@@ -41,7 +41,7 @@ impl Service {
     fn hindrances(&self) -> Vec<String> {
         let mut found = Vec::new();
         let name = self.name();
-        if !self.plane.is_anchored() {
+        if !self.plane.ports.is_anchored() {
             found.push("the PSC has no place on a bridge yet, so clients can't find it".to_owned());
         }
         match self.engine.ovm().map(|id| (id, self.servers.get(&id))) {
@@ -56,7 +56,7 @@ impl Service {
                         "the OVM {who} is being migrated: its vif {} is not connected yet",
                         server.vif
                     ));
-                } else if !self.plane.has_server(id) {
+                } else if !self.plane.ports.has_server(id) {
                     found.push(format!(
                         "the OVM {who} is gone and nothing was promotable; serve from another domain: understudy failover {name} --to DOMAIN --force"
                     ));
@@ -131,7 +131,7 @@ impl Service {
             psc: self.config.engine.psc.clone(),
             psc_mac: mac_text(self.config.psc_mac),
             ports: self.config.engine.ports.clone(),
-            plane: self.plane.name(),
+            plane: if self.plane.fast.is_some() { "bpf" } else { "pcap" },
             bridge: self.bridge.clone(),
             serving,
             problems,

@@ -1,0 +1,344 @@
+//! The kernel's part of the plane `bpf`: clients and OVM talk through tc programs (see [`understudy_bpf`]), and the
+//! engine hears copies, in order. What the programs leave aside comes and goes through the captured interfaces, as on
+//! the plane `pcap`.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use understudy_api::config::{self, OnDaemonLoss};
+use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
+use understudy_bpf::{Copied, Packet, RingEnd, Settings, Source, Tap};
+use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId};
+
+use super::Origin;
+use crate::link::frame::{Mac, is_unicast};
+
+/// How often the ring is looked at while something comes in: what the kernel passed wakes nobody.
+const LOOK: Duration = Duration::from_micros(250);
+
+/// For how long after the last record.
+const BUSY: Duration = Duration::from_millis(3);
+
+/// Bytes taken from the ring of clients and OVM, and from that of each replica, before others have their turn. As much
+/// for each: what a client says makes every replica say about as much, and what a full ring loses is an
+/// acknowledgment, whose bytes are then sent again after a timeout.
+const TURN: usize = 1 << 18;
+
+/// The number of bytes that the smallest packet counts for: its cost is not in its bytes.
+const LEAST_COST: usize = 1_024;
+
+/// See the module.
+pub(crate) struct FastPath {
+    tap: Tap,
+    /// Who is in which of the kernel's slots.
+    slots: [Option<ServerId>; SLOTS],
+    ovm: Option<ServerId>,
+    stopped: bool,
+    /// Where the ring ended when it last stopped.
+    end: RingEnd,
+    /// What may still be taken in this round: of the ring, and of each replica's.
+    left: usize,
+    rvms_left: [usize; SLOTS],
+    /// The ring was found empty when last looked at.
+    idle: bool,
+    busy_until: Instant,
+    untold: u64,
+    counters: Counters,
+}
+
+#[derive(Default)]
+struct Counters {
+    handed_over: u64,
+    hand_over_failed: u64,
+    no_slot: u64,
+}
+
+/// What a successor must know to go on with the maps of a fast path.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Left {
+    /// Servers by their slots in the maps.
+    slots: BTreeMap<ServerId, u8>,
+    /// What the kernel had passed and could not tell, as far as the engine knows of it.
+    untold: u64,
+}
+
+/// A packet that lies in a ring.
+pub(super) struct Taken {
+    /// Which ring.
+    pub(super) source: Source,
+    /// Who sent it.
+    pub(super) from: Origin,
+    /// What the kernel did with it.
+    pub(super) passage: Passage,
+    /// In bytes.
+    length: usize,
+}
+
+/// What the programs must know of a service.
+pub(super) fn settings(service: &config::Service, pins: Option<&Path>) -> Settings {
+    Settings {
+        psc: service.engine.psc.clone(),
+        psc_mac: service.psc_mac,
+        vlan: service.vlan,
+        ports: service.engine.ports.clone(),
+        conversations: service.engine.limits.conversations,
+        daemon_grace: service.daemon_grace,
+        serve: service.on_daemon_loss == OnDaemonLoss::Serve,
+        pins: pins.map(Path::to_owned),
+    }
+}
+
+fn shared(bounds: Bounds) -> layout::Bounds {
+    layout::Bounds { up: bounds.up, down: bounds.down }
+}
+
+impl FastPath {
+    /// Passes nothing yet, and knows no servers.
+    pub(super) fn new(tap: Tap) -> Self {
+        Self {
+            tap,
+            slots: [None; SLOTS],
+            ovm: None,
+            stopped: false,
+            end: RingEnd::default(),
+            left: 0,
+            rvms_left: [0; SLOTS],
+            idle: false,
+            busy_until: Instant::default(),
+            untold: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    fn slot_of(&self, server: ServerId) -> Option<usize> {
+        self.slots.iter().position(|known| *known == Some(server))
+    }
+
+    /// Tells the programs of a server, or of its new interface. `false` if all slots are taken.
+    pub(super) fn add_server(
+        &mut self,
+        server: ServerId,
+        index: u32,
+        mac: Mac,
+        addresses: &[IpAddr],
+    ) -> bool {
+        let Some(slot) = self.slot_of(server).or_else(|| self.slots.iter().position(Option::is_none)) else {
+            self.counters.no_slot += 1;
+            return false;
+        };
+        let mut entry = Server { ifindex: index, mac, ..Server::default() };
+        for address in addresses {
+            match address {
+                IpAddr::V4(v4) => (entry.has_v4, entry.v4) = (1, v4.octets()),
+                IpAddr::V6(v6) => (entry.has_v6, entry.v6) = (1, v6.octets()),
+            }
+        }
+        self.slots[slot] = Some(server);
+        self.tap.set_server(slot, entry);
+        true
+    }
+
+    pub(super) fn rename_server(&mut self, from: ServerId, to: ServerId) {
+        if let Some(slot) = self.slot_of(from) {
+            self.slots[slot] = Some(to);
+        }
+    }
+
+    /// Tells the programs that a server is gone.
+    pub(super) fn remove_server(&mut self, server: ServerId) {
+        if let Some(slot) = self.slot_of(server) {
+            self.slots[slot] = None;
+            self.tap.set_server(slot, Server::default());
+        }
+    }
+
+    /// What to poll for reading.
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let rvms = self.slots.iter().zip(0..).filter(|(server, _)| server.is_some());
+        let sources = rvms.map(|(_, slot)| Source::Rvm(slot)).chain([Source::Service]);
+        sources.filter_map(|source| self.tap.fd(source))
+    }
+
+    /// Begins a round, in which a bounded number of bytes is taken. The rings are looked at whatever a poll said: that
+    /// costs less than a poll, and most records wake nobody.
+    pub(super) fn begin_round(&mut self) {
+        self.left = TURN;
+        self.rvms_left = [TURN; SLOTS];
+    }
+
+    /// The next packet of this round.
+    pub(super) fn receive(&mut self, now: Instant) -> Option<Taken> {
+        let taken = self.receive_service().or_else(|| self.receive_rvm())?;
+        self.busy_until = now + BUSY;
+        Some(taken)
+    }
+
+    fn receive_service(&mut self) -> Option<Taken> {
+        if self.left == 0 {
+            return None;
+        }
+        let taken = loop {
+            let Some(copied) = self.tap.next(Source::Service) else { break None };
+            if let Some(taken) = self.taken(Source::Service, &copied) {
+                break Some(taken);
+            }
+        };
+        self.idle = taken.is_none();
+        let taken = taken?;
+        self.left = self.left.saturating_sub(taken.length.max(LEAST_COST));
+        Some(taken)
+    }
+
+    fn receive_rvm(&mut self) -> Option<Taken> {
+        for slot in 0..SLOTS {
+            while self.rvms_left[slot] > 0 {
+                let source = Source::Rvm(slot);
+                let Some(copied) = self.tap.next(source) else { break };
+                self.rvms_left[slot] = self.rvms_left[slot].saturating_sub(copied.length.max(LEAST_COST));
+                if let Some(taken) = self.taken(source, &copied) {
+                    return Some(taken);
+                }
+            }
+        }
+        None
+    }
+
+    /// Says where a packet came from; `None` if from nobody who is known, or from a MAC that can't be.
+    fn taken(&self, source: Source, copied: &Copied) -> Option<Taken> {
+        let passage = match copied {
+            Copied { unattended: true, .. } => Passage::Unattended,
+            &Copied { forwarded: true, edge, trusted, .. } => Passage::Passed { edge, trusted },
+            Copied { handed_over: true, .. } => Passage::HandedOver,
+            _ => Passage::Kept,
+        };
+        let from = match copied.slot {
+            Some(slot) => Origin::Server((*self.slots.get(slot)?)?),
+            None if is_unicast(copied.source_mac) => Origin::Client(LinkAddress(copied.source_mac)),
+            None => return None,
+        };
+        Some(Taken { source, length: copied.length, from, passage })
+    }
+
+    /// A packet, where it lies.
+    pub(super) fn packet(&mut self, source: Source) -> Packet<'_> {
+        self.tap.packet(source)
+    }
+
+    /// Lets this OVM's segments through, and nobody else's; also after [`FastPath::stop`].
+    pub(super) fn set_ovm(&mut self, ovm: Option<ServerId>) {
+        if self.ovm == ovm && !self.stopped {
+            return;
+        }
+        self.ovm = ovm;
+        self.stopped = false;
+        let slot = ovm.and_then(|ovm| self.slot_of(ovm));
+        self.tap.activate(slot);
+    }
+
+    /// Passes nothing from now on. `false` if it had stopped already.
+    pub(super) fn stop(&mut self) -> bool {
+        if self.stopped {
+            return false;
+        }
+        self.tap.activate(None);
+        // Once, or whoever goes on to fill the ring decides how long a cutover takes.
+        self.end = self.tap.end();
+        self.stopped = true;
+        true
+    }
+
+    /// Whether it stopped and was not told of an OVM since.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// The next packet of those that came before [`FastPath::stop`], passed or not; `None` when there is none left,
+    /// whatever clients have said since: that is received as ever.
+    pub(super) fn rest(&mut self) -> Option<Taken> {
+        loop {
+            let copied = self.tap.next_before(self.end)?;
+            if let Some(taken) = self.taken(Source::Service, &copied) {
+                return Some(taken);
+            }
+        }
+    }
+
+    /// Whether everything of clients and OVM has been received.
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle && !self.stopped
+    }
+
+    /// Passes a conversation from now on.
+    pub(super) fn hand_over(&mut self, handover: &Handover) {
+        let key = Key::new(handover.client, handover.psc.port());
+        let conversation = Conversation::new(&handover.flow, handover.link.0, handover.place);
+        match self.tap.install(&key, conversation, shared(handover.flow.bounds)) {
+            Ok(()) => self.counters.handed_over += 1,
+            // Its segments go on through the daemon.
+            Err(_) => self.counters.hand_over_failed += 1,
+        }
+    }
+
+    /// Lets a conversation that it passes go on further than before.
+    pub(super) fn extend(&mut self, entry: u32, bounds: Bounds) {
+        self.tap.extend(entry, shared(bounds));
+    }
+
+    /// Passes a conversation no more.
+    pub(super) fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {
+        self.tap.remove(&Key::new(client, psc.port()));
+    }
+
+    /// Whether something was passed since the last call that could not be told.
+    pub(super) fn take_untold(&mut self) -> bool {
+        let untold = self.tap.unrecorded();
+        std::mem::replace(&mut self.untold, untold) != untold
+    }
+
+    /// Tells the programs that the daemon lives, and says when to look at the ring again.
+    pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
+        self.tap.beat(now.as_micros().saturating_mul(1_000));
+        (now < self.busy_until).then(|| now + LOOK)
+    }
+
+    /// Goes on where a predecessor's was.
+    pub(super) fn succeed(&mut self, left: &Left, ovm: Option<ServerId>) {
+        for (&server, &slot) in &left.slots {
+            if let Some(known) = self.slots.get_mut(usize::from(slot)) {
+                *known = Some(server);
+            }
+        }
+        self.ovm = ovm;
+        self.untold = left.untold;
+    }
+
+    /// What a successor must know.
+    pub(crate) fn left(&self) -> Left {
+        let slots = self.slots.iter().zip(0..);
+        Left {
+            slots: slots.filter_map(|(server, slot)| Some(((*server)?, slot))).collect(),
+            untold: self.untold,
+        }
+    }
+
+    /// Whether this OVM's segments, and nobody else's, are let through to clients.
+    pub(super) fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
+        !self.stopped && self.tap.active() == ovm.and_then(|ovm| self.slot_of(ovm))
+    }
+
+    /// Monotonic counters.
+    pub(super) fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let mut counters = self.tap.counters();
+        let Counters { handed_over, hand_over_failed, no_slot } = self.counters;
+        counters.extend([
+            ("conversations_to_kernel", handed_over),
+            ("conversations_to_kernel_failed", hand_over_failed),
+            ("servers_without_slot", no_slot),
+        ]);
+        counters
+    }
+}

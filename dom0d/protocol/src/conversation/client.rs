@@ -1,6 +1,6 @@
 //! What the client's segments do to a conversation: they are judged, recorded and passed on to the OVM.
 
-use crate::context::Context;
+use crate::conversation::turn::Turn;
 use crate::conversation::{Conversation, text_before};
 use crate::event::{Destination, LinkAddress, Passage, ServerId};
 use crate::key::Slot;
@@ -9,30 +9,30 @@ use crate::wire::{Flags, IcmpError, Options, Segment};
 
 impl Conversation {
     /// A segment of the client that is not a SYN.
-    pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
+    pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if self.was_reset || (self.up_rst.is_some() && !segment.flags.has(Flags::RST)) {
             // Behind its own RST a client has nothing to say either.
-            return self.answer_with_reset(link, segment, ctx);
+            return self.answer_with_reset(link, segment, turn);
         }
         let Some(start) = position_of(self.client.iss, segment.seq, self.up.end()) else {
-            ctx.counters.unacceptable += 1;
+            turn.counters.unacceptable += 1;
             return;
         };
         if segment.flags.has(Flags::RST) {
-            return self.handle_client_reset(start, segment, ctx);
+            return self.handle_client_reset(start, segment, turn);
         }
         if !segment.flags.has(Flags::ACK) {
-            ctx.counters.unacceptable += 1;
+            turn.counters.unacceptable += 1;
             return;
         }
         let sent = self.down_end();
         let ack = position_of(self.told.iss, segment.ack, self.client.acked);
         // What was passed acknowledges nothing that was not: at most another CPU records that at this moment, which a
         // client who waits for it can't be ahead of.
-        let ack = ack.map(|ack| if ctx.passed() { ack.min(sent) } else { ack });
+        let ack = ack.map(|ack| if turn.passed() { ack.min(sent) } else { ack });
         let Some(ack) = ack.filter(|ack| *ack <= sent) else {
             // RFC 5961 §5: neither recorded nor passed on.
-            ctx.counters.bad_ack += 1;
+            turn.counters.bad_ack += 1;
             return;
         };
         let mut first_copy = Vec::new();
@@ -40,20 +40,20 @@ impl Conversation {
         if segment.flags.has(Flags::URG) {
             // Urgent bytes leave the stream of a server that reads them out of band, one for each pointer
             // that it saw: servers that see other segments would differ (RFC 6093 §3.4: middleboxes clear it).
-            ctx.counters.urgent += 1;
+            turn.counters.urgent += 1;
             passed = Segment { flags: segment.flags.without(Flags::URG), urgent: 0, ..passed };
         }
         // What was passed is what is taken: the plane has judged it by the same rules.
-        if ctx.passed() || self.is_acceptable(start, segment) {
-            self.last_heard = ctx.now;
+        if turn.passed() || self.is_acceptable(start, segment) {
+            self.last_heard = turn.now;
             self.probes = 0;
             self.link = link;
-            self.note_acknowledgment(start, ack, segment, ctx);
-            let Some(contradicts) = self.record(start, segment, ctx) else { return };
+            self.note_acknowledgment(start, ack, segment, turn);
+            let Some(contradicts) = self.record(start, segment, turn) else { return };
             if contradicts {
-                if ctx.passed() {
+                if turn.passed() {
                     // The OVM has the other copy.
-                    self.uncover(ctx);
+                    self.uncover(turn);
                 }
                 first_copy.extend_from_slice(segment.payload);
                 self.up.restore(start, &mut first_copy);
@@ -61,7 +61,7 @@ impl Conversation {
             }
             self.trim_to_recorded(start, &mut passed);
         } else {
-            ctx.counters.unacceptable += 1;
+            turn.counters.unacceptable += 1;
             if start + segment.sequence_length() > self.told.acked {
                 // It is answered for its position or time; a guest that is more lenient must not take
                 // what was not recorded.
@@ -72,12 +72,12 @@ impl Conversation {
                 recuperating.ack_due = true;
             }
         }
-        if self.closed.is_some() && !self.is_through(ctx) && segment.sequence_length() > 0 {
+        if self.closed.is_some() && !self.is_through(turn) && segment.sequence_length() > 0 {
             // Its last ACK was lost, and the server that sent it is gone (RFC 9293 §3.10.7.4, TIME-WAIT).
             let ack = self.segment_to_client();
-            self.send_to_client(&ack, ctx);
+            self.send_to_client(&ack, turn);
         }
-        self.forward_to_ovm(ack, &passed, ctx);
+        self.forward_to_ovm(ack, &passed, turn);
     }
 
     /// Leaves of a segment what was recorded of it. Kernels differ in what they take beyond the window
@@ -111,7 +111,7 @@ impl Conversation {
         in_window && in_time
     }
 
-    fn note_acknowledgment(&mut self, start: u64, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+    fn note_acknowledgment(&mut self, start: u64, ack: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if let Some((tsval, _)) = segment.options.timestamps {
             if later(tsval, self.client.tsval) {
                 self.client.tsval = tsval;
@@ -134,7 +134,7 @@ impl Conversation {
             self.client.acked = ack;
             self.client.edge = ack + window;
             if let Some(recuperating) = &mut self.recuperating {
-                recuperating.acknowledged(ack, newly, duplicate, ctx.now);
+                recuperating.acknowledged(ack, newly, duplicate, turn.now);
             }
         }
     }
@@ -142,33 +142,33 @@ impl Conversation {
     /// Records payload and FIN. `None` if there was no room: then the segment must not
     /// be passed on either, and the client will send it again. Else whether it contradicts what was
     /// recorded: the OVM, too, gets the first copy only, so a client can't make servers differ.
-    fn record(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) -> Option<bool> {
+    fn record(&mut self, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) -> Option<bool> {
         let end = start + segment.payload.len() as u64;
         let mut contradicts = false;
         let text = text_before(self.up_fin.map(|(fin, _)| fin), start, segment.payload);
         if !text.is_empty() {
             let before = self.up.end();
-            let mark = ctx.order.mark();
-            let stop = if ctx.passed() { end } else { self.told.edge.max(self.told.acked) };
+            let mark = turn.order.mark();
+            let stop = if turn.passed() { end } else { self.told.edge.max(self.told.acked) };
             let room = stop.saturating_sub(start);
             let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
             let beyond = start > before;
-            let inserted = self.up.insert(start, taken, mark, ctx.room(beyond));
+            let inserted = self.up.insert(start, taken, mark, turn.room(beyond));
             if inserted.refused {
-                ctx.note_refused(beyond);
-                self.blame_laggards(ctx);
+                turn.note_refused(beyond);
+                self.blame_laggards(turn);
                 return None;
             }
             contradicts = inserted.conflict.is_some_and(|position| position >= self.told.acked);
-            ctx.counters.contradictions += u64::from(contradicts);
+            turn.counters.contradictions += u64::from(contradicts);
             let end = self.up.end();
             let grown = end - before;
             if start < before
-                && let Some(ovm) = ctx.ovm().and_then(|(slot, server)| self.legs.get_mut(slot, server))
+                && let Some(ovm) = turn.ovm().and_then(|(slot, server)| self.legs.get_mut(slot, server))
                 && ovm.rcv_nxt < end
             {
                 // It may not have had this before.
-                ovm.handed_at = ctx.now;
+                ovm.handed_at = turn.now;
             }
             if let Some(recuperating) = &mut self.recuperating {
                 // A retransmission or a gap: the client waits for an ACK.
@@ -177,21 +177,21 @@ impl Conversation {
         }
         // Not one with text recorded behind it: that would be taken from servers that have it.
         if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
-            self.up_fin = Some((end, ctx.order.mark()));
+            self.up_fin = Some((end, turn.order.mark()));
         }
         Some(contradicts)
     }
 
     /// Passes the client's segment to the OVM, if the OVM has the conversation.
-    fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, ctx: &mut Context) {
+    fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         self.shown.1 = self.client.edge;
-        if let Passage::Passed { edge, .. } = ctx.passage {
+        if let Passage::Passed { edge, .. } = turn.plane.passage() {
             self.shown.1 = position_of(self.told.iss, edge, self.client.edge).unwrap_or(0);
             return;
         }
-        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some((slot, server)) = turn.ovm() else { return };
         let Some(leg) = self.legs.get_mut(slot, server).filter(|leg| leg.through) else { return };
-        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+        let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let translated = Segment {
             dst: guest,
             ack: seq_of(leg.iss, ack),
@@ -206,48 +206,48 @@ impl Conversation {
             ..*segment
         };
         let to = Destination::Server(server);
-        translated.emit_large(leg.mss, |packet, size| ctx.send(to, packet, size));
+        translated.emit_large(leg.mss, |packet, size| turn.send(to, packet, size));
     }
 
     /// RFC 5961 §3: only the exact position counts, that is, behind all that was recorded: servers would
     /// otherwise differ in what they had taken before it. Others are answered with an ACK, by the daemon,
     /// since a lenient OVM might close.
-    fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+    fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if start == self.up_end() {
-            self.up_rst = Some((start, ctx.order.mark()));
-            self.forward_to_ovm(self.client.acked, segment, ctx);
-            self.close(ctx);
+            self.up_rst = Some((start, turn.order.mark()));
+            self.forward_to_ovm(self.client.acked, segment, turn);
+            self.close(turn);
         } else if self.closed.is_some() {
-            self.forward_to_ovm(self.client.acked, segment, ctx);
+            self.forward_to_ovm(self.client.acked, segment, turn);
         } else {
-            ctx.counters.unacceptable += 1;
+            turn.counters.unacceptable += 1;
             if (self.told.acked..=self.told.edge).contains(&start) {
                 let challenge = self.segment_to_client();
-                self.send_to_client(&challenge, ctx);
+                self.send_to_client(&challenge, turn);
             }
         }
     }
 
-    fn answer_with_reset(&mut self, link: LinkAddress, segment: &Segment<'_>, ctx: &mut Context) {
+    fn answer_with_reset(&mut self, link: LinkAddress, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if segment.flags.has(Flags::RST) || !segment.flags.has(Flags::ACK) {
             return;
         }
         let reset =
             Segment { seq: segment.ack, ack: 0, flags: Flags::RST, window: 0, ..self.segment_to_client() };
-        ctx.send_to_client(link, reset.emit());
+        turn.send_to_client(link, reset.emit());
     }
 
     /// The OVM must answer a SYN that was sent again, or the daemon in its place.
-    pub(crate) fn handle_repeated_syn(&mut self, syn: &Segment<'_>, ctx: &mut Context) {
+    pub(crate) fn handle_repeated_syn(&mut self, syn: &Segment<'_>, turn: &mut Turn<'_>) {
         if let Some(recuperating) = &mut self.recuperating {
             recuperating.ack_due = true;
             return;
         }
-        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some((slot, server)) = turn.ovm() else { return };
         if self.legs.get(slot, server).is_some_and(|leg| leg.through)
-            && let Some(guest) = ctx.guest(slot, self.key.psc)
+            && let Some(guest) = turn.guest(slot, self.key.psc)
         {
-            ctx.send_to_server(server, Segment { dst: guest, payload: &[], ..*syn }.emit());
+            turn.send_to_server(server, Segment { dst: guest, payload: &[], ..*syn }.emit());
         }
     }
 

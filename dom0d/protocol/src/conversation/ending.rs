@@ -2,11 +2,12 @@
 
 use core::time::Duration;
 
-use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::conversation::turn::Turn;
 use crate::event::{EventKind, StaleReason};
 use crate::follower::leg::Leg;
-use crate::key::{MAX_SERVERS, Slot};
+use crate::follower::queue::Queue;
+use crate::key::Slot;
 use crate::tcp::seq::seq_of;
 use crate::time::Instant;
 use crate::wire::{Flags, Segment};
@@ -21,87 +22,86 @@ const REUSE: Duration = Duration::from_millis(900);
 
 impl Conversation {
     /// Both FINs are acknowledged, or somebody reset it.
-    pub(crate) fn close(&mut self, ctx: &mut Context) {
+    pub(crate) fn close(&mut self, turn: &mut Turn<'_>) {
         if self.closed.is_some() {
             return;
         }
-        self.closed = Some(ctx.now);
+        self.closed = Some(turn.now);
         self.held = None;
         self.recuperating = None;
     }
 
     /// Closes the conversation if both sides have closed and acknowledged.
-    pub(crate) fn close_if_finished(&mut self, ctx: &mut Context) {
+    pub(crate) fn close_if_finished(&mut self, turn: &mut Turn<'_>) {
         let (Some(down_fin), Some((up_fin, _))) = (self.down_fin, self.up_fin) else { return };
-        let Some((slot, server)) = ctx.ovm() else { return };
+        let Some((slot, server)) = turn.ovm() else { return };
         let served = self.legs.get(slot, server).is_some_and(|leg| leg.rcv_nxt > up_fin);
         if served && self.client.acked > down_fin {
-            self.close(ctx);
+            self.close(turn);
         }
     }
 
     /// The conversation can't go on correctly: the client is sent a RST when its turn comes.
-    pub(crate) fn reset(&mut self, ctx: &mut Context) {
+    pub(crate) fn reset(&mut self, turn: &mut Turn<'_>) {
         if self.was_reset || self.closed.is_some() {
             return;
         }
-        ctx.recuperation.reset += 1;
-        ctx.counters.resets += 1;
-        ctx.event(EventKind::Reset { client: self.key.client });
-        ctx.resets.push_back(self.id);
+        turn.counters.resets += 1;
+        turn.event(EventKind::Reset { client: self.key.client });
+        turn.then.reset = true;
         let fin = self.up_fin.is_some_and(|(fin, _)| fin == self.up.end());
-        self.abort(self.up.end() + u64::from(fin), ctx);
+        self.abort(self.up.end() + u64::from(fin), turn);
     }
 
     /// The client is, or will be, sent a RST. Servers get what it had been promised up to `position`, then
     /// a RST too.
-    pub(crate) fn abort(&mut self, position: u64, ctx: &mut Context) {
-        self.up_rst = Some((position, ctx.order.mark()));
+    pub(crate) fn abort(&mut self, position: u64, turn: &mut Turn<'_>) {
+        self.up_rst = Some((position, turn.order.mark()));
         self.was_reset = true;
-        self.play_client(ctx);
-        self.close(ctx);
+        self.play_client(turn);
+        self.close(turn);
     }
 
     /// The RST of [`Conversation::reset`]. The position is a guess when data is in flight; the client
     /// answers a wrong one with a challenge ACK (RFC 5961 §3.2), which is then answered exactly.
-    pub(crate) fn send_reset(&mut self, ctx: &mut Context) {
+    pub(crate) fn send_reset(&mut self, turn: &mut Turn<'_>) {
         let reset = Segment { flags: Flags::RST.with(Flags::ACK), window: 0, ..self.segment_to_client() };
-        ctx.send_to_client(self.link, reset.emit());
+        turn.send_to_client(self.link, reset.emit());
     }
 
     /// Resets the server's side, at the exact position.
-    pub(crate) fn send_reset_to(&self, slot: Slot, leg: &Leg, ctx: &mut Context) {
-        if let Some(guest) = ctx.guest(slot, self.key.psc) {
+    pub(crate) fn send_reset_to(&self, slot: Slot, leg: &Leg, turn: &mut Turn<'_>) {
+        if let Some(guest) = turn.guest(slot, self.key.psc) {
             let reset = Segment {
                 seq: seq_of(self.client.iss, leg.rcv_nxt),
                 flags: Flags::RST.with(Flags::ACK),
                 window: 0,
                 ..self.segment_to_leg(leg, guest)
             };
-            ctx.send_to_server(leg.server, reset.emit());
+            turn.send_to_server(leg.server, reset.emit());
         }
     }
 
     /// Answers a segment of a server's connection that there is not (any more): RFC 9293 §3.10.7.1.
-    pub(crate) fn refuse(&self, slot: Slot, leg: &Leg, segment: &Segment<'_>, ctx: &mut Context) {
-        if let Some(guest) = ctx.guest(slot, self.key.psc) {
+    pub(crate) fn refuse(&self, slot: Slot, leg: &Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
+        if let Some(guest) = turn.guest(slot, self.key.psc) {
             let reset = Segment { seq: segment.ack, flags: Flags::RST, ..self.segment_to_leg(leg, guest) };
-            ctx.send_to_server(leg.server, reset.emit());
+            turn.send_to_server(leg.server, reset.emit());
         }
     }
 
     /// A new OVM, catching up, still has to produce an answer of this conversation, though that may have
     /// ended for the client.
-    pub(crate) fn is_awaited(&self, ctx: &Context) -> bool {
-        let ovm = ctx.queue.ovm().filter(|_| ctx.is_catching_up());
-        ovm.is_some_and(|ovm| ctx.order.awaited(ovm) == Some(self.id))
+    pub(crate) fn is_awaited(&self, turn: &Turn<'_>) -> bool {
+        let ovm = turn.queue.ovm().filter(|_| turn.is_catching_up());
+        ovm.is_some_and(|ovm| turn.order.awaited(ovm) == Some(self.id))
     }
 
     /// It ended under an earlier OVM, and the present one has yet to take the client's last bytes, or to
     /// close: until then they must be supplied, and what it says is not for the client.
-    pub(crate) fn is_open_at_ovm(&self, ctx: &Context) -> bool {
+    pub(crate) fn is_open_at_ovm(&self, queue: &Queue) -> bool {
         self.closed.is_some()
-            && ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| {
+            && queue.ovm_server().and_then(|ovm| self.legs.get(ovm.slot, ovm.id)).is_some_and(|leg| {
                 let ended = leg.rcv_nxt >= self.up_end() && leg.fin.is_some_and(|fin| leg.told.0 > fin);
                 !leg.through && leg.gone.is_none() && !ended
             })
@@ -115,59 +115,59 @@ impl Conversation {
 
     /// Closed just now, and an RVM is behind: another conversation in its place
     /// would make that RVM stale, and a client could do so at will. Its next SYN comes after a second.
-    pub(crate) fn is_unfinished(&self, ctx: &Context) -> bool {
-        let is_recent = self.closed.is_some_and(|closed| ctx.now.since(closed) < REUSE);
-        let mut legs = ctx.roster().filter_map(|(slot, server)| self.legs.get(slot, server));
+    pub(crate) fn is_unfinished(&self, now: Instant, queue: &Queue) -> bool {
+        let is_recent = self.closed.is_some_and(|closed| now.since(closed) < REUSE);
+        let mut legs = queue.roster().filter_map(|(slot, server)| self.legs.get(slot, server));
         is_recent && legs.any(|leg| self.is_behind(leg))
     }
 
     /// Whether to keep it: open and its client alive, or closed and its linger not over.
-    pub(crate) fn is_wanted(&mut self, ctx: &mut Context) -> bool {
+    pub(crate) fn is_wanted(&mut self, turn: &mut Turn<'_>) -> bool {
         match self.closed {
             Some(closed) => {
-                let timing = ctx.config.timing;
-                let keep = if self.is_open_at_ovm(ctx) { timing.idle_probe } else { timing.linger };
-                ctx.now < closed + keep.max(timing.linger)
+                let timing = turn.config.timing;
+                let keep = if self.is_open_at_ovm(turn.queue) { timing.idle_probe } else { timing.linger };
+                turn.now < closed + keep.max(timing.linger)
             }
-            None if self.probes >= IDLE_PROBES && ctx.now >= self.idle_deadline(ctx) => {
+            None if self.probes >= IDLE_PROBES && turn.now >= self.idle_deadline(turn) => {
                 // Nobody there: every server is told, the client would not hear it.
-                self.reset(ctx);
+                self.reset(turn);
                 true
             }
             None => {
-                if ctx.now >= self.idle_deadline(ctx) {
+                if turn.now >= self.idle_deadline(turn) {
                     self.probes += 1;
                     let probe = Segment {
                         seq: seq_of(self.told.iss, self.client.acked).wrapping_sub(1),
                         ..self.segment_to_client()
                     };
-                    ctx.send_to_client(self.link, probe.emit());
+                    turn.send_to_client(self.link, probe.emit());
                 }
                 true
             }
         }
     }
 
-    pub(crate) fn idle_deadline(&self, ctx: &Context) -> Instant {
-        self.last_heard + ctx.config.timing.idle_probe + IDLE_PROBE_INTERVAL * u32::from(self.probes)
+    pub(crate) fn idle_deadline(&self, turn: &Turn<'_>) -> Instant {
+        self.last_heard + turn.config.timing.idle_probe + IDLE_PROBE_INTERVAL * u32::from(self.probes)
     }
 
     /// It leaves the table. An RVM that still lacked bytes of it lacks them for good; one that still owed
     /// answers is held to no order any more.
-    pub(crate) fn end(&mut self, ctx: &mut Context) {
-        self.close(ctx);
-        let open_at_ovm = self.is_open_at_ovm(ctx);
-        let ovm = ctx.queue.ovm();
-        for (slot, server) in ctx.roster() {
+    pub(crate) fn end(&mut self, turn: &mut Turn<'_>) {
+        self.close(turn);
+        let open_at_ovm = self.is_open_at_ovm(turn.queue);
+        let ovm = turn.queue.ovm();
+        for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.take(slot, server) {
                 if self.is_behind(&leg) {
-                    ctx.mark_stale(slot, StaleReason::MissedBytes);
+                    turn.mark_stale(slot, StaleReason::MissedBytes);
                 }
                 if open_at_ovm && ovm == Some(slot) && leg.is_open() {
-                    self.send_reset_to(slot, &leg, ctx);
+                    self.send_reset_to(slot, &leg, turn);
                 }
             }
         }
-        ctx.progressed = [true; MAX_SERVERS];
+        turn.note_all_produced();
     }
 }

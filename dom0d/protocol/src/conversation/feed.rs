@@ -3,11 +3,12 @@
 
 use core::net::SocketAddr;
 
-use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::conversation::turn::Turn;
 use crate::event::{Destination, EventKind, ServerId, Uncovered};
 use crate::follower::leg::{GONE_GRACE, Leg, Phase};
 use crate::follower::mask::{self, Compared};
+use crate::follower::queue::Queue;
 use crate::key::Slot;
 use crate::tcp::seq::seq_of;
 use crate::time::Instant;
@@ -18,40 +19,41 @@ const LARGEST: u64 = 65_000;
 
 impl Conversation {
     /// Compares, feeds and times the leg of one server. An error uncovers the conversation there.
-    pub(crate) fn tend(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
+    pub(crate) fn tend(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) -> Result<(), Uncovered> {
         if leg.through {
             return Ok(());
         }
         if leg.phase == Phase::SynSent && leg.gone.is_none() {
-            return self.tend_handshake(slot, leg, ctx);
+            return self.tend_handshake(slot, leg, turn);
         }
-        self.compare(slot, leg, ctx);
+        self.compare(slot, leg, turn);
         if let Some(gone) = leg.gone {
-            let ovm = ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
+            let ovm =
+                turn.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
             let unsaid = self.up_rst.is_none() && leg.covers() && leg.answers.end() < self.down.end();
             let lacks =
-                ctx.queue.ovm() != Some(slot) && (leg.rcv_nxt.max(1) < self.told.acked.max(ovm) || unsaid);
+                turn.queue.ovm() != Some(slot) && (leg.rcv_nxt.max(1) < self.told.acked.max(ovm) || unsaid);
             // It left before it had all that others took, or had said all that the client was sent; or
             // nobody follows it.
-            let alone = lacks || (self.is_open() && ctx.now >= gone + GONE_GRACE);
+            let alone = lacks || (self.is_open() && turn.now >= gone + GONE_GRACE);
             return if alone { Err(Uncovered::RvmReset) } else { Ok(()) };
         }
-        self.feed(slot, leg, ctx);
-        self.note_debt(slot, leg, ctx);
+        self.feed(slot, leg, turn);
+        self.note_debt(slot, leg, turn);
         Ok(())
     }
 
-    fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) -> Result<(), Uncovered> {
+    fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) -> Result<(), Uncovered> {
         if self.up_rst.is_some_and(|(position, _)| position <= 1) {
             // The client is gone before the server ever knew of it, and has said nothing.
-            self.note_gone(slot, leg, ctx);
+            self.note_gone(slot, leg, turn);
             return Ok(());
         }
         let first = !leg.sender.is_armed();
-        if first || leg.sender.expired(0, ctx.now) {
-            ctx.counters.retransmissions += u64::from(!first);
-            leg.sender.arm(ctx.now);
-            let Some(guest) = ctx.guest(slot, self.key.psc) else { return Err(Uncovered::OptionsDiffer) };
+        if first || leg.sender.expired(0, turn.now) {
+            turn.counters.retransmissions += u64::from(!first);
+            leg.sender.arm(turn.now);
+            let Some(guest) = turn.guest(slot, self.key.psc) else { return Err(Uncovered::OptionsDiffer) };
             let syn = Segment {
                 seq: self.client.iss,
                 ack: 0,
@@ -66,19 +68,19 @@ impl Conversation {
                 },
                 ..self.segment_to_leg(leg, guest)
             };
-            ctx.send_to_server(leg.server, syn.emit());
+            turn.send_to_server(leg.server, syn.emit());
         }
-        self.note_debt(slot, leg, ctx);
+        self.note_debt(slot, leg, turn);
         Ok(())
     }
 
     /// Compares what the server answered with what the client was sent.
-    pub(crate) fn compare(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+    pub(crate) fn compare(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
         if leg.covers() {
-            let compared = match mask::compare(&ctx.config.masks, &self.down, &leg.answers, leg.compared) {
+            let compared = match mask::compare(&turn.config.masks, &self.down, &leg.answers, leg.compared) {
                 // It closed where the client was sent more.
                 Compared::Equal(_)
-                    if ctx.queue.ovm() != Some(slot) && leg.fin.is_some_and(|fin| fin < self.down.end()) =>
+                    if turn.queue.ovm() != Some(slot) && leg.fin.is_some_and(|fin| fin < self.down.end()) =>
                 {
                     Compared::Diverged(leg.fin.unwrap_or(leg.compared))
                 }
@@ -92,9 +94,9 @@ impl Conversation {
                 Compared::Equal(position) => leg.compared = position,
                 Compared::Diverged(position) => {
                     leg.diverged_at = Some(position);
-                    ctx.counters.divergences += 1;
-                    ctx.progressed[slot.index()] = true;
-                    ctx.event(EventKind::Diverged {
+                    turn.counters.divergences += 1;
+                    turn.note_produced(slot);
+                    turn.event(EventKind::Diverged {
                         server: leg.server,
                         client: self.key.client,
                         position: position.saturating_sub(1),
@@ -106,24 +108,24 @@ impl Conversation {
     }
 
     /// Sends what the server may have: data, FIN, RST, or an ACK.
-    fn feed(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
-        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+    fn feed(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
+        let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let una = leg.rcv_nxt;
-        if leg.sender.expired(una, ctx.now) {
-            ctx.counters.retransmissions += 1;
+        if leg.sender.expired(una, turn.now) {
+            turn.counters.retransmissions += 1;
             if una == leg.sender.highest || leg.edge <= una {
-                self.probe_window(leg, guest, ctx);
+                self.probe_window(leg, guest, turn);
             }
         }
-        while self.feed_data(slot, leg, guest, ctx) {}
-        self.feed_fin(slot, leg, guest, ctx);
+        while self.feed_data(slot, leg, guest, turn) {}
+        self.feed_fin(slot, leg, guest, turn);
         // A RST makes a kernel forget what its service has not read yet: it comes after the answers that
         // the client had been sent.
         if self.up_rst.is_some_and(|(position, mark)| {
-            position <= leg.rcv_nxt && self.has_answered(leg, ctx) && ctx.permits(slot, mark, self.id)
+            position <= leg.rcv_nxt && self.has_answered(leg, turn) && turn.permits(slot, mark, self.id)
         }) {
-            self.send_reset_to(slot, leg, ctx);
-            self.note_gone(slot, leg, ctx);
+            self.send_reset_to(slot, leg, turn);
+            self.note_gone(slot, leg, turn);
             return;
         }
         let told = self.told_to(leg);
@@ -131,28 +133,32 @@ impl Conversation {
         let opened =
             told.1 > leg.told.1 && (window < 2 * u64::from(leg.mss) || told.1 - leg.told.1 >= window / 4);
         let is_due = leg.ack_due || opened;
-        if !is_due && told.0 > leg.told.0 && leg.sender.nxt < self.up.end() && ctx.progressed[slot.index()] {
+        if !is_due
+            && told.0 > leg.told.0
+            && leg.sender.nxt < self.up.end()
+            && turn.then.progressed[slot.index()]
+        {
             // What it just said may be what its next bytes have waited for: they take the acknowledgment along.
-            ctx.unacknowledged.push(self.id);
+            turn.then.unacknowledged = true;
         } else if is_due || told.0 > leg.told.0 {
             leg.ack_due = false;
-            leg.tell(told, self.client.mss, ctx.now);
+            leg.tell(told, self.client.mss, turn.now);
             let mut ack = self.segment_to_leg(leg, guest);
             ack.options.sack = self.sack_blocks(&leg.answers, leg.iss);
-            ctx.send_to_server(leg.server, ack.emit());
+            turn.send_to_server(leg.server, ack.emit());
         }
     }
 
     /// The order does not wait for one that diverged. That it has read the requests shows in the length
     /// of its answers, as far as these have the same length; hence the limit.
-    fn has_answered(&self, leg: &Leg, ctx: &Context) -> bool {
+    fn has_answered(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
         leg.covers()
             || leg.answers.end() >= self.down.end()
-            || self.closed.is_none_or(|closed| ctx.now >= closed + GONE_GRACE)
+            || self.closed.is_none_or(|closed| turn.now >= closed + GONE_GRACE)
     }
 
     /// Sends data, as one packet, if any may be sent.
-    fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) -> bool {
+    fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, turn: &mut Turn<'_>) -> bool {
         let from = leg.sender.nxt;
         let reset = self.up_rst.map_or(u64::MAX, |(position, _)| position);
         let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
@@ -163,31 +169,31 @@ impl Conversation {
         };
         let limit = leg
             .edge
-            .min(leg.sender.limit(leg.rcv_nxt, ctx.config.limits.inflight_bytes))
+            .min(leg.sender.limit(leg.rcv_nxt, turn.config.limits.inflight_bytes))
             .min(self.up.end().min(reset).min(first));
         let stop = limit.min(from + LARGEST / room * room);
         let mut to = from;
         while to < stop {
             let Some((mark, run_end)) = self.up.mark_at(to) else { break };
-            if to >= leg.sender.highest && !ctx.permits(slot, mark, self.id) {
+            if to >= leg.sender.highest && !turn.permits(slot, mark, self.id) {
                 break;
             }
             to = run_end.min(stop);
         }
         if to <= from {
             if from < self.up.end() && leg.edge <= from && !leg.sender.is_armed() {
-                leg.sender.arm(ctx.now);
+                leg.sender.arm(turn.now);
             }
             return false;
         }
-        self.send_data(leg, guest, from, to, ctx);
-        leg.sender.sent(to, ctx.now);
+        self.send_data(leg, guest, from, to, turn);
+        leg.sender.sent(to, turn.now);
         true
     }
 
-    fn send_data(&mut self, leg: &mut Leg, guest: SocketAddr, from: u64, to: u64, ctx: &mut Context) {
-        leg.handed_at = ctx.now;
-        leg.tell(self.told_to(leg), self.client.mss, ctx.now);
+    fn send_data(&mut self, leg: &mut Leg, guest: SocketAddr, from: u64, to: u64, turn: &mut Turn<'_>) {
+        leg.handed_at = turn.now;
+        leg.tell(self.told_to(leg), self.client.mss, turn.now);
         leg.ack_due = false;
         let payload = self.up.copy(from..to);
         let segment = Segment {
@@ -197,61 +203,61 @@ impl Conversation {
             ..self.segment_to_leg(leg, guest)
         };
         let to = Destination::Server(leg.server);
-        segment.emit_large(leg.mss, |packet, size| ctx.send(to, packet, size));
+        segment.emit_large(leg.mss, |packet, size| turn.send(to, packet, size));
     }
 
-    fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
+    fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, turn: &mut Turn<'_>) {
         let Some((position, mark)) = self.up_fin else { return };
         let refused = self.up_rst.is_some_and(|(reset, _)| reset <= position);
         if refused
             || leg.sender.nxt != position
             || position != self.up.end()
             || (position > leg.rcv_nxt && !leg.is_established())
-            || !ctx.permits(slot, mark, self.id)
+            || !turn.permits(slot, mark, self.id)
         {
             return;
         }
-        self.send_fin(leg, guest, position, ctx);
-        leg.sender.sent(position + 1, ctx.now);
+        self.send_fin(leg, guest, position, turn);
+        leg.sender.sent(position + 1, turn.now);
     }
 
-    fn send_fin(&mut self, leg: &mut Leg, guest: SocketAddr, position: u64, ctx: &mut Context) {
-        leg.handed_at = ctx.now;
-        leg.tell(self.told_to(leg), self.client.mss, ctx.now);
+    fn send_fin(&mut self, leg: &mut Leg, guest: SocketAddr, position: u64, turn: &mut Turn<'_>) {
+        leg.handed_at = turn.now;
+        leg.tell(self.told_to(leg), self.client.mss, turn.now);
         leg.ack_due = false;
         let fin = Segment {
             seq: seq_of(self.client.iss, position),
             flags: Flags::FIN.with(Flags::ACK),
             ..self.segment_to_leg(leg, guest)
         };
-        ctx.send_to_server(leg.server, fin.emit());
+        turn.send_to_server(leg.server, fin.emit());
     }
 
     /// Sends the segment at SND.UNA again, at once.
-    pub(crate) fn retransmit_first(&mut self, leg: &mut Leg, ctx: &mut Context) {
-        let Some(slot) = ctx.queue.slot_of(leg.server) else { return };
-        let Some(guest) = ctx.guest(slot, self.key.psc) else { return };
+    pub(crate) fn retransmit_first(&mut self, leg: &mut Leg, turn: &mut Turn<'_>) {
+        let Some(slot) = turn.queue.slot_of(leg.server) else { return };
+        let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let from = leg.rcv_nxt;
         // What was not sent yet may have to wait for the order.
         let known = if leg.through { self.up.end() } else { self.up.end().min(leg.sender.highest) };
         let to = known.min(from + u64::from(leg.mss).saturating_sub(12).max(1));
         if from < to && from >= self.up.base() {
-            ctx.counters.retransmissions += 1;
-            self.send_data(leg, guest, from, to, ctx);
+            turn.counters.retransmissions += 1;
+            self.send_data(leg, guest, from, to, turn);
         } else if self.up_fin.is_some_and(|(fin, _)| fin == from && (leg.through || fin < leg.sender.highest))
         {
-            ctx.counters.retransmissions += 1;
-            self.send_fin(leg, guest, from, ctx);
+            turn.counters.retransmissions += 1;
+            self.send_fin(leg, guest, from, turn);
         }
     }
 
     /// RFC 9293 §3.8.6.1, as Linux does it: an old sequence number asks for the present window.
-    pub(crate) fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, ctx: &mut Context) {
+    pub(crate) fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, turn: &mut Turn<'_>) {
         let present = self.segment_to_leg(leg, guest);
         let old = seq_of(self.client.iss, leg.rcv_nxt).wrapping_sub(1);
         let probe = Segment { seq: if leg.is_established() { old } else { present.seq }, ..present };
-        ctx.send_to_server(leg.server, probe.emit());
-        leg.sender.arm(ctx.now);
+        turn.send_to_server(leg.server, probe.emit());
+        leg.sender.arm(turn.now);
     }
 
     /// What the server is to be told: never an ACK of what it has not sent, nor of what the client has
@@ -293,43 +299,43 @@ impl Conversation {
     }
 
     /// Notices a server that owes an answer of its kernel for too long.
-    fn note_debt(&mut self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+    fn note_debt(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
         let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
         let shut = leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt;
         // One that is excused for not running owes nothing meanwhile.
-        let runs = ctx.queue.get(slot).filter(|server| server.running);
+        let runs = turn.queue.get(slot).filter(|server| server.running);
         let Some(excused_at) = runs.map(|server| server.excused_at).filter(|_| owes || shut) else {
             leg.owes_since = None;
             return;
         };
-        let ovm_edge = self.ovm_edge(ctx);
+        let ovm_edge = self.ovm_edge(turn.queue);
         if leg.owes_since.is_none() {
             leg.ovm_edge = ovm_edge;
         }
-        let since = *leg.owes_since.get_or_insert(ctx.now);
+        let since = *leg.owes_since.get_or_insert(turn.now);
         if !owes && leg.ovm_edge == ovm_edge {
             // Its service reads nothing, and neither does the OVM's, whose buffer may be the larger one.
             return;
         }
-        if ctx.now.since(ctx.unstarved(since).max(excused_at)) >= ctx.config.timing.lag_limit
-            && ctx.queue.ovm() != Some(slot)
+        if turn.now.since(turn.excuses.unstarved(since).max(excused_at)) >= turn.config.timing.lag_limit
+            && turn.queue.ovm() != Some(slot)
         {
-            ctx.laggards.push(slot);
+            turn.note_laggard(slot);
         }
     }
 
-    fn ovm_edge(&self, ctx: &Context) -> u64 {
-        ctx.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.edge)
+    fn ovm_edge(&self, queue: &Queue) -> u64 {
+        queue.ovm_server().and_then(|ovm| self.legs.get(ovm.slot, ovm.id)).map_or(0, |ovm| ovm.edge)
     }
 
     /// The server in `slot` owes its kernel's answer since `at` or before, and the OVM has had more.
-    pub(crate) fn has_owed_since(&self, slot: Slot, server: ServerId, at: Instant, ctx: &Context) -> bool {
+    pub(crate) fn has_owed_since(&self, slot: Slot, server: ServerId, at: Instant, queue: &Queue) -> bool {
         self.legs.get(slot, server).is_some_and(|leg| {
             let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
             leg.gone.is_none()
                 && leg.covers()
                 && leg.owes_since.is_some_and(|since| since <= at)
-                && (owes || leg.ovm_edge != self.ovm_edge(ctx))
+                && (owes || leg.ovm_edge != self.ovm_edge(queue))
         })
     }
 }

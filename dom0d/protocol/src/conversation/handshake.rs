@@ -7,12 +7,14 @@ use std::collections::{HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::context::Context;
 use crate::conversation::passing::UNBOUNDED;
+use crate::conversation::turn::Turn;
 use crate::conversation::{Client, Conversation, Told};
+use crate::counters::Counters;
 use crate::encoding;
 use crate::event::{LinkAddress, ServerId};
 use crate::follower::leg::{Leg, Legs};
+use crate::follower::queue::Queue;
 use crate::key::{ConversationId, Key, Slot};
 use crate::suspicion::REMINDERS;
 use crate::tcp::seq::{later, position_of};
@@ -74,16 +76,16 @@ impl Handshakes {
     }
 
     /// A client's SYN; forwarded to the OVM without what can't be replicated (Fast Open, MPTCP, data).
-    pub(crate) fn handle_syn(&mut self, key: Key, link: LinkAddress, syn: &Segment<'_>, ctx: &mut Context) {
+    pub(crate) fn handle_syn(&mut self, key: Key, link: LinkAddress, syn: &Segment<'_>, turn: &mut Turn<'_>) {
         let known = self.by_key.get(&key).is_some_and(|embryonic| embryonic.iss == syn.seq);
         if !known {
-            if self.is_full_of_young(&key, ctx) {
-                ctx.counters.embryonic += 1;
+            if self.is_full_of_young(&key, turn) {
+                turn.counters.embryonic += 1;
                 return;
             }
             self.begun += 1;
             let embryonic = Embryonic {
-                begun: ctx.now,
+                begun: turn.now,
                 link,
                 iss: syn.seq,
                 window: syn.window,
@@ -97,22 +99,22 @@ impl Handshakes {
             };
             self.by_key.insert(key, embryonic);
             self.ages.push_back((self.begun, key));
-            self.make_room(ctx);
+            self.make_room(turn);
         }
-        if let (Some(embryonic), Some((slot, ovm))) = (self.by_key.get(&key), ctx.ovm()) {
+        if let (Some(embryonic), Some((slot, ovm))) = (self.by_key.get(&key), turn.ovm()) {
             if let Some(answer) = embryonic.answer.filter(|answer| answer.server != Some(ovm)) {
                 // The client may have accepted the deposed OVM's answer: that one stands.
-                return embryonic.repeat(&key, &answer, ctx);
+                return embryonic.repeat(&key, &answer, turn);
             }
-            embryonic.forward(&key, slot, ctx);
-            self.unheard.get_or_insert(Unheard { key, since: ctx.now, reminders: 0 });
+            embryonic.forward(&key, slot, turn);
+            self.unheard.get_or_insert(Unheard { key, since: turn.now, reminders: 0 });
         }
     }
 
     /// The OVM lives.
-    pub(crate) fn note_ovm_heard(&mut self, ctx: &mut Context) {
+    pub(crate) fn note_ovm_heard(&mut self, counters: &mut Counters) {
         if self.unheard.take().is_some_and(|unheard| unheard.reminders > 0) {
-            ctx.counters.acquittals += 1;
+            counters.acquittals += 1;
         }
     }
 
@@ -130,29 +132,29 @@ impl Handshakes {
     }
 
     /// A SYN is a segment too: if the OVM is silent altogether, would an RVM have answered it?
-    pub(crate) fn ask_witnesses(&mut self, ctx: &mut Context) {
-        let limit = patience(ctx.config.timing.unacked_limit);
+    pub(crate) fn ask_witnesses(&mut self, turn: &mut Turn<'_>) {
+        let limit = patience(turn.config.timing.unacked_limit);
         let Some(unheard) = &mut self.unheard else { return };
         let Some(embryonic) = self.by_key.get(&unheard.key) else {
             self.unheard = None;
             return;
         };
-        unheard.since = ctx.measured_from(unheard.since);
-        while !unheard.is_asked() && ctx.now >= unheard.due(limit) {
+        unheard.since = turn.measured_from(unheard.since);
+        while !unheard.is_asked() && turn.now >= unheard.due(limit) {
             unheard.reminders += 1;
             if !unheard.is_asked() {
-                if let Some((slot, _)) = ctx.ovm() {
-                    embryonic.forward(&unheard.key, slot, ctx);
+                if let Some((slot, _)) = turn.ovm() {
+                    embryonic.forward(&unheard.key, slot, turn);
                     // Whoever can't reach that client, or has no room for another handshake, is alive all the same.
-                    ctx.ask_ovm();
+                    turn.ask_ovm();
                 }
                 continue;
             }
-            for (slot, _) in ctx.roster() {
+            for (slot, _) in turn.roster() {
                 let promotable =
-                    ctx.queue.get(slot).is_some_and(|server| ctx.queue.not_promotable(server).is_none());
+                    turn.queue.get(slot).is_some_and(|server| turn.not_promotable(server).is_none());
                 if promotable {
-                    embryonic.forward(&unheard.key, slot, ctx);
+                    embryonic.forward(&unheard.key, slot, turn);
                 }
             }
         }
@@ -167,20 +169,20 @@ impl Handshakes {
 
     /// There is no room but that of handshakes which have not had their time. The SYN is dropped, as a listener with a
     /// full backlog does it, and sent again; one that makes room would be refused its next segment.
-    fn is_full_of_young(&self, key: &Key, ctx: &Context) -> bool {
+    fn is_full_of_young(&self, key: &Key, turn: &Turn<'_>) -> bool {
         let oldest = self.ages.front().and_then(|(_, key)| self.by_key.get(key));
-        self.by_key.len() >= ctx.config.limits.embryonic as usize
+        self.by_key.len() >= turn.config.limits.embryonic as usize
             && !self.by_key.contains_key(key)
-            && oldest.is_some_and(|oldest| ctx.now.since(oldest.begun) < YOUNG)
+            && oldest.is_some_and(|oldest| turn.now.since(oldest.begun) < YOUNG)
     }
 
-    fn make_room(&mut self, ctx: &mut Context) {
-        let limit = ctx.config.limits.embryonic as usize;
+    fn make_room(&mut self, turn: &mut Turn<'_>) {
+        let limit = turn.config.limits.embryonic as usize;
         while self.by_key.len() > limit || self.ages.len() > 2 * limit {
             let Some((number, key)) = self.ages.pop_front() else { break };
             if self.by_key.get(&key).is_some_and(|embryonic| embryonic.number == number) {
                 self.by_key.remove(&key);
-                ctx.counters.embryonic += 1;
+                turn.counters.embryonic += 1;
             }
         }
         while let Some((number, key)) = self.ages.front() {
@@ -245,12 +247,12 @@ impl Handshakes {
     }
 
     /// A client's segment with an ACK: its third, or data that overtook it.
-    pub(crate) fn handle_third(&mut self, key: &Key, segment: &Segment<'_>, ctx: &Context) -> Third {
+    pub(crate) fn handle_third(&mut self, key: &Key, segment: &Segment<'_>, ovm: Option<ServerId>) -> Third {
         let Some(embryonic) = self.by_key.get(key) else { return Third::NotYet };
         let accepted = embryonic.answer.is_some_and(|answer| {
             // What the OVM would not take for the third opens nothing at RVMs either. Where the server that
             // answered was deposed, the daemon takes a keepalive as well: this client has a connection.
-            let known = ctx.ovm().map(|(_, ovm)| ovm) == answer.server;
+            let known = ovm == answer.server;
             let window = u64::from(known)..=1 + u64::from(answer.window);
             segment.flags.has(Flags::ACK)
                 && segment.ack == answer.iss.wrapping_add(1)
@@ -273,15 +275,15 @@ impl Handshakes {
     }
 
     /// A new OVM knows nothing of these: those that the old one has not answered are opened at once.
-    pub(crate) fn reopen(&mut self, ctx: &mut Context) {
+    pub(crate) fn reopen(&mut self, turn: &mut Turn<'_>) {
         self.unheard = None;
         // In order of age: the same inputs give the same outputs.
         for (number, key) in &self.ages {
             let embryonic = self.by_key.get(key).filter(|embryonic| embryonic.number == *number);
-            if let (Some(embryonic), Some((slot, _))) = (embryonic, ctx.ovm())
+            if let (Some(embryonic), Some((slot, _))) = (embryonic, turn.ovm())
                 && embryonic.answer.is_none()
             {
-                embryonic.forward(key, slot, ctx);
+                embryonic.forward(key, slot, turn);
             }
         }
     }
@@ -313,9 +315,9 @@ impl Unheard {
 }
 
 impl Embryonic {
-    fn forward(&self, key: &Key, slot: Slot, ctx: &mut Context) {
-        let Some(server) = ctx.queue.get(slot).map(|server| server.id) else { return };
-        let Some(guest) = ctx.guest(slot, key.psc) else { return };
+    fn forward(&self, key: &Key, slot: Slot, turn: &mut Turn<'_>) {
+        let Some(server) = turn.queue.get(slot).map(|server| server.id) else { return };
+        let Some(guest) = turn.guest(slot, key.psc) else { return };
         let syn = Segment {
             src: key.client,
             dst: guest,
@@ -328,11 +330,11 @@ impl Embryonic {
             ecn: 0,
             payload: &[],
         };
-        ctx.send_to_server(server, syn.emit());
+        turn.send_to_server(server, syn.emit());
     }
 
     /// Sends the client a SYN-ACK again.
-    fn repeat(&self, key: &Key, answer: &SynAck, ctx: &mut Context) {
+    fn repeat(&self, key: &Key, answer: &SynAck, turn: &mut Turn<'_>) {
         let syn_ack = Segment {
             src: key.psc,
             dst: key.client,
@@ -345,11 +347,11 @@ impl Embryonic {
             ecn: 0,
             payload: &[],
         };
-        ctx.send_to_client(self.link, syn_ack.emit());
+        turn.send_to_client(self.link, syn_ack.emit());
     }
 
     /// The conversation that the handshake leads to, with legs being opened on every other server.
-    pub(crate) fn open(self, id: ConversationId, key: Key, ctx: &mut Context) -> Option<Box<Conversation>> {
+    pub(crate) fn open(self, id: ConversationId, key: Key, turn: &mut Turn<'_>) -> Option<Box<Conversation>> {
         let answer = self.answer?;
         let scaled = self.options.window_shift.filter(|_| answer.options.window_shift.is_some());
         let timestamps = self.options.timestamps.filter(|_| answer.options.timestamps.is_some());
@@ -368,7 +370,7 @@ impl Embryonic {
             id,
             key,
             link: self.link,
-            epoch: ctx.epoch,
+            epoch: turn.epoch,
             client: Client {
                 iss: self.iss,
                 mss,
@@ -394,7 +396,7 @@ impl Embryonic {
             paused: (0, 0),
             closed: None,
             was_reset: false,
-            last_heard: ctx.now,
+            last_heard: turn.now,
             client_owes: None,
             is_client_silent: false,
             probes: 0,
@@ -409,20 +411,20 @@ impl Embryonic {
             beyond: 0,
         });
         let mut recuperates = true;
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             let leg = if Some(server) == answer.server {
                 let mut leg = Conversation::through_leg(server, &told, answer.window);
-                leg.mss = leg.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, ctx));
+                leg.mss = leg.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, turn.queue));
                 // A new OVM that has not caught up yet must not see this client's bytes before the
                 // causes that the client may have seen.
-                leg.through = ctx.queue.ovm() == Some(slot) && !ctx.is_catching_up();
+                leg.through = turn.queue.ovm() == Some(slot) && !turn.is_catching_up();
                 leg.ack_due = !leg.through;
                 recuperates = !leg.through;
                 leg
             } else {
                 Leg::opening(server)
             };
-            conversation.add_leg(slot, leg, ctx);
+            conversation.add_leg(slot, leg, turn);
         }
         if recuperates {
             // The daemon carries it over: the new OVM is behind, or the client speaks with a server
@@ -437,7 +439,7 @@ impl Embryonic {
 pub(crate) const LEAST_MSS: u16 = 88;
 
 /// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
-pub(crate) fn mtu_mss(slot: Slot, key: &Key, ctx: &Context) -> u16 {
+pub(crate) fn mtu_mss(slot: Slot, key: &Key, queue: &Queue) -> u16 {
     let headers = if key.psc.is_ipv4() { 40 } else { 60 };
-    ctx.queue.get(slot).map_or(u16::MAX, |server| server.mtu.saturating_sub(headers))
+    queue.get(slot).map_or(u16::MAX, |server| server.mtu.saturating_sub(headers))
 }

@@ -16,12 +16,13 @@ pub(crate) mod recuperation;
 pub(crate) mod server;
 pub(crate) mod share;
 pub(crate) mod table;
+pub(crate) mod turn;
 pub(crate) mod upkeep;
 pub(crate) mod verdict;
 
 use serde::{Deserialize, Serialize};
 
-use crate::context::Context;
+use crate::conversation::turn::Turn;
 use crate::event::{Destination, LinkAddress, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Legs, Phase};
 use crate::key::{ConversationId, Key, Slot};
@@ -89,8 +90,8 @@ pub(crate) struct Held {
 
 impl Held {
     /// RVMs get the time that a late daemon did not hear them.
-    pub(crate) fn ends(&self, ctx: &Context) -> Instant {
-        self.until.max(ctx.starved_at.max(ctx.late_at) + ctx.config.timing.close_hold)
+    pub(crate) fn ends(&self, turn: &Turn<'_>) -> Instant {
+        self.until.max(turn.excuses.heard_since() + turn.config.timing.close_hold)
     }
 }
 
@@ -203,8 +204,8 @@ impl Conversation {
     }
 
     /// The OVM speaks with the client itself.
-    pub(crate) fn is_through(&self, ctx: &Context) -> bool {
-        ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| leg.through)
+    pub(crate) fn is_through(&self, turn: &Turn<'_>) -> bool {
+        turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| leg.through)
     }
 
     /// For the order: the server has answered up to `position`, or never will comparably.
@@ -235,11 +236,11 @@ impl Conversation {
     }
 
     /// Sends a segment to the client, split as it needs.
-    pub(crate) fn send_to_client(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
-        ctx.note_sent_to_client(segment.payload);
+    pub(crate) fn send_to_client(&mut self, segment: &Segment<'_>, turn: &mut Turn<'_>) {
+        turn.note_sent_to_client(segment.payload);
         let link = self.link;
         let to = Destination::Client(link);
-        segment.emit_large(self.client.mss, |packet, size| ctx.send(to, packet, size));
+        segment.emit_large(self.client.mss, |packet, size| turn.send(to, packet, size));
     }
 
     /// A TSval for the client: never earlier than the last one.
@@ -253,42 +254,42 @@ impl Conversation {
     /// Calls `visit` for each leg of a server in the queue.
     pub(crate) fn for_each_leg(
         &mut self,
-        ctx: &mut Context,
-        mut visit: impl FnMut(Slot, &mut Leg, &mut Context),
+        turn: &mut Turn<'_>,
+        mut visit: impl FnMut(Slot, &mut Leg, &mut Turn<'_>),
     ) {
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.get_mut(slot, server) {
-                visit(slot, leg, ctx);
+                visit(slot, leg, turn);
             }
         }
     }
 
     /// Gives the server a leg, or says why it has none.
-    pub(crate) fn add_leg(&mut self, slot: Slot, leg: Leg, ctx: &mut Context) {
-        if ctx.guest(slot, self.key.psc).is_none() {
+    pub(crate) fn add_leg(&mut self, slot: Slot, leg: Leg, turn: &mut Turn<'_>) {
+        if turn.guest(slot, self.key.psc).is_none() {
             self.legs.set_absent(slot, Uncovered::OptionsDiffer);
-            ctx.mark_stale(slot, StaleReason::UncoveredConversation);
+            turn.mark_stale(slot, StaleReason::UncoveredConversation);
             return;
         }
         self.legs.put(slot, Box::new(leg));
     }
 
     /// The server does not cover the conversation any more, so its state may differ from now on.
-    pub(crate) fn drop_leg(&mut self, slot: Slot, leg: &Leg, reason: Uncovered, ctx: &mut Context) {
+    pub(crate) fn drop_leg(&mut self, slot: Slot, leg: &Leg, reason: Uncovered, turn: &mut Turn<'_>) {
         if leg.is_open() {
-            self.send_reset_to(slot, leg, ctx);
+            self.send_reset_to(slot, leg, turn);
         }
         self.legs.set_absent(slot, reason);
-        ctx.progressed[slot.index()] = true;
-        ctx.mark_stale(slot, StaleReason::UncoveredConversation);
+        turn.note_produced(slot);
+        turn.mark_stale(slot, StaleReason::UncoveredConversation);
     }
 
     /// The server reset the conversation, or refused it.
-    pub(crate) fn note_gone(&self, slot: Slot, leg: &mut Leg, ctx: &mut Context) {
+    pub(crate) fn note_gone(&self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
         if leg.gone.is_none() {
-            leg.gone = Some(ctx.now);
+            leg.gone = Some(turn.now);
             leg.sender.disarm();
-            ctx.progressed[slot.index()] = true;
+            turn.note_produced(slot);
         }
     }
 

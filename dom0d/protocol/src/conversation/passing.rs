@@ -1,10 +1,11 @@
 //! A conversation that the data plane passes between client and OVM by itself (see [`crate::Flow`]): from when to when, and
 //! how far both sides may go on meanwhile.
 
-use crate::context::Context;
 use crate::conversation::Conversation;
-use crate::event::{Effect, EventKind, Handover, StaleReason, Uncovered};
+use crate::conversation::turn::Turn;
+use crate::event::{Effect, EventKind, Handover, Passage, StaleReason, Uncovered};
 use crate::key::Key;
+use crate::plane::Plane;
 use crate::tcp::seq::{position_of, seq_of};
 use crate::tcp::stream::Stream;
 use crate::tcp::translate::{Bounds, Flow};
@@ -27,10 +28,37 @@ const NEARLY_SHUT: u64 = 64 << 10;
 pub(crate) const UNBOUNDED: (u64, u64) = (u64::MAX, u64::MAX);
 
 impl Conversation {
+    /// The plane may have given the conversation back with the segment at hand.
+    pub(crate) fn note_passage(&mut self, plane: &Plane) {
+        if plane.passage() == Passage::HandedOver && self.passing == plane.stops() {
+            // Not forgotten: what the plane keeps of it is to be removed in the end.
+            self.passing = self.passing.map(|times| times.wrapping_sub(1));
+        }
+    }
+
+    /// After all work: whether the plane may pass it, or must no longer. True if it is to be queued for being handed over.
+    pub(crate) fn review_passing(&mut self, turn: &mut Turn<'_>) -> bool {
+        let Some(times) = turn.plane.stops() else { return false };
+        let mut is_queued_now = false;
+        if self.passing == Some(times) {
+            if self.may_pass(turn, 2) {
+                self.extend(turn);
+            } else {
+                self.stop_passing(turn);
+            }
+        } else {
+            self.bounds = UNBOUNDED;
+            is_queued_now = !self.is_passable_queued && self.may_begin_to_pass(turn);
+            self.is_passable_queued |= is_queued_now;
+        }
+        self.reopen_windows(turn);
+        is_queued_now
+    }
+
     /// Nothing but new segments are to be expected, and the engine has room for them.
-    pub(crate) fn may_pass(&self, ctx: &Context, shares: u64) -> bool {
-        let room_for_all = ctx.config.limits.retained_bytes / HANDOVER_SHARE * shares;
-        let through = ctx
+    pub(crate) fn may_pass(&self, turn: &Turn<'_>, shares: u64) -> bool {
+        let room_for_all = turn.config.limits.retained_bytes / HANDOVER_SHARE * shares;
+        let through = turn
             .ovm()
             .and_then(|(slot, server)| self.legs.get(slot, server))
             .is_some_and(|leg| leg.through && leg.gone.is_none());
@@ -39,22 +67,23 @@ impl Conversation {
             && self.recuperating.is_none()
             && self.held.is_none()
             && (self.up_fin, self.up_rst, self.down_fin) == (None, None, None)
-            && ctx.retained < room_for_all
+            && turn.retained(self.retained) < room_for_all
     }
 
     /// In the middle of a repair of gaps most segments would come straight back.
-    pub(crate) fn may_begin_to_pass(&self, ctx: &Context) -> bool {
-        self.up.highest() == self.up.end() && self.down.highest() == self.down.end() && self.may_pass(ctx, 1)
+    pub(crate) fn may_begin_to_pass(&self, turn: &Turn<'_>) -> bool {
+        self.up.highest() == self.up.end() && self.down.highest() == self.down.end() && self.may_pass(turn, 1)
     }
 
-    pub(crate) fn hand_over(&mut self, ctx: &Context) -> Option<Handover> {
-        if ctx.plane.is_none() || self.passing == ctx.plane || !self.may_begin_to_pass(ctx) {
+    pub(crate) fn hand_over(&mut self, turn: &Turn<'_>) -> Option<Handover> {
+        if turn.plane.stops().is_none() || self.passing == turn.plane.stops() || !self.may_begin_to_pass(turn)
+        {
             return None;
         }
         // Whatever was told already holds.
-        let (up, down) = self.reach(ctx);
+        let (up, down) = self.reach(turn);
         self.bounds = (up.max(self.told.edge), down.max(self.client.edge).max(self.shown.1));
-        let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server))?;
+        let leg = turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server))?;
         let flow = Flow {
             seq_delta: self.told.iss.wrapping_sub(leg.iss),
             ts_delta: leg.ts_delta,
@@ -74,7 +103,7 @@ impl Conversation {
             timestamps: self.client.timestamps,
             bounds: self.bounds_as_told(),
         };
-        self.passing = ctx.plane;
+        self.passing = turn.plane.stops();
         let Key { client, psc } = self.key;
         Some(Handover { client, psc, link: self.link, place: self.id.index, flow })
     }
@@ -85,10 +114,10 @@ impl Conversation {
     }
 
     /// How far client and OVM may go on, so that what RVMs then lack can be kept.
-    fn reach(&self, ctx: &Context) -> (u64, u64) {
-        let room = u64::from(ctx.config.limits.ahead_bytes);
+    fn reach(&self, turn: &Turn<'_>) -> (u64, u64) {
+        let room = u64::from(turn.config.limits.ahead_bytes);
         let (mut up, mut down) = (self.up.end() + FAR, self.down.end() + FAR);
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             let leg = self.legs.get(slot, server).filter(|leg| !leg.through && leg.gone.is_none());
             if let Some(leg) = leg {
                 up = up.min(leg.rcv_nxt + room);
@@ -99,95 +128,95 @@ impl Conversation {
     }
 
     /// Moves the plane's bounds on, as RVMs do, if that is worth it.
-    pub(crate) fn extend(&mut self, ctx: &mut Context) {
-        let step = u64::from(ctx.config.limits.ahead_bytes) / STEP_SHARE;
-        let (up, down) = self.reach(ctx);
+    pub(crate) fn extend(&mut self, turn: &mut Turn<'_>) {
+        let step = u64::from(turn.config.limits.ahead_bytes) / STEP_SHARE;
+        let (up, down) = self.reach(turn);
         if up >= self.bounds.0 + step || down >= self.bounds.1 + step {
             self.bounds = (up.max(self.bounds.0), down.max(self.bounds.1));
-            ctx.effect(Effect::Extend { place: self.id.index, bounds: self.bounds_as_told() });
+            turn.outbox.effect(Effect::Extend { place: self.id.index, bounds: self.bounds_as_told() });
         }
     }
 
     /// Client or OVM is about to stop for RVMs that are behind.
-    pub(crate) fn is_held_back(&self, ctx: &Context) -> bool {
-        let near = NEARLY_SHUT.min(u64::from(ctx.config.limits.ahead_bytes) / 4);
+    pub(crate) fn is_held_back(&self, turn: &Turn<'_>) -> bool {
+        let near = NEARLY_SHUT.min(u64::from(turn.config.limits.ahead_bytes) / 4);
         self.up.end() + near >= self.bounds.0 || self.down.end() + near >= self.bounds.1
     }
 
     /// Client or OVM may wait for a window that has opened since it was last told, and nothing else would tell
     /// them: the other side has nothing to say.
-    pub(crate) fn reopen_windows(&mut self, ctx: &mut Context) {
-        let Some((slot, server)) = ctx.ovm().filter(|_| self.closed.is_none()) else { return };
+    pub(crate) fn reopen_windows(&mut self, turn: &mut Turn<'_>) {
+        let Some((slot, server)) = turn.ovm().filter(|_| self.closed.is_none()) else { return };
         let Some(ovm) = self.legs.get(slot, server).filter(|leg| leg.through && leg.gone.is_none()) else {
             return;
         };
         let is_stopped = |end: u64, shown: u64, edge: u64| edge > shown && end + NEARLY_SHUT > shown;
-        let up = ovm.edge.min(self.bounds.0).min(self.room_up(ctx));
+        let up = ovm.edge.min(self.bounds.0).min(self.room_up(turn));
         let down = self.client.edge.min(self.bounds.1);
         if is_stopped(self.down.end(), self.shown.1, down)
-            && let Some(guest) = ctx.guest(slot, self.key.psc)
+            && let Some(guest) = turn.guest(slot, self.key.psc)
         {
-            ctx.send_to_server(server, self.segment_to_leg(ovm, guest).emit());
-            ctx.counters.ahead_bytes += 1;
+            turn.send_to_server(server, self.segment_to_leg(ovm, guest).emit());
+            turn.counters.ahead_bytes += 1;
             self.shown.1 = down;
         }
         if is_stopped(self.up.end(), self.shown.0, up) {
             self.told.edge = self.told.edge.max(up);
             let update = self.segment_to_client();
-            self.send_to_client(&update, ctx);
-            ctx.counters.ahead_bytes += 1;
+            self.send_to_client(&update, turn);
+            turn.counters.ahead_bytes += 1;
             self.shown.0 = up;
         }
     }
 
     /// Takes the conversation back from the plane, if that has it.
-    pub(crate) fn stop_passing(&mut self, ctx: &mut Context) {
+    pub(crate) fn stop_passing(&mut self, turn: &mut Turn<'_>) {
         if self.passing.take().is_some() {
-            ctx.effect(Effect::TakeBack { client: self.key.client, psc: self.key.psc });
+            turn.outbox.effect(Effect::TakeBack { client: self.key.client, psc: self.key.psc });
         }
     }
 
     /// What ends here goes on between client and OVM, and in the plane.
-    pub(crate) fn leave_to_plane(&mut self, ctx: &mut Context) {
+    pub(crate) fn leave_to_plane(&mut self, turn: &mut Turn<'_>) {
         self.passing = None;
-        let ovm = ctx.queue.ovm();
-        for (slot, server) in ctx.roster() {
+        let ovm = turn.queue.ovm();
+        for (slot, server) in turn.roster() {
             match self.legs.take(slot, server) {
-                Some(leg) if ovm != Some(slot) => self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx),
+                Some(leg) if ovm != Some(slot) => self.drop_leg(slot, &leg, Uncovered::Unrecorded, turn),
                 _ => {}
             }
         }
     }
 
     /// The plane has passed what is not recorded: no RVM can carry the conversation on.
-    pub(crate) fn uncover(&mut self, ctx: &mut Context) {
-        ctx.counters.passed_unrecorded += 1;
-        let ovm = ctx.queue.ovm();
-        for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
+    pub(crate) fn uncover(&mut self, turn: &mut Turn<'_>) {
+        turn.counters.passed_unrecorded += 1;
+        let ovm = turn.queue.ovm();
+        for (slot, server) in turn.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             if let Some(leg) = self.legs.take(slot, server) {
-                self.drop_leg(slot, &leg, Uncovered::Unrecorded, ctx);
+                self.drop_leg(slot, &leg, Uncovered::Unrecorded, turn);
             }
         }
     }
 
     /// The OVM has, or may have, bytes of the client up to `end` that are not recorded.
-    pub(crate) fn go_on_alone(&mut self, end: u64, ctx: &mut Context) {
-        self.uncover(ctx);
+    pub(crate) fn go_on_alone(&mut self, end: u64, turn: &mut Turn<'_>) {
+        self.uncover(turn);
         // One that has no part in this conversation lacks them, too.
-        ctx.mark_all_stale(StaleReason::UncoveredConversation);
-        ctx.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
+        turn.mark_all_stale(StaleReason::UncoveredConversation);
+        turn.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
         self.up = Stream::new(end);
         self.up_fin = None;
     }
 
     /// What the plane has passed to the OVM must be recorded, or no RVM can follow.
-    pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, ctx: &mut Context) {
-        ctx.untaken = false;
-        if ctx.passed() && !segment.payload.is_empty() {
+    pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, turn: &mut Turn<'_>) {
+        turn.then.looked_at = true;
+        if turn.passed() && !segment.payload.is_empty() {
             let end = position_of(self.client.iss, segment.seq, self.up.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.up.highest()) {
-                self.go_on_alone(end, ctx);
+                self.go_on_alone(end, turn);
             }
         }
     }
@@ -197,14 +226,14 @@ impl Conversation {
         &mut self,
         server_iss: u32,
         segment: &Segment<'_>,
-        ctx: &mut Context,
+        turn: &mut Turn<'_>,
     ) {
-        ctx.untaken = false;
-        if ctx.passed() && !segment.payload.is_empty() {
+        turn.then.looked_at = true;
+        if turn.passed() && !segment.payload.is_empty() {
             let end = position_of(server_iss, segment.seq, self.down.end())
                 .map(|start| start + segment.payload.len() as u64);
             if let Some(end) = end.filter(|end| *end > self.down.highest()) {
-                self.uncover(ctx);
+                self.uncover(turn);
                 self.down = Stream::new(end);
             }
         }

@@ -4,13 +4,13 @@
 //! server: what it acknowledged, what it answered.
 
 use crate::config::LagPolicy;
-use crate::context::Context;
 use crate::conversation::handshake::{LEAST_MSS, mtu_mss};
+use crate::conversation::turn::Turn;
 use crate::conversation::{Conversation, Held, text_before};
 use crate::event::{Evidence, Passage, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Phase};
 use crate::follower::queue::Server;
-use crate::key::{MAX_SERVERS, Slot};
+use crate::key::Slot;
 use crate::tcp::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 
@@ -24,27 +24,27 @@ impl Conversation {
         slot: Slot,
         server: ServerId,
         segment: &Segment<'_>,
-        ctx: &mut Context,
+        turn: &mut Turn<'_>,
     ) {
         let Some(mut leg) = self.legs.take(slot, server) else { return };
         if let Some((tsval, _)) = segment.options.timestamps.filter(|_| !segment.flags.has(Flags::RST)) {
             leg.note_tsval(tsval);
         }
         let kept = match leg.phase {
-            Phase::SynSent => self.handle_syn_ack(&mut leg, slot, segment, ctx),
+            Phase::SynSent => self.handle_syn_ack(&mut leg, slot, segment, turn),
             Phase::Open if leg.through => {
-                self.handle_ovm(&mut leg, segment, ctx);
-                self.check_passed_to_client(leg.iss, segment, ctx);
+                self.handle_ovm(&mut leg, segment, turn);
+                self.check_passed_to_client(leg.iss, segment, turn);
                 Ok(())
             }
             Phase::Open => {
-                self.handle_suppressed(&mut leg, slot, segment, ctx);
+                self.handle_suppressed(&mut leg, slot, segment, turn);
                 Ok(())
             }
         };
         match kept {
             Ok(()) => self.legs.put(slot, leg),
-            Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
+            Err(reason) => self.drop_leg(slot, &leg, reason, turn),
         }
     }
 
@@ -56,13 +56,13 @@ impl Conversation {
         leg: &mut Leg,
         slot: Slot,
         segment: &Segment<'_>,
-        ctx: &mut Context,
+        turn: &mut Turn<'_>,
     ) -> Result<(), Uncovered> {
         let acknowledges = segment.flags.has(Flags::ACK) && segment.ack == self.client.iss.wrapping_add(1);
         if segment.flags.has(Flags::RST) {
-            if acknowledges && ctx.queue.ovm() == Some(slot) {
+            if acknowledges && turn.queue.ovm() == Some(slot) {
                 // A new OVM refuses what the client has: its service may have died in turn.
-                self.note_gone(slot, leg, ctx);
+                self.note_gone(slot, leg, turn);
                 return Ok(());
             }
             return if acknowledges { Err(Uncovered::RvmReset) } else { Ok(()) };
@@ -70,7 +70,7 @@ impl Conversation {
         if !segment.flags.has(Flags::SYN) || !acknowledges {
             if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::SYN) {
                 // An old connection of the same client on this server: reset it, then try again.
-                self.refuse(slot, leg, segment, ctx);
+                self.refuse(slot, leg, segment, turn);
             }
             return Ok(());
         }
@@ -87,14 +87,14 @@ impl Conversation {
         leg.phase = Phase::Open;
         leg.iss = segment.seq;
         leg.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
-        leg.mss = mss.max(LEAST_MSS).min(mtu_mss(slot, &self.key, ctx));
+        leg.mss = mss.max(LEAST_MSS).min(mtu_mss(slot, &self.key, turn.queue));
         // For a server that was promoted before it had answered: its time begins here.
         leg.ts_delta = self.told.tsval.wrapping_sub(leg.tsval);
         leg.ts_floor = leg.tsval;
         leg.rcv_nxt = 1;
         leg.edge = 1 + u64::from(segment.window);
         leg.sender.disarm();
-        leg.sender.acknowledged(1, 0, ctx.now);
+        leg.sender.acknowledged(1, 0, turn.now);
         leg.owes_since = None;
         leg.told = (1, 0);
         leg.ack_due = true;
@@ -103,10 +103,10 @@ impl Conversation {
 
     // ---- the OVM --------------------------------------------------------------------------------
 
-    fn handle_ovm(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
+    fn handle_ovm(&mut self, leg: &mut Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         let Some(start) = position_of(leg.iss, segment.seq, self.down.end()) else { return };
         if segment.flags.has(Flags::RST) {
-            return self.handle_ovm_reset(leg, start, segment, ctx);
+            return self.handle_ovm_reset(leg, start, segment, turn);
         }
         if leg.gone.is_some() {
             // Behind its RST, which may be held, there is nothing to hear.
@@ -116,36 +116,36 @@ impl Conversation {
         if let Some(ack) = ack.filter(|ack| segment.flags.has(Flags::ACK) && *ack > self.up_end()) {
             if ack > leg.edge.max(self.told.edge) + BEYOND_WINDOW {
                 // Nobody was ever told to send so much (RFC 9293 §3.10.7.4): no kernel says that.
-                ctx.counters.bad_ack += 1;
+                turn.counters.bad_ack += 1;
                 return;
             }
             // By whatever way they came there, it has bytes that no RVM will get.
-            ctx.counters.acknowledged_unrecorded += 1;
-            self.go_on_alone(ack, ctx);
+            turn.counters.acknowledged_unrecorded += 1;
+            self.go_on_alone(ack, turn);
         }
-        ctx.counters.ovm_segments += 1;
+        turn.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
             if start != 0 {
                 // It began anew, and will refuse the client's next segment.
-                ctx.counters.unacceptable += 1;
+                turn.counters.unacceptable += 1;
                 return;
             }
             // A retransmitted SYN-ACK: the client's third ACK was lost on the way to the OVM.
-            self.forward_to_client(leg, start, segment, segment.flags, segment.payload, ctx);
+            self.forward_to_client(leg, start, segment, segment.flags, segment.payload, turn);
             return;
         }
         if segment.flags.has(Flags::ACK) {
-            self.note_ovm_acknowledgment(leg, segment, ctx);
+            self.note_ovm_acknowledgment(leg, segment, turn);
         }
         // What the client has no window for it does not take; a window probe may carry one byte more.
         let stop = (self.client.edge + 1).max(self.down.highest());
         if start > stop {
-            ctx.counters.unacceptable += 1;
+            turn.counters.unacceptable += 1;
             return;
         }
         let text = text_before(leg.fin.into_iter().chain([stop]).min(), start, segment.payload);
         let before = self.down.end();
-        let recorded = self.record_answer(start, text, ctx);
+        let recorded = self.record_answer(start, text, turn);
         leg.asked &= self.down.end() == before;
         let Some(payload) = recorded else { return };
         let mut flags = segment.flags;
@@ -155,30 +155,30 @@ impl Conversation {
         }
         if flags.has(Flags::FIN) {
             leg.fin = Some(position);
-            if self.must_hold(position, false, leg.rcv_nxt, ctx) {
+            if self.must_hold(position, false, leg.rcv_nxt, turn) {
                 flags = flags.without(Flags::FIN);
             } else {
                 self.pass_fin(position);
             }
         }
-        self.forward_to_client(leg, start, segment, flags, payload.as_deref().unwrap_or(text), ctx);
+        self.forward_to_client(leg, start, segment, flags, payload.as_deref().unwrap_or(text), turn);
     }
 
-    fn note_ovm_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
+    fn note_ovm_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         let Some(ack) = position_of(self.client.iss, segment.ack, leg.rcv_nxt) else { return };
         if ack < leg.rcv_nxt {
             return;
         }
         if ack > leg.rcv_nxt {
-            Self::note_progress(leg, ack, ctx);
+            Self::note_progress(leg, ack, turn);
         }
         leg.edge = ack + (u64::from(segment.window) << leg.shift);
     }
 
     /// A server acknowledged the client's bytes up to `ack`.
-    fn note_progress(leg: &mut Leg, ack: u64, ctx: &mut Context) {
-        if ctx.ovm().is_some_and(|(_, ovm)| ovm == leg.server) {
-            ctx.last_taken = ctx.now;
+    fn note_progress(leg: &mut Leg, ack: u64, turn: &mut Turn<'_>) {
+        if turn.ovm().is_some_and(|(_, ovm)| ovm == leg.server) {
+            turn.then.taken = true;
         }
         leg.rcv_nxt = ack;
         leg.asked = true;
@@ -187,44 +187,44 @@ impl Conversation {
 
     /// Records the OVM's payload. `None`: it must not be passed on. `Some(Some(bytes))`: these must be
     /// passed on in its place, since the client may have the first copy of some.
-    fn record_answer(&mut self, start: u64, payload: &[u8], ctx: &mut Context) -> Option<Option<Vec<u8>>> {
+    fn record_answer(&mut self, start: u64, payload: &[u8], turn: &mut Turn<'_>) -> Option<Option<Vec<u8>>> {
         if payload.is_empty() {
             return Some(None);
         }
         let before = self.down.end();
         let beyond = start > before;
-        let inserted = self.down.insert(start, payload, 0, ctx.room(beyond));
+        let inserted = self.down.insert(start, payload, 0, turn.room(beyond));
         if inserted.refused {
-            ctx.note_refused(beyond);
-            self.blame_laggards(ctx);
+            turn.note_refused(beyond);
+            self.blame_laggards(turn);
             return None;
         }
-        self.note_answer(before, ctx);
+        self.note_answer(before, turn);
         if inserted.conflict.is_none() {
             return Some(None);
         }
-        if ctx.passed() {
+        if turn.passed() {
             // The client has both copies.
-            self.uncover(ctx);
+            self.uncover(turn);
         }
-        ctx.counters.ovm_contradictions += 1;
+        turn.counters.ovm_contradictions += 1;
         let mut first_copy = payload.to_vec();
         self.down.restore(start, &mut first_copy);
         Some(Some(first_copy))
     }
 
     /// What the client is sent grew from `before`: the order follows.
-    pub(crate) fn note_answer(&mut self, before: u64, ctx: &mut Context) {
+    pub(crate) fn note_answer(&mut self, before: u64, turn: &mut Turn<'_>) {
         let end = self.down.end();
         if end == before {
             return;
         }
-        ctx.last_answer = ctx.now;
+        turn.note_answer();
         self.suspicion.note_answer();
-        if ctx.queue.rvms().next().is_some() {
-            ctx.order.answered(self.id, end);
+        if turn.queue.rvms().next().is_some() {
+            turn.order.answered(self.id, end);
             // An RVM that was faster has produced this already.
-            ctx.progressed = [true; MAX_SERVERS];
+            turn.note_all_produced();
         }
     }
 
@@ -235,12 +235,12 @@ impl Conversation {
         segment: &Segment<'_>,
         flags: Flags,
         payload: &[u8],
-        ctx: &mut Context,
+        turn: &mut Turn<'_>,
     ) {
         let window_shift = if segment.flags.has(Flags::SYN) { 0 } else { leg.shift };
         self.told.acked = self.told.acked.max(leg.rcv_nxt);
-        self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), ctx);
-        self.shown.0 = match ctx.passage {
+        self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), turn);
+        self.shown.0 = match turn.plane.passage() {
             Passage::Passed { edge, .. } => position_of(self.client.iss, edge, self.told.edge).unwrap_or(0),
             _ => self.told.edge,
         };
@@ -248,8 +248,8 @@ impl Conversation {
             .options
             .timestamps
             .map(|(tsval, tsecr)| (self.advance_tsval(tsval.wrapping_add(leg.ts_delta)), tsecr));
-        if ctx.passed() {
-            return ctx.note_sent_to_client(payload);
+        if turn.passed() {
+            return turn.note_sent_to_client(payload);
         }
         let translated = Segment {
             seq: seq_of(self.told.iss, start),
@@ -260,24 +260,24 @@ impl Conversation {
             payload,
             ..self.segment_to_client()
         };
-        self.send_to_client(&translated, ctx);
+        self.send_to_client(&translated, turn);
     }
 
     /// Moves the right edge of the client's window, never back. Where clients wait for RVMs, no
     /// further than there is room to keep what an RVM still lacks.
-    pub(crate) fn offer_window(&mut self, edge: u64, ctx: &mut Context) {
-        let limit = if ctx.passed() { self.bounds.0 } else { self.room_up(ctx) };
+    pub(crate) fn offer_window(&mut self, edge: u64, turn: &mut Turn<'_>) {
+        let limit = if turn.passed() { self.bounds.0 } else { self.room_up(turn) };
         if limit < edge {
-            ctx.counters.lag_bytes += 1;
+            turn.counters.lag_bytes += 1;
         }
         self.told.edge = self.told.edge.max(edge.min(limit));
     }
 
     /// Up to where there is room to keep what the client sends.
-    pub(crate) fn room_up(&self, ctx: &Context) -> u64 {
-        let limit = u64::from(ctx.config.limits.conversation_bytes);
+    pub(crate) fn room_up(&self, turn: &Turn<'_>) -> u64 {
+        let limit = u64::from(turn.config.limits.conversation_bytes);
         self.up.base()
-            + match ctx.config.on_lag {
+            + match turn.config.on_lag {
                 // No more than can be kept: what finds no room would be sent in vain.
                 LagPolicy::Evict => limit,
                 LagPolicy::Wait => limit / 2,
@@ -287,22 +287,22 @@ impl Conversation {
     // ---- close ----------------------------------------------------------------------------------
 
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
-    pub(crate) fn must_hold(&mut self, position: u64, rst: bool, had: u64, ctx: &mut Context) -> bool {
+    pub(crate) fn must_hold(&mut self, position: u64, rst: bool, had: u64, turn: &mut Turn<'_>) -> bool {
         // Behind a FIN that was passed a RST is still one to be doubted.
         let open = self.closed.is_none() && (rst || self.down_fin.is_none());
         // When it closed: a kernel goes on to acknowledge what no service reads any more.
         let had = self.held.map_or(had.min(self.up_end()), |held| held.had);
-        let opinion = self.opinion(position, rst, had, ctx);
+        let opinion = self.opinion(position, rst, had, turn);
         if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             self.held = None;
             return false;
         }
-        ctx.counters.closes_held += u64::from(self.held.is_none());
+        turn.counters.closes_held += u64::from(self.held.is_none());
         // A RST after a FIN, or the other way round: the last word counts.
-        let hold = ctx.config.timing.close_hold;
+        let hold = turn.config.timing.close_hold;
         let (review, until) = self
             .held
-            .map_or((Some(ctx.now + hold * 3 / 4), ctx.now + hold), |held| (held.review, held.until));
+            .map_or((Some(turn.now + hold * 3 / 4), turn.now + hold), |held| (held.review, held.until));
         let is_disputed = opinion == Opinion::Disputed || self.held.is_some_and(|held| held.is_disputed);
         self.held = Some(Held { position, rst, had, review, until, is_disputed });
         true
@@ -310,11 +310,11 @@ impl Conversation {
 
     /// A replica may delay its ACK for longer than a close is held (RFC 9293 §3.8.6.3), or have lost a segment:
     /// what it has not acknowledged of what the OVM `had` it is sent again, which a TCP answers at once.
-    fn ask_for_opinions(&mut self, had: u64, ctx: &mut Context) {
-        for (slot, server) in ctx.roster() {
+    fn ask_for_opinions(&mut self, had: u64, turn: &mut Turn<'_>) {
+        for (slot, server) in turn.roster() {
             if let Some(mut leg) = self.legs.take(slot, server) {
                 if leg.is_open() && !leg.through && leg.rcv_nxt < had {
-                    self.retransmit_first(&mut leg, ctx);
+                    self.retransmit_first(&mut leg, turn);
                 }
                 self.legs.put(slot, leg);
             }
@@ -322,20 +322,20 @@ impl Conversation {
     }
 
     /// What the OVM has, as far as it was recorded.
-    pub(crate) fn ovm_had(&self, ctx: &Context) -> u64 {
-        let leg = ctx.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
+    pub(crate) fn ovm_had(&self, turn: &Turn<'_>) -> u64 {
+        let leg = turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
         leg.map_or(self.up_end(), |leg| leg.rcv_nxt.min(self.up_end()))
     }
 
     /// What the covering RVMs say about a close at `position`.
-    fn opinion(&self, position: u64, rst: bool, had: u64, ctx: &Context) -> Opinion {
-        let ovm = ctx.queue.ovm();
+    fn opinion(&self, position: u64, rst: bool, had: u64, turn: &Turn<'_>) -> Opinion {
+        let ovm = turn.queue.ovm();
         let closes = self.up_fin.is_some_and(|(fin, _)| had > fin);
         let mut opinion = Opinion::None;
-        for (slot, server) in ctx.roster().filter(|(slot, _)| Some(*slot) != ovm) {
+        for (slot, server) in turn.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
-            let doubtful = |server: &Server| server.stale.is_some() || server.recovering.is_some();
-            if ctx.queue.get(slot).is_none_or(doubtful) {
+            let doubtful = |server: &Server| turn.is_stale(server) || server.recovering.is_some();
+            if turn.queue.get(slot).is_none_or(doubtful) {
                 // It may close, or go on, for reasons of its own.
                 continue;
             }
@@ -350,7 +350,8 @@ impl Conversation {
             }
             // One that is merely behind disputes nothing: it has what the OVM had, has answered all
             // the OVM answered, and stays. That of a client that has closed itself is no news.
-            let quiet = ctx.now.since(ctx.measured_from(leg.answered_at)) >= ctx.config.timing.close_hold / 2;
+            let quiet =
+                turn.now.since(turn.measured_from(leg.answered_at)) >= turn.config.timing.close_hold / 2;
             let stays = leg.fin.is_none() && leg.gone.is_none();
             let disputes = answered > position
                 || (stays && !closes && answered == position && quiet && leg.rcv_nxt >= had && leg.is_open());
@@ -364,84 +365,84 @@ impl Conversation {
         self.down_fin = Some(position);
     }
 
-    fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, ctx: &mut Context) {
+    fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         // Behind a FIN that is held, the client knows of neither.
         let start =
             if leg.fin.is_some_and(|fin| start == fin + 1) { self.down_end().min(start) } else { start };
         // At its SND.NXT, or, where there is no socket any more, at what the client acknowledged
         // (RFC 9293 §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so do we.
         if start != self.down_end() && start != self.down.end() && start != self.client.acked {
-            ctx.counters.unacceptable += 1;
+            turn.counters.unacceptable += 1;
             if (self.client.acked..self.client.edge.max(self.down_end())).contains(&start)
-                && let Some(guest) = ctx.queue.ovm().and_then(|slot| ctx.guest(slot, self.key.psc))
+                && let Some(guest) = turn.queue.ovm().and_then(|slot| turn.guest(slot, self.key.psc))
             {
                 // It is asked as the client would: if the connection is gone, the answer is exact.
                 let challenge = self.segment_to_leg(leg, guest);
-                ctx.send_to_server(leg.server, challenge.emit());
+                turn.send_to_server(leg.server, challenge.emit());
             }
             return;
         }
-        if let Some(slot) = ctx.queue.ovm() {
-            self.note_gone(slot, leg, ctx);
+        if let Some(slot) = turn.queue.ovm() {
+            self.note_gone(slot, leg, turn);
         }
-        if self.must_hold(start, true, leg.rcv_nxt, ctx) {
+        if self.must_hold(start, true, leg.rcv_nxt, turn) {
             return;
         }
         let flags = segment.flags;
-        self.pass_reset(start, flags, leg.rcv_nxt, ctx);
+        self.pass_reset(start, flags, leg.rcv_nxt, turn);
     }
 
     /// Passes a RST of the OVM on, exactly where it was; servers that stay behind are reset too, when they
     /// have what the OVM `had`. One that has more may have acted on what the OVM refused.
-    fn pass_reset(&mut self, position: u64, flags: Flags, had: u64, ctx: &mut Context) {
+    fn pass_reset(&mut self, position: u64, flags: Flags, had: u64, turn: &mut Turn<'_>) {
         let had = had.min(self.up_end());
-        let ovm = ctx.queue.ovm();
-        self.for_each_leg(ctx, |slot, leg, ctx| {
+        let ovm = turn.queue.ovm();
+        self.for_each_leg(turn, |slot, leg, turn| {
             let closed = leg.fin.is_some() || leg.gone.is_some();
             if Some(slot) != ovm && leg.covers() && !closed && leg.sender.highest > had {
-                ctx.mark_stale(slot, StaleReason::TookMore);
+                turn.mark_stale(slot, StaleReason::TookMore);
             }
         });
         let reset =
             Segment { seq: seq_of(self.told.iss, position), flags, window: 0, ..self.segment_to_client() };
         let link = self.link;
-        ctx.send_to_client(link, reset.emit());
-        self.abort(had, ctx);
+        turn.send_to_client(link, reset.emit());
+        self.abort(had, turn);
     }
 
     /// Decides about a held FIN or RST: an RVM shares it, or its time is over. Disputed on several
     /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
-    pub(crate) fn review_hold(&mut self, ctx: &mut Context) {
+    pub(crate) fn review_hold(&mut self, turn: &mut Turn<'_>) {
         let Some(mut held) = self.held else { return };
-        let opinion = self.opinion(held.position, held.rst, held.had, ctx);
+        let opinion = self.opinion(held.position, held.rst, held.had, turn);
         if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             held.is_disputed |= opinion == Opinion::Disputed;
-            let is_due = held.review.take_if(|review| ctx.now >= *review).is_some();
+            let is_due = held.review.take_if(|review| turn.now >= *review).is_some();
             self.held = Some(held);
             if is_due {
-                self.ask_for_opinions(held.had, ctx);
+                self.ask_for_opinions(held.had, turn);
             }
-            if ctx.now < held.ends(ctx) {
+            if turn.now < held.ends(turn) {
                 return;
             }
-            ctx.counters.closes_unshared += 1;
+            turn.counters.closes_unshared += 1;
             // A handshake that was refused meanwhile is a conversation too.
-            let disputes = ctx.disputes_beside(self.id) + usize::from(held.is_disputed);
-            if disputes + ctx.refusals.len() > 1 && !self.suspicion.close_disputed {
+            let unshared = turn.closes.unshared_beside(self.id) + usize::from(held.is_disputed);
+            if unshared > 1 && !self.suspicion.close_disputed {
                 // If nothing can be promoted, it passes next time.
                 self.suspicion.close_disputed = true;
-                ctx.suspicion.get_or_insert(Evidence::UnsharedClose);
-                self.held = Some(Held { until: ctx.now + ctx.config.timing.close_hold, ..held });
+                turn.accuse_ovm(Evidence::UnsharedClose);
+                self.held = Some(Held { until: turn.now + turn.config.timing.close_hold, ..held });
                 return;
             }
         }
         self.held = None;
         if held.position < self.down.end() {
             // A new OVM that left behind what the client has: nothing that it says can be passed on.
-            return self.reset(ctx);
+            return self.reset(turn);
         }
         if held.rst {
-            self.pass_reset(held.position, Flags::RST.with(Flags::ACK), self.ovm_had(ctx), ctx);
+            self.pass_reset(held.position, Flags::RST.with(Flags::ACK), self.ovm_had(turn), turn);
         } else {
             self.pass_fin(held.position);
             let fin = Segment {
@@ -449,24 +450,24 @@ impl Conversation {
                 flags: Flags::FIN.with(Flags::ACK),
                 ..self.segment_to_client()
             };
-            self.send_to_client(&fin, ctx);
+            self.send_to_client(&fin, turn);
         }
     }
 
     // ---- everybody else -------------------------------------------------------------------------
 
     /// An RVM, or the new OVM in recuperation: nothing of this segment reaches a client as it is.
-    fn handle_suppressed(&mut self, leg: &mut Leg, slot: Slot, segment: &Segment<'_>, ctx: &mut Context) {
-        ctx.counters.rvm_segments += 1;
+    fn handle_suppressed(&mut self, leg: &mut Leg, slot: Slot, segment: &Segment<'_>, turn: &mut Turn<'_>) {
+        turn.counters.rvm_segments += 1;
         let Some(start) = position_of(leg.iss, segment.seq, leg.answers.end()) else { return };
         if segment.flags.has(Flags::RST) {
-            self.note_gone(slot, leg, ctx);
+            self.note_gone(slot, leg, turn);
             return;
         }
         if leg.gone.is_some() {
             // Behind its RST there is nothing to hear; or it has not heard the daemon's.
             if segment.flags.has(Flags::ACK) {
-                self.refuse(slot, leg, segment, ctx);
+                self.refuse(slot, leg, segment, turn);
             }
             return;
         }
@@ -478,7 +479,7 @@ impl Conversation {
             return;
         }
         leg.has_spoken = true;
-        self.note_suppressed_acknowledgment(leg, segment, ctx);
+        self.note_suppressed_acknowledgment(leg, segment, turn);
         let before = leg.answers.end();
         let was_stopped = leg.is_stopped(self.client.mss);
         // It was never told of a larger window: what it sends beyond is no answer, only memory.
@@ -493,18 +494,18 @@ impl Conversation {
                 && leg.answers.skip(text.len() as u64);
             if is_repetition {
                 leg.compared = leg.answers.end();
-            } else if leg.answers.insert(start, text, 0, ctx.room(false)).refused {
-                ctx.note_refused(false);
+            } else if leg.answers.insert(start, text, 0, turn.room(false)).refused {
+                turn.note_refused(false);
             }
             let grown = leg.answers.end() - before;
             if grown > 0 {
-                if ctx.queue.ovm() == Some(slot) {
-                    ctx.last_answer = ctx.now;
+                if turn.queue.ovm() == Some(slot) {
+                    turn.note_answer();
                 }
-                self.note_pause(leg, before, was_stopped, ctx);
+                self.note_pause(leg, before, was_stopped, turn);
                 leg.asked = false;
-                leg.answered_at = ctx.now;
-                ctx.progressed[slot.index()] = true;
+                leg.answered_at = turn.now;
+                turn.note_produced(slot);
             }
             // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).
             leg.ack_due |= grown == 0;
@@ -519,7 +520,7 @@ impl Conversation {
         }
     }
 
-    fn note_suppressed_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, ctx: &mut Context) {
+    fn note_suppressed_acknowledgment(&mut self, leg: &mut Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         let Some(ack) = position_of(self.client.iss, segment.ack, leg.rcv_nxt) else { return };
         if ack < leg.rcv_nxt || ack > leg.sender.highest.max(leg.direct) {
             return;
@@ -527,16 +528,16 @@ impl Conversation {
         let edge = ack + (u64::from(segment.window) << leg.shift);
         if ack > leg.rcv_nxt {
             let bytes = ack - leg.rcv_nxt;
-            Self::note_progress(leg, ack, ctx);
-            if leg.sender.acknowledged(ack, bytes, ctx.now) {
-                self.retransmit_first(leg, ctx);
+            Self::note_progress(leg, ack, turn);
+            if leg.sender.acknowledged(ack, bytes, turn.now) {
+                self.retransmit_first(leg, turn);
             }
         } else if edge == leg.edge
             && segment.payload.is_empty()
             && !segment.flags.has(Flags::FIN)
             && leg.sender.duplicate(ack)
         {
-            self.retransmit_first(leg, ctx);
+            self.retransmit_first(leg, turn);
         }
         leg.edge = edge;
     }

@@ -84,27 +84,24 @@ impl Table {
         }
     }
 
-    /// Takes a conversation out to work on it; it must be put back or removed.
-    pub(crate) fn take(&mut self, id: ConversationId) -> Option<Box<Conversation>> {
-        let place =
-            self.places.get_mut(id.index as usize).filter(|place| place.generation == id.generation)?;
-        place.tenant.wake();
-        match core::mem::take(&mut place.tenant) {
-            Tenant::Awake(conversation) => Some(conversation),
-            _ => None,
-        }
-    }
-
-    /// Puts back what [`Table::take`] took.
+    /// Moves a conversation into the place that was reserved for it.
     pub(crate) fn put(&mut self, conversation: Box<Conversation>) {
         let id = conversation.id;
-        if conversation.is_busy() {
+        if let Some(place) = self.places.get_mut(id.index as usize) {
+            place.tenant = Tenant::Awake(conversation);
+        }
+        self.review(id, false);
+    }
+
+    /// A conversation has worked, and perhaps just closed.
+    pub(crate) fn review(&mut self, id: ConversationId, closed: bool) {
+        if self.get_awake(id).is_some_and(Conversation::is_busy) {
             self.busy.insert(id);
         } else {
             self.busy.remove(&id);
         }
-        if let Some(place) = self.places.get_mut(id.index as usize) {
-            place.tenant = Tenant::Awake(conversation);
+        if closed {
+            self.note_closed(id);
         }
     }
 
@@ -129,21 +126,23 @@ impl Table {
         self.free.push(id.index);
     }
 
-    /// Forgets a conversation that was taken out.
-    pub(crate) fn forget(&mut self, conversation: &Conversation) {
-        let id = conversation.id;
+    /// Takes a conversation out for good.
+    pub(crate) fn remove(&mut self, id: ConversationId) -> Option<Box<Conversation>> {
+        let place =
+            self.places.get_mut(id.index as usize).filter(|place| place.generation == id.generation)?;
+        place.tenant.wake();
+        let Tenant::Awake(conversation) = core::mem::take(&mut place.tenant) else { return None };
+        place.generation = place.generation.wrapping_add(1);
+        self.free.push(id.index);
         if self.by_key.get(&conversation.key) == Some(&id) {
             self.by_key.remove(&conversation.key);
         }
         self.busy.remove(&id);
-        if let Some(place) = self.places.get_mut(id.index as usize) {
-            place.generation = place.generation.wrapping_add(1);
-            self.free.push(id.index);
-        }
+        Some(conversation)
     }
 
     /// A conversation closed: it is remembered, and makes room when room is needed.
-    pub(crate) fn note_closed(&mut self, id: ConversationId) {
+    fn note_closed(&mut self, id: ConversationId) {
         self.closed.push_back(id);
         // Ids of conversations that are gone already pile up at the front.
         while self.closed.front().is_some_and(|id| self.is_gone(*id)) {

@@ -1,8 +1,8 @@
 //! What is due in a conversation, and when: servers are tended, laggards noticed, memory released.
 
 use crate::config::LagPolicy;
-use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::conversation::turn::Turn;
 use crate::follower::leg::GONE_GRACE;
 use crate::follower::mask;
 use crate::time::Instant;
@@ -25,52 +25,52 @@ const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(5
 
 impl Conversation {
     /// Arranges itself for the present epoch if it is of an older one.
-    pub(crate) fn follow_epoch(&mut self, ctx: &mut Context) {
-        if self.epoch != ctx.epoch {
-            self.enter_epoch(ctx);
+    pub(crate) fn follow_epoch(&mut self, turn: &mut Turn<'_>) {
+        if self.epoch != turn.epoch {
+            self.enter_epoch(turn);
         }
     }
 
     /// Does whatever is due: feeds servers, recuperates, judges, releases. Called after each segment
     /// and when the deadline has come. False if the conversation is to be forgotten.
-    pub(crate) fn work(&mut self, ctx: &mut Context) -> bool {
+    pub(crate) fn work(&mut self, turn: &mut Turn<'_>) -> bool {
         self.legs.retain(|index, server| {
-            ctx.queue.iter().any(|known| known.id == server && known.slot.index() == index)
+            turn.queue.iter().any(|known| known.id == server && known.slot.index() == index)
         });
-        self.follow_epoch(ctx);
+        self.follow_epoch(turn);
         if self.client.acked < self.down.end() {
-            let (since, _) = *self.client_owes.get_or_insert((ctx.now, self.down.end()));
-            self.is_client_silent = ctx.now.since(since) >= CLIENT_SILENCE;
+            let (since, _) = *self.client_owes.get_or_insert((turn.now, self.down.end()));
+            self.is_client_silent = turn.now.since(since) >= CLIENT_SILENCE;
         } else {
             self.client_owes = None;
             self.is_client_silent = false;
         }
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             if let Some(mut leg) = self.legs.take(slot, server) {
-                match self.tend(slot, &mut leg, ctx) {
+                match self.tend(slot, &mut leg, turn) {
                     Ok(()) => self.legs.put(slot, leg),
-                    Err(reason) => self.drop_leg(slot, &leg, reason, ctx),
+                    Err(reason) => self.drop_leg(slot, &leg, reason, turn),
                 }
             }
         }
-        self.review_pace(ctx);
-        self.recuperate(ctx);
+        self.review_pace(turn);
+        self.recuperate(turn);
         if self.is_open() {
-            self.review_hold(ctx);
-            self.judge(ctx);
-            self.close_if_finished(ctx);
-        } else if self.is_awaited(ctx) {
-            self.judge(ctx);
+            self.review_hold(turn);
+            self.judge(turn);
+            self.close_if_finished(turn);
+        } else if self.is_awaited(turn) {
+            self.judge(turn);
         }
-        self.release(ctx);
-        self.is_wanted(ctx)
+        self.release(turn);
+        self.is_wanted(turn)
     }
 
     /// Forgets bytes that nobody needs any more.
-    fn release(&mut self, ctx: &mut Context) {
+    fn release(&mut self, turn: &mut Turn<'_>) {
         let mut up = self.up.end();
         let mut down = if self.was_reset { self.down.end() } else { self.client.acked };
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
                 up = up.min(leg.rcv_nxt);
                 if !leg.through && leg.covers() {
@@ -79,10 +79,10 @@ impl Conversation {
             }
         }
         self.up.release(up);
-        let lookback = if ctx.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
+        let lookback = if turn.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
         self.down.release(if self.closed.is_some() { down } else { down.saturating_sub(lookback) });
         let mut retained = self.up.retained() + self.down.retained();
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained());
         }
         self.retained = retained as u64;
@@ -90,49 +90,49 @@ impl Conversation {
     }
 
     /// Looks for RVMs for which client or OVM must stop, or soon will.
-    fn review_pace(&mut self, ctx: &mut Context) {
-        let is_pressed = self.retained >= u64::from(ctx.config.limits.conversation_bytes) / 2;
-        if is_pressed || self.is_held_back(ctx) || self.is_slowed {
-            self.blame_laggards(ctx);
+    fn review_pace(&mut self, turn: &mut Turn<'_>) {
+        let is_pressed = self.retained >= u64::from(turn.config.limits.conversation_bytes) / 2;
+        if is_pressed || self.is_held_back(turn) || self.is_slowed {
+            self.blame_laggards(turn);
         }
     }
 
     /// Room for what RVMs lack runs out. One that hardly moves must not stop the client, nor one that follows at a
     /// pace of its own slow it for long, unless the operator chose that.
-    pub(crate) fn blame_laggards(&mut self, ctx: &mut Context) {
-        if ctx.config.on_lag == LagPolicy::Wait {
+    pub(crate) fn blame_laggards(&mut self, turn: &mut Turn<'_>) {
+        if turn.config.on_lag == LagPolicy::Wait {
             return;
         }
-        let ovm = ctx.queue.ovm();
-        let limits = ctx.config.limits;
-        let much = if self.is_held_back(ctx) {
+        let ovm = turn.queue.ovm();
+        let limits = turn.config.limits;
+        let much = if self.is_held_back(turn) {
             u64::from(limits.ahead_bytes) / 4 * 3
         } else {
             u64::from(limits.conversation_bytes) / 2
         };
         let least = much / 32;
         let (taken, acked) = (self.told.acked, self.client.acked);
-        let (now, tolerated) = (ctx.now, ctx.config.timing.lag_limit / SLOWED_SHARE);
+        let (now, tolerated) = (turn.now, turn.config.timing.lag_limit / SLOWED_SHARE);
         let room = u64::from(limits.conversation_bytes);
         let full = self.retained >= room - room / NEARLY_FULL_SHARE;
-        let stops = full || self.is_held_back(ctx);
+        let stops = full || self.is_held_back(turn);
         let (up_end, down_end) = (self.up.end(), self.down.end());
         let mut is_slowed = false;
-        self.for_each_leg(ctx, |slot, leg, ctx| {
+        self.for_each_leg(turn, |slot, leg, turn| {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
             // In any conversation: in this one it may wait for its turn in the service-wide order.
-            let progress = ctx.followed(slot, leg.behind(up_end, down_end));
+            let progress = turn.followed(slot, leg.behind(up_end, down_end));
             let (since, before) = *leg.paced.get_or_insert((now, progress));
             if !blamed || progress - before >= least {
                 leg.paced = blamed.then_some((now, progress));
-            } else if now.since(ctx.unstarved(since)) >= STANDSTILL {
-                ctx.laggards.push(slot);
+            } else if now.since(turn.excuses.unstarved(since)) >= STANDSTILL {
+                turn.note_laggard(slot);
             }
-            leg.pace.note(ctx.unstarved(leg.pace.at), now, blamed && stops);
+            leg.pace.note(turn.excuses.unstarved(leg.pace.at), now, blamed && stops);
             if leg.pace.slowed >= tolerated {
-                ctx.laggards.push(slot);
+                turn.note_laggard(slot);
             }
             is_slowed |= blamed || !leg.pace.slowed.is_zero();
         });
@@ -140,17 +140,17 @@ impl Conversation {
     }
 
     /// When it must be looked at again.
-    pub(crate) fn next_deadline(&self, ctx: &Context) -> Instant {
+    pub(crate) fn next_deadline(&self, turn: &Turn<'_>) -> Instant {
         let mut next = match self.closed {
-            Some(closed) => (closed + ctx.config.timing.linger).max(ctx.now + AWAITED_INTERVAL),
-            None => self.idle_deadline(ctx),
+            Some(closed) => (closed + turn.config.timing.linger).max(turn.now + AWAITED_INTERVAL),
+            None => self.idle_deadline(turn),
         };
         let mut consider = |deadline: Option<Instant>| {
             if let Some(deadline) = deadline {
                 next = next.min(deadline);
             }
         };
-        for (slot, server) in ctx.roster() {
+        for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.get(slot, server) {
                 consider(leg.sender.deadline());
                 if leg.gone.is_some() && !leg.through && self.is_open() {
@@ -158,22 +158,26 @@ impl Conversation {
                 }
                 if leg.is_open() && !leg.covers() && self.up_rst.is_some() {
                     let grace = self.closed.map(|closed| closed + GONE_GRACE);
-                    consider(grace.filter(|grace| *grace > ctx.now));
+                    consider(grace.filter(|grace| *grace > turn.now));
                 }
             }
         }
-        if !self.is_open() && self.is_awaited(ctx) {
-            consider(self.suspicion.deadline(&ctx.config.timing, ctx.now, |since| ctx.measured_from(since)));
+        if !self.is_open() && self.is_awaited(turn) {
+            consider(
+                self.suspicion.deadline(&turn.config.timing, turn.now, |since| turn.measured_from(since)),
+            );
         }
         if self.is_open() {
             consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
             consider(
                 self.client_owes
-                    .filter(|_| !self.is_client_silent && ctx.queue.rvms().next().is_some())
+                    .filter(|_| !self.is_client_silent && turn.queue.rvms().next().is_some())
                     .map(|(since, _)| since + CLIENT_SILENCE),
             );
-            consider(self.held.map(|held| held.review.unwrap_or(held.ends(ctx))));
-            consider(self.suspicion.deadline(&ctx.config.timing, ctx.now, |since| ctx.measured_from(since)));
+            consider(self.held.map(|held| held.review.unwrap_or(held.ends(turn))));
+            consider(
+                self.suspicion.deadline(&turn.config.timing, turn.now, |since| turn.measured_from(since)),
+            );
         }
         next
     }

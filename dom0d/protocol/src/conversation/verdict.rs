@@ -9,8 +9,8 @@
 
 use core::time::Duration;
 
-use crate::context::Context;
 use crate::conversation::Conversation;
+use crate::conversation::turn::Turn;
 use crate::event::Evidence;
 use crate::follower::leg::{Leg, Phase};
 use crate::follower::mask::{self, Compared};
@@ -24,30 +24,30 @@ use crate::wire::Segment;
 const PAUSE: Duration = Duration::from_millis(10);
 
 impl Conversation {
-    /// Looks for evidence; what is found goes into [`Context::suspicion`].
-    pub(crate) fn judge(&mut self, ctx: &mut Context) {
-        let Some((slot, server)) = ctx.ovm() else { return };
-        if !ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
+    /// Looks for evidence; what is found goes into [`Turn::suspicion`].
+    pub(crate) fn judge(&mut self, turn: &mut Turn<'_>) {
+        let Some((slot, server)) = turn.ovm() else { return };
+        if !turn.queue.ovm_server().is_some_and(|ovm| ovm.running) {
             self.suspicion =
                 Suspicion { close_disputed: self.suspicion.close_disputed, ..Default::default() };
             return;
         }
         let Some(mut ovm) = self.legs.take(slot, server) else { return };
         if ovm.gone.is_none() {
-            self.judge_acknowledgment(&mut ovm, ctx);
-            self.judge_progress(slot, &mut ovm, ctx);
-            self.judge_window(slot, &mut ovm, ctx);
+            self.judge_acknowledgment(&mut ovm, turn);
+            self.judge_progress(slot, &mut ovm, turn);
+            self.judge_window(slot, &mut ovm, turn);
         }
         self.legs.put(slot, ovm);
     }
 
-    fn judge_acknowledgment(&mut self, ovm: &mut Leg, ctx: &mut Context) {
+    fn judge_acknowledgment(&mut self, ovm: &mut Leg, turn: &mut Turn<'_>) {
         let acknowledged = ovm.rcv_nxt;
         let within_window = self.given_to(ovm) > acknowledged;
         let witnessed = within_window
-            && ctx.roster().any(|(slot, server)| {
+            && turn.roster().any(|(slot, server)| {
                 server != ovm.server
-                    && ctx.queue.get(slot).is_some_and(|server| server.recovering.is_none())
+                    && turn.queue.get(slot).is_some_and(|server| server.recovering.is_none())
                     && self
                         .legs
                         .get(slot, server)
@@ -59,33 +59,33 @@ impl Conversation {
         }
         // A kernel that takes in what others send, or gives another sign, is not dead: one conversation, which a client
         // may have brought to a standstill, deposes nobody.
-        let sign = ctx.last_taken.max(ctx.last_sign);
+        let sign = turn.lived_at();
         let lives = self.suspicion.unacked_since.is_some_and(|since| sign > since);
-        ctx.counters.acquittals += u64::from(lives && self.suspicion.reminders > 0);
+        turn.counters.acquittals += u64::from(lives && self.suspicion.reminders > 0);
         if self.suspicion.unacked_since.is_none() || self.suspicion.unacked_at != acknowledged || lives {
-            self.suspicion.unacked_since = Some(ctx.now);
+            self.suspicion.unacked_since = Some(turn.now);
             self.suspicion.unacked_at = acknowledged;
             self.suspicion.reminders = 0;
         }
-        let since = self.suspicion.unacked_since.unwrap_or(ctx.now);
-        let waited = ctx.now.since(ctx.measured_from(since));
-        let limit = ctx.config.timing.unacked_limit;
+        let since = self.suspicion.unacked_since.unwrap_or(turn.now);
+        let waited = turn.now.since(turn.measured_from(since));
+        let limit = turn.config.timing.unacked_limit;
         if waited < reminder(limit, 1) {
             self.suspicion.reminders = 0;
         } else if waited >= limit && self.suspicion.reminders > 0 {
-            ctx.suspicion.get_or_insert(Evidence::UnacknowledgedSegment);
+            turn.accuse_ovm(Evidence::UnacknowledgedSegment);
         } else if self.suspicion.reminders < REMINDERS
             && waited >= reminder(limit, self.suspicion.reminders + 1)
         {
             if waited >= limit {
                 // Nobody is accused who was not asked.
-                self.suspicion.unacked_since = Some(ctx.now);
+                self.suspicion.unacked_since = Some(turn.now);
             }
             self.suspicion.reminders += 1;
-            ctx.ask_ovm();
+            turn.ask_ovm();
             if ovm.through {
                 ovm.sender.nxt = ovm.sender.nxt.max(acknowledged);
-                self.retransmit_first(ovm, ctx);
+                self.retransmit_first(ovm, turn);
             }
         }
     }
@@ -103,31 +103,31 @@ impl Conversation {
 
     /// The OVM may wait for what only the daemon believes that it has: it is sent the client's acknowledgment and
     /// window again, and asked where it is, in segments that no client has spoilt.
-    fn nudge(&mut self, slot: Slot, ovm: &mut Leg, ctx: &mut Context) {
+    fn nudge(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
         self.suspicion.nudges += 1;
-        ctx.ask_ovm();
-        if let Some(guest) = ctx.guest(slot, self.key.psc).filter(|_| ovm.is_open()) {
-            ctx.send_to_server(ovm.server, self.segment_to_leg(ovm, guest).emit());
+        turn.ask_ovm();
+        if let Some(guest) = turn.guest(slot, self.key.psc).filter(|_| ovm.is_open()) {
+            turn.send_to_server(ovm.server, self.segment_to_leg(ovm, guest).emit());
             // An old sequence number: each state of a socket answers it with an ACK (RFC 9293 §3.10.7.4).
             let old = seq_of(self.client.iss, ovm.rcv_nxt).wrapping_sub(1);
-            ctx.send_to_server(ovm.server, Segment { seq: old, ..self.segment_to_leg(ovm, guest) }.emit());
+            turn.send_to_server(ovm.server, Segment { seq: old, ..self.segment_to_leg(ovm, guest) }.emit());
         }
     }
 
     /// Whether the OVM was asked again often enough, for a wait that ends with the limit of (d).
-    fn nudge_if_due(&mut self, slot: Slot, ovm: &mut Leg, waited: Duration, ctx: &mut Context) {
-        let limit = ctx.config.timing.progress_limit;
+    fn nudge_if_due(&mut self, slot: Slot, ovm: &mut Leg, waited: Duration, turn: &mut Turn<'_>) {
+        let limit = turn.config.timing.progress_limit;
         if waited < reminder(limit, 1) {
             self.suspicion.nudges = 0;
         } else if self.suspicion.nudges < REMINDERS && waited >= reminder(limit, self.suspicion.nudges + 1) {
-            self.nudge(slot, ovm, ctx);
+            self.nudge(slot, ovm, turn);
         }
     }
 
     /// An RVM goes on behind `from`. Where it was free to and asked nothing, and had paused, others may be about to say
     /// the same by clocks of their own.
-    pub(crate) fn note_pause(&mut self, rvm: &Leg, from: u64, was_stopped: bool, ctx: &Context) {
-        let paused = ctx.now.since(ctx.measured_from(rvm.answered_at)) >= PAUSE;
+    pub(crate) fn note_pause(&mut self, rvm: &Leg, from: u64, was_stopped: bool, turn: &Turn<'_>) {
+        let paused = turn.now.since(turn.measured_from(rvm.answered_at)) >= PAUSE;
         if rvm.asked || was_stopped || !paused || from < self.down.end() {
             return;
         }
@@ -143,13 +143,13 @@ impl Conversation {
         position < self.down.end() || is_asked || (position > 1 && !(first..=last).contains(&position))
     }
 
-    fn judge_progress(&mut self, slot: Slot, ovm: &mut Leg, ctx: &mut Context) {
+    fn judge_progress(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
         // Where the OVM is. In recuperation that can be behind what the client was sent.
         let position = if ovm.through { self.down.end() } else { ovm.answers.end() };
         // It has been given all that its next answer takes: else that is the daemon's to hand on.
         let given = ovm.through
             || ovm.sender.highest >= self.up_end()
-            || (ctx.is_catching_up() && ctx.order.awaited(slot) == Some(self.id));
+            || (turn.is_catching_up() && turn.order.awaited(slot) == Some(self.id));
         // It knows of room for a segment: it may have been told of less than the client has, for an RVM that is behind.
         let has_room = !ovm.through
             || self.shown.1 >= self.client.edge
@@ -164,51 +164,51 @@ impl Conversation {
         let idle = idle && self.is_owed(position, ovm);
         let since = match self.suspicion.silent_since.filter(|_| self.suspicion.silent_at == position) {
             Some(since) => since.max(ovm.handed_at),
-            None => ctx.now,
+            None => turn.now,
         };
         self.suspicion.silent_at = position;
-        let waited = ctx.now.since(ctx.measured_from(since));
-        let is_over = waited >= ctx.config.timing.progress_limit;
+        let waited = turn.now.since(turn.measured_from(since));
+        let is_over = waited >= turn.config.timing.progress_limit;
         let has_witnesses = {
-            let (ahead, witnesses) = self.ahead(position, ovm, ctx);
+            let (ahead, witnesses) = self.ahead(position, ovm, turn);
             idle && ahead.iter().flatten().count() * 2 > witnesses
         };
         let was_asked = self.suspicion.nudges > 0;
         if has_witnesses {
-            self.nudge_if_due(slot, ovm, waited, ctx);
+            self.nudge_if_due(slot, ovm, waited, turn);
         }
-        let (ahead, witnesses) = self.ahead(position, ovm, ctx);
+        let (ahead, witnesses) = self.ahead(position, ovm, turn);
         self.suspicion.silent_since = if !has_witnesses {
             None
         } else if !is_over {
             Some(since)
         } else if ovm.rcv_nxt < self.given_to(ovm) {
             // It lacks some of the request, which is (c)'s to judge, or its delayed ACK is still to come.
-            Some(ctx.now)
-        } else if witnesses == 1 && ctx.last_answer > since {
+            Some(turn.now)
+        } else if witnesses == 1 && turn.answered_at() > since {
             // A single RVM could be the one that is wrong: then the OVM must be silent altogether.
-            Some(ctx.last_answer)
+            Some(turn.answered_at())
         } else if !was_asked {
-            Some(ctx.now)
-        } else if ctx.is_unreached(self.key.client.ip(), self.link, since) {
+            Some(turn.now)
+        } else if turn.signs.is_unreached(self.key.client.ip(), self.link, since) {
             // What it says can't leave it.
-            ctx.counters.acquittals += 1;
-            Some(ctx.now)
-        } else if self.is_agreed(&ahead, witnesses, position, ctx) {
-            ctx.suspicion.get_or_insert(Evidence::NoProgress);
+            turn.counters.acquittals += 1;
+            Some(turn.now)
+        } else if self.is_agreed(&ahead, witnesses, position, turn) {
+            turn.accuse_ovm(Evidence::NoProgress);
             Some(since)
         } else {
-            Some(ctx.now)
+            Some(turn.now)
         };
     }
 
     /// A service that hangs in the middle of an upload answers nothing, and its kernel acknowledges all
     /// that it has room for: what tells is that it takes nothing more where RVMs do.
-    fn judge_window(&mut self, slot: Slot, ovm: &mut Leg, ctx: &mut Context) {
+    fn judge_window(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
         let least = u64::from(ovm.mss);
         let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.shift);
         let (mut witnesses, mut open) = (0, 0);
-        for server in ctx.queue.iter().filter(|server| shut && ctx.queue.not_promotable(server).is_none()) {
+        for server in turn.queue.iter().filter(|server| shut && turn.not_promotable(server).is_none()) {
             witnesses += 1;
             let leg = self.legs.get(server.slot, server.id).filter(|leg| leg.is_open() && leg.covers());
             open += usize::from(
@@ -220,32 +220,32 @@ impl Conversation {
             return;
         }
         if self.suspicion.shut_since.is_none() || self.suspicion.shut_at != ovm.edge {
-            self.suspicion.shut_since = Some(ctx.now);
+            self.suspicion.shut_since = Some(turn.now);
             self.suspicion.shut_at = ovm.edge;
         }
-        let since = self.suspicion.shut_since.unwrap_or(ctx.now);
-        let waited = ctx.now.since(ctx.measured_from(since));
+        let since = self.suspicion.shut_since.unwrap_or(turn.now);
+        let waited = turn.now.since(turn.measured_from(since));
         let was_asked = self.suspicion.nudges > 0;
         if self.suspicion.silent_since.is_none() {
-            self.nudge_if_due(slot, ovm, waited, ctx);
+            self.nudge_if_due(slot, ovm, waited, turn);
         }
-        if waited < ctx.config.timing.progress_limit {
+        if waited < turn.config.timing.progress_limit {
             return;
         }
         if !was_asked {
-            self.suspicion.shut_since = Some(ctx.now);
-        } else if witnesses == 1 && ctx.last_answer > since {
-            self.suspicion.shut_since = Some(ctx.last_answer);
+            self.suspicion.shut_since = Some(turn.now);
+        } else if witnesses == 1 && turn.answered_at() > since {
+            self.suspicion.shut_since = Some(turn.answered_at());
         } else {
-            ctx.suspicion.get_or_insert(Evidence::NoProgress);
+            turn.accuse_ovm(Evidence::NoProgress);
         }
     }
 
     /// Legs of promotable RVMs that have an answer at `position`, and how many RVMs are promotable.
-    fn ahead(&self, position: u64, ovm: &Leg, ctx: &Context) -> ([Option<&Leg>; MAX_SERVERS], usize) {
+    fn ahead(&self, position: u64, ovm: &Leg, turn: &Turn<'_>) -> ([Option<&Leg>; MAX_SERVERS], usize) {
         let mut witnesses = 0;
         let mut ahead = [None; MAX_SERVERS];
-        for server in ctx.queue.iter().filter(|server| ctx.queue.not_promotable(server).is_none()) {
+        for server in turn.queue.iter().filter(|server| turn.not_promotable(server).is_none()) {
             witnesses += 1;
             ahead[server.slot.index()] = self
                 .legs
@@ -256,14 +256,14 @@ impl Conversation {
     }
 
     /// A majority has the same answer from `position` on, as far as each has answered.
-    fn is_agreed(&self, ahead: &[Option<&Leg>], witnesses: usize, position: u64, ctx: &Context) -> bool {
+    fn is_agreed(&self, ahead: &[Option<&Leg>], witnesses: usize, position: u64, turn: &Turn<'_>) -> bool {
         let majority = |count: usize| count * 2 > witnesses;
         // What the client was sent already needs no comparison among RVMs.
         if position < self.down.end() {
             return majority(ahead.iter().flatten().filter(|rvm| rvm.compared > position).count());
         }
         let same = |one: &Leg, other: &Leg| {
-            let compared = mask::compare(&ctx.config.masks, &one.answers, &other.answers, position);
+            let compared = mask::compare(&turn.config.masks, &one.answers, &other.answers, position);
             matches!(compared, Compared::Equal(_))
         };
         let mut candidates = ahead.iter().flatten();

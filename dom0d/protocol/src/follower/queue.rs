@@ -1,11 +1,12 @@
 //! The server queue: which servers a service has, in order, and what each may be used for.
 
-use core::net::IpAddr;
+use core::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::accounts::{Share, moved};
 use crate::event::{EventKind, NotPromotable, ServerId, ServerSpec, StaleReason};
-use crate::key::Slot;
+use crate::key::{MAX_SERVERS, Slot};
 use crate::time::Instant;
 
 /// Where the others were, and what the server had followed, at a moment.
@@ -68,10 +69,6 @@ pub(crate) struct Queue {
 impl Queue {
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Server> + '_ {
         self.servers.iter()
-    }
-
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Server> + '_ {
-        self.servers.iter_mut()
     }
 
     pub(crate) fn get(&self, slot: Slot) -> Option<&Server> {
@@ -149,14 +146,42 @@ impl Queue {
         Some(self.servers.remove(index))
     }
 
-    /// Marks an RVM stale; the event, if that is news.
-    pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) -> Option<EventKind> {
-        if self.ovm == Some(slot) {
-            return None;
-        }
-        let server = self.get_mut(slot).filter(|server| server.stale.is_none())?;
-        server.stale = Some(reason);
+    /// What to tell when a server's state may differ from the OVM's: nothing if it is the OVM, or that is known.
+    pub(crate) fn stale_event(&self, slot: Slot, reason: StaleReason) -> Option<EventKind> {
+        let server = self.get(slot).filter(|server| server.stale.is_none() && self.ovm != Some(slot))?;
         Some(EventKind::Stale { server: server.id, reason })
+    }
+
+    /// There is an RVM whose state equals the OVM's.
+    pub(crate) fn has_equal_rvm(&self) -> bool {
+        self.servers.iter().any(|server| Some(server.slot) != self.ovm && server.stale.is_none())
+    }
+
+    /// Slots and servers, copied so that the queue stays free.
+    pub(crate) fn roster(&self) -> impl Iterator<Item = (Slot, ServerId)> + use<> {
+        let mut roster = [None; MAX_SERVERS];
+        for (place, server) in roster.iter_mut().zip(self.iter()) {
+            *place = Some((server.slot, server.id));
+        }
+        roster.into_iter().flatten()
+    }
+
+    /// The address that `psc` has on the server in `slot`.
+    pub(crate) fn guest(&self, slot: Slot, psc: SocketAddr) -> Option<SocketAddr> {
+        let address: IpAddr = self.get(slot)?.address(psc.ip())?;
+        Some(SocketAddr::new(address, psc.port()))
+    }
+
+    /// A conversation was `before`, and is `after` now.
+    pub(crate) fn settle(&mut self, before: &Share, after: &Share) {
+        for server in &mut self.servers {
+            let (before, after) = (before.servers[server.slot.index()], after.servers[server.slot.index()]);
+            server.covered = moved(server.covered, before.covered.into(), after.covered.into());
+            server.diverged = moved(server.diverged, before.diverged.into(), after.diverged.into());
+            server.behind = moved(server.behind, before.behind, after.behind);
+            server.followed += before.behind.saturating_sub(after.behind);
+            server.held = moved(server.held, before.kept, after.kept);
+        }
     }
 
     /// Why a server can't be promoted unasked.

@@ -10,7 +10,7 @@ use crate::config::ServiceConfig;
 use crate::service::Service;
 
 /// Which shape the saved state has; another one can't be read.
-const FORMAT: u32 = 6;
+const FORMAT: u32 = 7;
 
 /// Bytes that a conversation with three RVMs takes at most while it is idle.
 const IDLE: usize = 1 << 10;
@@ -70,7 +70,8 @@ impl Service {
     /// The whole service as bytes for [`Service::restore`], what waits to be polled included. They are secret as
     /// the clients' traffic is, which they contain as far as an RVM still lacks it.
     pub fn save(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.ctx.retained as usize + (1 + self.ctx.open as usize) * IDLE];
+        let mut bytes =
+            vec![0; self.ctx.accounts.retained() as usize + (1 + self.ctx.accounts.open() as usize) * IDLE];
         loop {
             match self.save_in(&mut bytes) {
                 Some(length) => {

@@ -9,7 +9,8 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use crate::config::CandidatePolicy;
-use crate::context::{Context, Recuperation};
+use crate::context::Context;
+use crate::epoch::Recuperation;
 use crate::event::{Effect, EventKind, Evidence, NotPromotable, OperatorError, ServerId, StaleReason};
 use crate::follower::queue::Server;
 use crate::key::Slot;
@@ -77,7 +78,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
     let old = ctx.ovm();
     let was_behind = ctx.is_catching_up();
-    for (conversation, highest) in core::mem::take(&mut ctx.gaps) {
+    for (conversation, highest) in ctx.accounts.take_gaps() {
         ctx.order.answered(conversation, highest);
     }
     ctx.epoch += 1;
@@ -85,13 +86,12 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     ctx.queue.set_ovm(slot);
     let from = old.map(|(_, server)| server);
     // What the old OVM said and was not sent yet is not said any more.
-    ctx.drop_transmits_to_clients();
-    ctx.effect(Effect::Cutover { epoch: ctx.epoch, from, to });
-    ctx.cutover_untold = true;
+    ctx.outbox.drop_transmits_to_clients();
+    ctx.outbox.effect(Effect::Cutover { epoch: ctx.epoch, from, to });
     match (old, deposed) {
         (Some((old, server)), Deposed::Fenced) => {
             ctx.queue.remove(old);
-            ctx.effect(Effect::Fence(server));
+            ctx.outbox.effect(Effect::Fence(server));
         }
         // One that has not caught up itself still owes its predecessor's answers.
         (Some((old, _)), Deposed::Recovering | Deposed::Rvm) if !was_behind => ctx.order.start(old),
@@ -100,12 +100,11 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     }
     let mark = ctx.order.length();
     ctx.recuperation = Recuperation { first_byte_due: true, mark, ..Recuperation::default() };
-    ctx.suspicion = None;
-    ctx.forget_signs();
-    ctx.holding.clear();
-    ctx.disputes.clear();
-    ctx.refusals.clear();
-    ctx.event(EventKind::CutOver { epoch: ctx.epoch, from, to, evidence, conversations: ctx.open });
+    ctx.pending.evidence = None;
+    ctx.signs.forget();
+    ctx.closes.clear();
+    let conversations = ctx.accounts.open();
+    ctx.event(EventKind::CutOver { epoch: ctx.epoch, from, to, evidence, conversations });
     if let Some((old, server)) = old.filter(|_| deposed == Deposed::Recovering) {
         begin_to_recover(old, server, ctx);
     }
@@ -130,7 +129,7 @@ pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
         ctx.order.start(slot);
         ctx.event(EventKind::Evicted { server: server.id, reason });
         if server.recovering.is_some() && reason != StaleReason::Lagged {
-            ctx.effect(Effect::Fence(server.id));
+            ctx.outbox.effect(Effect::Fence(server.id));
         }
     }
 }

@@ -19,7 +19,7 @@ impl Service {
     pub(crate) fn review_follower(&mut self, slot: Slot) {
         let (now, timing) = (self.ctx.now, self.ctx.config.timing);
         let waiting = self.ctx.order.is_waiting(slot);
-        let unstarved = |since: Instant| since.max(self.ctx.starved_at);
+        let unstarved = |since: Instant| self.ctx.excuses.unstarved(since);
         let Some(server) = self.ctx.queue.get(slot) else { return };
         let since = waiting.then(|| server.waiting_since.unwrap_or(now));
         let lags =
@@ -55,7 +55,7 @@ impl Service {
             let mut busy = table.busy().filter_map(|id| table.get_awake(id));
             ctx.order.cursor(slot) >= goal.mark
                 && (server.behind == 0 || server.followed > goal.followed)
-                && !busy.any(|conversation| conversation.has_owed_since(slot, id, goal.at, ctx))
+                && !busy.any(|conversation| conversation.has_owed_since(slot, id, goal.at, &ctx.queue))
         });
         if server.goal.is_some_and(|goal| reached && now.since(goal.at) <= IN_STEP) {
             return true;

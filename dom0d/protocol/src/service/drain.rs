@@ -92,7 +92,7 @@ impl Service {
         while self.sweep.is_some() {
             self.sweep();
         }
-        self.ctx.open + self.ctx.owed.len() as u64
+        self.ctx.accounts.unsettled()
     }
 
     pub(crate) fn mark_seeded(&mut self, id: ServerId) {

@@ -23,6 +23,7 @@ use crate::context::Context;
 use crate::conversation::Conversation;
 use crate::conversation::handshake::{Handshakes, Third};
 use crate::conversation::table::Table;
+use crate::conversation::turn::Turn;
 use crate::event::{Effect, Evidence, LinkAddress, ServerId, Sign, StaleReason, Transmit};
 use crate::key::{ConversationId, Key};
 use crate::promotion::{self, Unplanned};
@@ -103,13 +104,15 @@ impl Service {
     /// An IP packet from a client to the PSC. `link` is the frame's source address.
     pub fn handle_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8]) {
         self.begin(now);
-        let segment = match wire::parse_with(packet, self.ctx.checksum()) {
+        let segment = match wire::parse_with(packet, self.ctx.plane.checksum()) {
             Ok(Parsed::Tcp(segment)) => segment,
             Ok(Parsed::Icmp(icmp)) => return self.handle_icmp(&icmp),
             Ok(Parsed::Other { .. }) => return self.ctx.counters.not_replicated += 1,
             Err(malformed) => return self.count_malformed(malformed),
         };
-        self.ctx.untaken &= !segment.payload.is_empty();
+        if segment.payload.is_empty() {
+            self.ctx.plane.note_accounted();
+        }
         let config = &self.ctx.config;
         if !config.psc.contains(&segment.dst.ip()) || !config.ports.contains(&segment.dst.port()) {
             self.ctx.counters.not_replicated += 1;
@@ -139,13 +142,13 @@ impl Service {
             self.ctx.counters.held_segments += 1;
             return;
         }
-        if let Third::Complete(embryonic) = self.handshakes.handle_third(&key, &segment, &self.ctx) {
+        if let Third::Complete(embryonic) = self.handshakes.handle_third(&key, &segment, self.ovm()) {
             self.open(key, embryonic);
         }
         if let Some(id) = self.table.find(&key) {
-            self.with(id, |conversation, ctx| {
-                conversation.handle_client(link, &segment, ctx);
-                conversation.check_passed_to_ovm(&segment, ctx);
+            self.with(id, |conversation, turn| {
+                conversation.handle_client(link, &segment, turn);
+                conversation.check_passed_to_ovm(&segment, turn);
             });
         } else {
             self.handle_unknown_client(key, link, &segment);
@@ -161,12 +164,14 @@ impl Service {
             self.ctx.counters.fenced += 1;
             return;
         };
-        let segment = match wire::parse_with(packet, self.ctx.checksum()) {
+        let segment = match wire::parse_with(packet, self.ctx.plane.checksum()) {
             Ok(Parsed::Tcp(segment)) => segment,
             Ok(_) => return self.ctx.counters.not_replicated += 1,
             Err(malformed) => return self.count_malformed(malformed),
         };
-        self.ctx.untaken &= !segment.payload.is_empty();
+        if segment.payload.is_empty() {
+            self.ctx.plane.note_accounted();
+        }
         let Some(psc) =
             self.psc_of(segment.src).filter(|psc| self.ctx.guest(slot, *psc) == Some(segment.src))
         else {
@@ -179,11 +184,11 @@ impl Service {
         }
         let key = Key { client: segment.dst, psc };
         if self.ctx.queue.ovm() == Some(slot) {
-            self.handshakes.note_ovm_heard(&mut self.ctx);
-            self.ctx.note_reached(key.client.ip(), self.links.get(&key.client.ip()).copied());
+            self.handshakes.note_ovm_heard(&mut self.ctx.counters);
+            self.ctx.signs.note_reached(key.client.ip(), self.links.get(&key.client.ip()).copied());
             if segment.sequence_length() == 0 && !segment.flags.has(Flags::RST) {
                 // Nothing of its own to say: a kernel acknowledges what it got.
-                self.ctx.last_sign = now;
+                self.ctx.signs.note_life(self.ctx.now);
             }
         } else if self.handshakes.is_witness(&key, &segment) {
             return self.hear_witness(slot);
@@ -192,7 +197,7 @@ impl Service {
             return;
         }
         if let Some(id) = self.table.find(&key) {
-            self.with(id, |conversation, ctx| conversation.handle_server(slot, server, &segment, ctx));
+            self.with(id, |conversation, turn| conversation.handle_server(slot, server, &segment, turn));
         } else if self.ctx.queue.ovm() == Some(slot) {
             self.handle_unknown_ovm(key, server, &segment);
         } else if !(segment.flags.has(Flags::SYN) && self.handshakes.acknowledges(&key, &segment)) {
@@ -225,8 +230,8 @@ impl Service {
     pub fn handle_sign(&mut self, now: Instant, server: ServerId, sign: Sign) {
         self.begin(now);
         if self.ovm() == Some(server) {
-            self.handshakes.note_ovm_heard(&mut self.ctx);
-            self.ctx.note_sign(sign);
+            self.handshakes.note_ovm_heard(&mut self.ctx.counters);
+            self.ctx.signs.note_sign(sign, self.ctx.now);
         }
         self.settle();
     }
@@ -241,7 +246,7 @@ impl Service {
             server.running = running;
             server.excused_at = now;
             if self.ctx.queue.ovm() == Some(slot) {
-                self.ctx.excused_at = now;
+                self.ctx.excuses.excuse_ovm(now);
             }
         }
     }
@@ -266,7 +271,7 @@ impl Service {
             self.check_limits();
             self.table.calm(now, CALMED);
         }
-        self.handshakes.ask_witnesses(&mut self.ctx);
+        self.ctx.act(|turn| self.handshakes.ask_witnesses(turn));
         self.end_drain();
         self.sweep();
         for _ in 0..SWEEP {
@@ -287,17 +292,17 @@ impl Service {
 
     /// The next effect outside the data path.
     pub fn poll_effect(&mut self) -> Option<Effect> {
-        self.ctx.next_effect()
+        self.ctx.outbox.next_effect()
     }
 
     /// The next packet to send. Does bounded work per call.
     pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
         loop {
-            if self.ctx.cutover_untold {
+            if self.ctx.outbox.is_cutover_untold() {
                 // Found while working here: the caller learns of it first.
                 return None;
             }
-            if let Some(transmit) = self.ctx.next_transmit() {
+            if let Some(transmit) = self.ctx.outbox.next_transmit() {
                 return Some(transmit);
             }
             let id = self.work.pop_front()?;
@@ -311,11 +316,11 @@ impl Service {
 
     /// When [`Service::handle_timeout`] must be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.sweep.is_some() || !self.work.is_empty() || self.ctx.cutover_untold {
+        if self.sweep.is_some() || !self.work.is_empty() || self.ctx.outbox.is_cutover_untold() {
             return Some(self.ctx.now);
         }
         let timer = self.timers.first().map(|(due, _)| *due);
-        let resets = (!self.ctx.resets.is_empty()).then_some(self.next_resets);
+        let resets = (!self.ctx.pending.resets.is_empty()).then_some(self.next_resets);
         let drain = self.drain.as_ref().map(|drain| drain.deadline);
         let tick = self.ctx.queue.rvms().next().map(|_| self.next_tick);
         let drain = drain.map(|deadline| deadline.min(self.next_tick));
@@ -329,17 +334,19 @@ impl Service {
         if late >= self.ctx.config.timing.starvation {
             // A starved host stalls everybody: nobody is at fault for that time.
             self.ctx.counters.starvations += 1;
-            self.ctx.starved_at = now;
+            self.ctx.excuses.note_starved(now);
         }
         if late >= self.ctx.config.timing.close_hold / 2 {
-            self.ctx.late_at = now;
+            self.ctx.excuses.note_late(now);
         }
         self.ctx.now = now;
     }
 
     fn count_malformed(&mut self, malformed: Malformed) {
         // Its receiver drops it for that, too.
-        self.ctx.untaken &= malformed != Malformed::Checksum;
+        if malformed == Malformed::Checksum {
+            self.ctx.plane.note_accounted();
+        }
         let counters = &mut self.ctx.counters;
         *match malformed {
             Malformed::Truncated => &mut counters.malformed_truncated,
@@ -351,70 +358,75 @@ impl Service {
         } += 1;
     }
 
-    /// Works on a conversation, then does what followed from it.
-    pub(crate) fn with(&mut self, id: ConversationId, change: impl FnOnce(&mut Conversation, &mut Context)) {
-        if let Some(mut conversation) = self.table.take(id) {
+    /// Gives a conversation its turn, in its place in the table, then does what follows from it.
+    pub(crate) fn with(&mut self, id: ConversationId, change: impl FnOnce(&mut Conversation, &mut Turn<'_>)) {
+        if let Some(conversation) = self.table.get_mut(id) {
             let was_open = conversation.is_open();
-            self.ctx.begin_turn(conversation.share(&self.ctx.queue));
+            let before = conversation.share(&self.ctx.queue);
+            let mut turn = self.ctx.turn(before);
             // First, or a deposed OVM's segment would still pass as the OVM's.
-            conversation.follow_epoch(&mut self.ctx);
-            self.note_passage(&mut conversation);
-            change(&mut conversation, &mut self.ctx);
-            let wanted = conversation.work(&mut self.ctx);
-            if wanted {
-                self.ctx.end_turn(id, &conversation.share(&self.ctx.queue));
-                if conversation.is_open_at_ovm(&self.ctx) {
-                    self.ctx.owed.insert(id);
-                } else {
-                    self.ctx.owed.remove(&id);
+            conversation.follow_epoch(&mut turn);
+            conversation.note_passage(turn.plane);
+            change(conversation, &mut turn);
+            if conversation.work(&mut turn) {
+                let next = conversation.next_deadline(&turn);
+                let may_be_passed = conversation.review_passing(&mut turn);
+                let turn = turn.end();
+                let after = conversation.share(&self.ctx.queue);
+                self.ctx.follow(id, turn, &after);
+                if may_be_passed {
+                    self.passable.push_back(id);
                 }
-                self.schedule(&mut conversation);
-                self.review_passing(&mut conversation);
+                Self::schedule(&mut self.timers, conversation, next);
                 let closed = was_open && !conversation.is_open();
-                self.table.put(conversation);
-                if closed {
-                    self.table.note_closed(id);
-                }
+                self.table.review(id, closed);
             } else {
-                self.forget(&mut conversation);
+                let turn = turn.end();
+                let after = conversation.share(&self.ctx.queue);
+                self.ctx.follow(id, turn, &after);
+                self.abandon(id);
             }
         }
         self.settle();
     }
 
-    fn schedule(&mut self, conversation: &mut Conversation) {
-        let next = conversation.next_deadline(&self.ctx);
+    fn schedule(
+        timers: &mut BTreeSet<(Instant, ConversationId)>,
+        conversation: &mut Conversation,
+        next: Instant,
+    ) {
         // An earlier registration stays: being looked at too early costs little.
         if conversation.deadline.is_none_or(|deadline| next < deadline) {
             if let Some(deadline) = conversation.deadline {
-                self.timers.remove(&(deadline, conversation.id));
+                timers.remove(&(deadline, conversation.id));
             }
             conversation.deadline = Some(next);
-            self.timers.insert((next, conversation.id));
+            timers.insert((next, conversation.id));
         }
     }
 
     /// Removes a conversation whose addresses or place are wanted for another.
     pub(crate) fn abandon(&mut self, id: ConversationId) {
-        if let Some(mut conversation) = self.table.take(id) {
-            self.ctx.begin_turn(conversation.share(&self.ctx.queue));
-            self.forget(&mut conversation);
-        }
+        self.end(id, |_, _| {});
     }
 
-    /// The end of a conversation that was taken out of the table, and of its turn.
-    pub(crate) fn forget(&mut self, conversation: &mut Conversation) {
-        conversation.end(&mut self.ctx);
-        self.ctx.end_turn(conversation.id, &Share::default());
-        self.ctx.owed.remove(&conversation.id);
-        conversation.stop_passing(&mut self.ctx);
-        if conversation.is_passable_queued {
-            self.forget_passable(conversation.id);
+    /// Ends a conversation after `change`, its last turn.
+    pub(crate) fn end(&mut self, id: ConversationId, change: impl FnOnce(&mut Conversation, &mut Turn<'_>)) {
+        if let Some(mut conversation) = self.table.remove(id) {
+            let before = conversation.share(&self.ctx.queue);
+            let mut turn = self.ctx.turn(before);
+            change(&mut conversation, &mut turn);
+            conversation.end(&mut turn);
+            conversation.stop_passing(&mut turn);
+            let turn = turn.end();
+            self.ctx.follow(id, turn, &Share::default());
+            if conversation.is_passable_queued {
+                self.forget_passable(id);
+            }
+            if let Some(deadline) = conversation.deadline {
+                self.timers.remove(&(deadline, id));
+            }
         }
-        if let Some(deadline) = conversation.deadline {
-            self.timers.remove(&(deadline, conversation.id));
-        }
-        self.table.forget(conversation);
     }
 }
 

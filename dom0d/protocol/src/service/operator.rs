@@ -19,7 +19,7 @@ impl Service {
         if self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
             return Err(OperatorError::OvmInstalled);
         }
-        let first = self.ctx.open == 0;
+        let first = self.ctx.accounts.open() == 0;
         let replaced = self.ctx.epoch > 0;
         let id = spec.id;
         let slot = match self.ctx.queue.slot_of(id) {
@@ -184,17 +184,17 @@ impl Service {
             not_promotable: ctx.queue.not_promotable(server),
             stale: server.stale,
             covered: server.covered,
-            uncovered: ctx.open.saturating_sub(server.covered + server.diverged),
+            uncovered: ctx.accounts.open().saturating_sub(server.covered + server.diverged),
             diverged: server.diverged,
             behind_bytes: server.behind,
         };
         ServiceStatus {
             epoch: ctx.epoch,
             servers: ctx.queue.iter().map(server).collect(),
-            conversations: ctx.open,
+            conversations: ctx.accounts.open(),
             embryonic: self.handshakes.len() as u64,
             recuperating,
-            retained_bytes: ctx.retained,
+            retained_bytes: ctx.accounts.retained(),
             counters: ctx.counters.by_name(),
         }
     }
@@ -245,7 +245,7 @@ impl Service {
             recuperating: conversation.recuperating.is_some(),
             received_bytes: conversation.up.end() - 1,
             sent_bytes: conversation.down.end() - 1,
-            legs: self.ctx.roster().map(leg).collect(),
+            legs: self.ctx.queue.roster().map(leg).collect(),
         }
     }
 }

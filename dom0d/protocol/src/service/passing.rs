@@ -7,8 +7,6 @@
 
 use core::net::SocketAddr;
 
-use crate::conversation::Conversation;
-use crate::conversation::passing::UNBOUNDED;
 use crate::event::{
     Effect, EventKind, Evidence, Handover, LinkAddress, Passage, Release, ServerId, StaleReason, Uncovered,
 };
@@ -20,7 +18,7 @@ use crate::wire::{self, Parsed, Segment};
 impl Service {
     /// The data plane can pass conversations by itself.
     pub fn set_plane_passes(&mut self) {
-        self.ctx.plane.get_or_insert(0);
+        self.ctx.plane.set_passes();
     }
 
     /// As [`Service::handle_client`], of a packet that the plane may have passed on.
@@ -28,7 +26,7 @@ impl Service {
         if passage == Passage::Unattended {
             return self.lose_sight(now, packet, |_, segment| Some((segment.src, segment.dst)));
         }
-        self.ctx.begin_passage(passage);
+        self.ctx.plane.begin(passage);
         self.handle_client(now, link, packet);
         self.end_passage();
     }
@@ -40,15 +38,14 @@ impl Service {
                 service.psc_of(segment.src).map(|psc| (segment.dst, psc))
             });
         }
-        self.ctx.begin_passage(passage);
+        self.ctx.plane.begin(passage);
         self.handle_server(now, server, packet);
         self.end_passage();
     }
 
     /// What was passed and no conversation has taken is with its receiver, who may have taken it: no RVM can follow.
     fn end_passage(&mut self) {
-        self.ctx.passage = Passage::Kept;
-        if core::mem::take(&mut self.ctx.untaken) {
+        if self.ctx.plane.end() {
             self.ctx.counters.passed_unrecorded += 1;
             self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
             self.settle();
@@ -67,11 +64,9 @@ impl Service {
         let Some((client, psc)) = parties(self, &segment) else { return };
         let key = Key { client, psc };
         self.handshakes.forget(&key);
-        if let Some(mut conversation) = self.table.find(&key).and_then(|id| self.table.take(id)) {
+        if let Some(id) = self.table.find(&key) {
             self.ctx.event(EventKind::Unprotected { client, reason: Uncovered::Unrecorded });
-            self.ctx.begin_turn(conversation.share(&self.ctx.queue));
-            conversation.leave_to_plane(&mut self.ctx);
-            self.forget(&mut conversation);
+            self.end(id, |conversation, turn| conversation.leave_to_plane(turn));
         }
         self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
         self.release_for(Release::Unattended);
@@ -80,7 +75,7 @@ impl Service {
 
     /// The plane passes nothing any more, and the engine has heard all that it had passed.
     pub fn handle_plane_stopped(&mut self) {
-        self.ctx.plane = self.ctx.plane.map(|times| times.wrapping_add(1));
+        self.ctx.plane.note_stopped();
     }
 
     /// The plane passed something that it could not tell: no RVM can follow.
@@ -104,50 +99,22 @@ impl Service {
     pub fn poll_handover(&mut self) -> Option<Handover> {
         loop {
             let id = self.passable.pop_front()?;
-            let Some(mut conversation) = self.table.take(id) else { continue };
+            let Some(conversation) = self.table.get_mut(id) else { continue };
             conversation.is_passable_queued = false;
-            let handover = conversation.hand_over(&self.ctx);
-            self.table.put(conversation);
+            let handover = self.ctx.act(|turn| conversation.hand_over(turn));
             if handover.is_some() {
                 return handover;
             }
         }
     }
 
-    /// After work on a conversation: whether the plane may pass it, or must no longer.
-    pub(crate) fn review_passing(&mut self, conversation: &mut Conversation) {
-        let Some(times) = self.ctx.plane else { return };
-        if conversation.passing == Some(times) {
-            if conversation.may_pass(&self.ctx, 2) {
-                conversation.extend(&mut self.ctx);
-            } else {
-                conversation.stop_passing(&mut self.ctx);
-            }
-        } else {
-            conversation.bounds = UNBOUNDED;
-            if !conversation.is_passable_queued && conversation.may_begin_to_pass(&self.ctx) {
-                conversation.is_passable_queued = true;
-                self.passable.push_back(conversation.id);
-            }
-        }
-        conversation.reopen_windows(&mut self.ctx);
-    }
-
     /// Where the plane passes by itself, it is stopped before anything follows from evidence.
     pub(crate) fn suspect(&mut self, evidence: Evidence) {
         match self.ctx.ovm() {
-            Some((_, accused)) if self.ctx.plane.is_some() => {
-                self.ctx.effect(Effect::StopPlane { accused, evidence });
+            Some((_, accused)) if self.ctx.plane.stops().is_some() => {
+                self.ctx.outbox.effect(Effect::StopPlane { accused, evidence });
             }
             _ => self.accuse(evidence),
-        }
-    }
-
-    /// The plane may have given the conversation back with the segment at hand.
-    pub(crate) fn note_passage(&self, conversation: &mut Conversation) {
-        if self.ctx.passage == Passage::HandedOver && conversation.passing == self.ctx.plane {
-            // Not forgotten: what the plane keeps of it is to be removed in the end.
-            conversation.passing = conversation.passing.map(|times| times.wrapping_sub(1));
         }
     }
 

@@ -11,8 +11,6 @@ use crate::wire::{Flags, Icmp, Segment};
 
 /// Link addresses remembered for clients of unprotected conversations.
 const LINKS: usize = 4096;
-/// Refused handshakes counted while closes are held; more tell no more.
-const HELD_REFUSALS: usize = 16;
 /// Unknown conversations told apart; with more, each counts as one in which a client said something.
 const UNKNOWN: usize = 4096;
 /// SYNs kept during a drain.
@@ -34,7 +32,7 @@ impl Service {
             self.table.get_mut(*id).is_some_and(|known| known.is_open() && known.client.iss == syn.seq)
         });
         if let Some(id) = known {
-            return self.with(id, |conversation, ctx| conversation.handle_repeated_syn(syn, ctx));
+            return self.with(id, |conversation, turn| conversation.handle_repeated_syn(syn, turn));
         }
         let former = self.table.find(&key).and_then(|id| self.table.get_mut(id)).map(|former| &*former);
         if former.is_some_and(|former| !former.is_open() && former.client.iss == syn.seq) {
@@ -42,7 +40,7 @@ impl Service {
             self.ctx.counters.unacceptable += 1;
             return;
         }
-        if former.is_some_and(|former| former.is_unfinished(&self.ctx)) {
+        if former.is_some_and(|former| former.is_unfinished(self.ctx.now, &self.ctx.queue)) {
             self.ctx.counters.early_reuse += 1;
             return;
         }
@@ -56,7 +54,7 @@ impl Service {
             return;
         }
         self.remember_link(key.client.ip(), link);
-        self.handshakes.handle_syn(key, link, syn, &mut self.ctx);
+        self.ctx.act(|turn| self.handshakes.handle_syn(key, link, syn, turn));
     }
 
     /// SYN-ACKs and refusals of the OVM; true if the segment needs nothing else.
@@ -67,12 +65,10 @@ impl Service {
         segment: &Segment<'_>,
     ) -> bool {
         if segment.flags.has(Flags::RST) {
-            if !self.ctx.holding.is_empty() && self.handshakes.acknowledges(key, segment) {
+            if !self.ctx.closes.is_empty() && self.handshakes.acknowledges(key, segment) {
                 // The service may have died inside the OVM: the client asks again, and gets whoever
                 // serves then.
-                if self.ctx.refusals.len() < HELD_REFUSALS {
-                    self.ctx.refusals.insert(*key);
-                }
+                self.ctx.closes.note_refusal(*key);
                 return true;
             }
             if self.handshakes.handle_refusal(key, segment) {
@@ -130,10 +126,13 @@ impl Service {
             self.ctx.mark_all_stale(StaleReason::UncoveredConversation);
             return;
         };
-        self.ctx.begin_turn(Share::default());
-        match embryonic.open(id, key, &mut self.ctx) {
+        let mut turn = self.ctx.turn(Share::default());
+        let opened = embryonic.open(id, key, &mut turn);
+        let turn = turn.end();
+        match opened {
             Some(conversation) => {
-                self.ctx.end_turn(id, &conversation.share(&self.ctx.queue));
+                let share = conversation.share(&self.ctx.queue);
+                self.ctx.follow(id, turn, &share);
                 self.table.put(conversation);
             }
             None => self.table.cancel(id, &key),
@@ -148,7 +147,7 @@ impl Service {
             self.handshakes.forget(&key);
             return self.pass_unprotected_to_ovm(link, segment);
         }
-        if self.ctx.passed() || !self.ctx.has_equal_rvm() {
+        if self.ctx.plane.passed() || !self.ctx.queue.has_equal_rvm() {
             return self.pass_unprotected_to_ovm(link, segment);
         }
         if self.handshakes.knows(&key) {
@@ -173,7 +172,11 @@ impl Service {
     pub(crate) fn handle_unknown_ovm(&mut self, key: Key, server: ServerId, segment: &Segment<'_>) {
         // It acknowledges a SYN: the client learns its time.
         let begins = segment.sequence_length() == 0 && self.handshakes.acknowledges(&key, segment);
-        if self.ctx.passed() || begins || segment.flags.has(Flags::RST) || !self.ctx.has_equal_rvm() {
+        if self.ctx.plane.passed()
+            || begins
+            || segment.flags.has(Flags::RST)
+            || !self.ctx.queue.has_equal_rvm()
+        {
             return self.pass_unprotected_to_client(key, segment);
         }
         self.ctx.counters.unknown_refused += 1;
@@ -193,7 +196,7 @@ impl Service {
                 self.unknown.insert(key);
             }
         }
-        if self.ctx.passed() {
+        if self.ctx.plane.passed() {
             return;
         }
         let Some((slot, server)) = self.ctx.ovm() else { return };
@@ -226,7 +229,7 @@ impl Service {
 
     /// Sends an OVM's segment on with nothing but its address changed.
     fn send_as_is(&mut self, key: Key, segment: &Segment<'_>) {
-        if self.ctx.passed() {
+        if self.ctx.plane.passed() {
             return;
         }
         let Some(link) = self.links.get(&key.client.ip()).copied() else { return };

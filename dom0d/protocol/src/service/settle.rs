@@ -4,7 +4,6 @@
 use core::time::Duration;
 
 use crate::config::LagPolicy;
-use crate::conversation::Conversation;
 use crate::event::{EventKind, Evidence, NotPromotable, StaleReason};
 use crate::key::{MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
@@ -16,27 +15,27 @@ const LEAST_FREED_SHARE: u64 = 16;
 impl Service {
     /// Follows up what conversations left in the context: suspicion, laggards, the order.
     pub(crate) fn settle(&mut self) {
-        if let Some(evidence) = self.ctx.suspicion.take() {
+        if let Some(evidence) = self.ctx.pending.evidence.take() {
             self.suspect(evidence);
         }
-        while let Some(slot) = self.ctx.laggards.pop() {
+        while let Some(slot) = self.ctx.pending.laggards.pop() {
             promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
         }
         self.advance_order();
         if self.sweep.is_none() && self.ctx.recuperation.is_to_be_reported() {
-            Conversation::report(&mut self.ctx);
+            self.ctx.report_recuperated();
         }
     }
 
     fn advance_order(&mut self) {
-        if !self.ctx.progressed.contains(&true) {
+        if !self.ctx.pending.progressed.contains(&true) {
             return;
         }
         let Self { ctx, table, work, .. } = self;
         let was_catching_up = ctx.is_catching_up();
-        let mut woken = core::mem::take(&mut ctx.unacknowledged);
-        for (slot, server) in ctx.roster() {
-            if !core::mem::take(&mut ctx.progressed[slot.index()]) {
+        let mut woken = core::mem::take(&mut ctx.pending.unacknowledged);
+        for (slot, server) in ctx.queue.roster() {
+            if !core::mem::take(&mut ctx.pending.progressed[slot.index()]) {
                 continue;
             }
             let moved = ctx.order.advance(
@@ -62,7 +61,7 @@ impl Service {
                 work.push_back(id);
             }
         }
-        ctx.progressed = [false; MAX_SERVERS];
+        ctx.pending.progressed = [false; MAX_SERVERS];
         ctx.release_order();
     }
 
@@ -84,7 +83,7 @@ impl Service {
             }
         }
         // Nobody is accused again for the same silence before the limits have passed once more.
-        self.ctx.excused_at = self.ctx.now;
+        self.ctx.excuses.excuse_ovm(self.ctx.now);
         self.ctx.event(EventKind::NoCandidate { server: Some(ovm), evidence, because });
     }
 
@@ -97,8 +96,8 @@ impl Service {
 
     /// Those with something in flight first, then all others.
     pub(crate) fn after_cutover(&mut self) {
-        self.handshakes.reopen(&mut self.ctx);
-        self.ctx.progressed = [true; MAX_SERVERS];
+        self.ctx.act(|turn| self.handshakes.reopen(turn));
+        self.ctx.pending.progressed = [true; MAX_SERVERS];
         let busy: Vec<_> = self.table.busy().collect();
         for id in busy {
             if let Some(conversation) = self.table.get_mut(id).filter(|conversation| !conversation.queued) {
@@ -129,13 +128,13 @@ impl Service {
     }
 
     pub(crate) fn send_resets(&mut self) {
-        if self.ctx.resets.is_empty() || self.ctx.now < self.next_resets {
+        if self.ctx.pending.resets.is_empty() || self.ctx.now < self.next_resets {
             return;
         }
         self.next_resets = self.ctx.now + Duration::from_millis(1);
         for _ in 0..self.ctx.config.limits.resets_per_ms.max(1) {
-            let Some(id) = self.ctx.resets.pop_front() else { break };
-            self.with(id, |conversation, ctx| conversation.send_reset(ctx));
+            let Some(id) = self.ctx.pending.resets.pop_front() else { break };
+            self.with(id, |conversation, turn| conversation.send_reset(turn));
         }
     }
 
@@ -156,7 +155,7 @@ impl Service {
             }
         }
         // An earlier eviction may not have freed yet what it will.
-        if self.ctx.retained >= limits.retained_bytes && self.sweep.is_none() {
+        if self.ctx.accounts.retained() >= limits.retained_bytes && self.sweep.is_none() {
             let keeps =
                 |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind + server.held);
             let least = limits.retained_bytes / LEAST_FREED_SHARE;

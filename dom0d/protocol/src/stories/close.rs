@@ -198,7 +198,7 @@ fn what_a_kernel_takes_behind_its_dead_services_fin_is_not_asked_of_replicas() {
     story.client_sends(1, b"abc", 1);
     story.server_sends(0, 2, b"", 4);
     story.wait(Duration::from_millis(16));
-    assert_eq!(story.service.ctx.disputes.len(), 1, "the replica goes on where the OVM closed");
+    assert_eq!(story.service.ctx.closes.disputed(), 1, "the replica goes on where the OVM closed");
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn an_unseeded_replica_shares_no_close_and_disputes_none() {
         let passed = story.client.iter().any(|heard| heard.flags.has(Flags::FIN));
         assert_eq!(passed, seeded == 0, "held for one that could take over");
         story.wait(Duration::from_millis(16));
-        assert_eq!(story.service.ctx.disputes.len(), seeded as usize);
+        assert_eq!(story.service.ctx.closes.disputed(), seeded as usize);
     }
 }
 
@@ -228,7 +228,7 @@ fn a_replica_that_delays_its_acknowledgment_is_asked_before_a_close_passes() {
     story.wait(Duration::from_millis(15));
     assert_eq!(story.server_hears(1).payload, b"abc", "again: a TCP answers that at once");
     story.server_sends(1, 1, b"", 4);
-    assert_eq!(story.service.ctx.disputes.len(), 1);
+    assert_eq!(story.service.ctx.closes.disputed(), 1);
     story.wait(Duration::from_millis(4));
     assert!(story.servers[1].is_empty());
 }

@@ -64,7 +64,7 @@ fn what_waits_to_be_polled_is_saved_too() {
         EventKind::Reset { client },
     ];
     expected.extend(events.map(|kind| Effect::Event(Event { at: Instant::from_micros(u64::MAX), kind })));
-    expected.iter().for_each(|effect| ctx.effect(effect.clone()));
+    expected.iter().for_each(|effect| ctx.outbox.effect(effect.clone()));
     ctx.send(Destination::Client(LINK), b"\x45packet".to_vec(), 1448);
     let mut service = restored(&story).unwrap();
     assert_eq!(std::iter::from_fn(|| service.poll_effect()).collect::<Vec<_>>(), expected);

@@ -1,5 +1,9 @@
 //! Since when a conversation has something against the OVM.
 
+pub(crate) mod closes;
+pub(crate) mod excuses;
+pub(crate) mod signs;
+
 use core::time::Duration;
 
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,246 @@
+//! A conversation's turn: what it sees of its service while it works, and what follows for the service from that.
+//!
+//! A conversation changes itself, appends to the record, and says things to clients, servers and operators. Whatever else
+//! follows, it names ([`Consequences`]), and the service does it afterwards.
+
+use core::net::SocketAddr;
+
+use crate::accounts::{Accounts, Share};
+use crate::config::ServiceConfig;
+use crate::counters::Counters;
+use crate::epoch::Recuperation;
+use crate::event::{
+    Destination, Effect, Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId, StaleReason,
+};
+use crate::follower::queue::{Queue, Server};
+use crate::key::{ConversationId, MAX_SERVERS, Slot};
+use crate::outbox::Outbox;
+use crate::plane::Plane;
+use crate::record::order::Order;
+use crate::suspicion::closes::Closes;
+use crate::suspicion::excuses::Excuses;
+use crate::suspicion::signs::Signs;
+use crate::time::Instant;
+
+/// What follows for the service from a conversation's turn.
+#[derive(Debug, Default)]
+pub(crate) struct Consequences {
+    /// Evidence against the OVM.
+    pub(crate) evidence: Option<Evidence>,
+    /// RVMs that fell behind a limit.
+    pub(crate) laggards: Vec<Slot>,
+    /// RVMs whose state may differ from now on.
+    pub(crate) stale: [Option<StaleReason>; MAX_SERVERS],
+    /// Servers that produced something: the record may move on.
+    pub(crate) progressed: [bool; MAX_SERVERS],
+    /// An RVM is still to be acknowledged what it said, once the record has moved on.
+    pub(crate) unacknowledged: bool,
+    /// The client is to be sent a RST.
+    pub(crate) reset: bool,
+    /// It goes on by itself on the new OVM.
+    pub(crate) recuperated: bool,
+    /// The OVM sent a new byte.
+    pub(crate) answered: bool,
+    /// The OVM acknowledged something new.
+    pub(crate) taken: bool,
+    /// The OVM was asked for a sign of life.
+    pub(crate) asked: bool,
+    /// The first byte of the epoch was sent to the client.
+    pub(crate) first_byte: bool,
+    /// It has looked at the packet at hand, and its bytes are recorded or accounted for.
+    pub(crate) looked_at: bool,
+}
+
+/// See the module.
+pub(crate) struct Turn<'a> {
+    pub(crate) now: Instant,
+    pub(crate) config: &'a ServiceConfig,
+    pub(crate) queue: &'a Queue,
+    pub(crate) order: &'a mut Order,
+    pub(crate) counters: &'a mut Counters,
+    pub(crate) outbox: &'a mut Outbox,
+    /// The service's present epoch, and how its recuperation goes.
+    pub(crate) epoch: u64,
+    pub(crate) recuperation: &'a Recuperation,
+    pub(crate) accounts: &'a Accounts,
+    pub(crate) signs: &'a Signs,
+    pub(crate) excuses: &'a Excuses,
+    pub(crate) closes: &'a Closes,
+    pub(crate) plane: &'a Plane,
+    /// What the conversation stood for when the turn began.
+    pub(crate) before: Share,
+    pub(crate) then: Consequences,
+}
+
+impl Turn<'_> {
+    /// The turn is over: what the conversation stood for before it, and what follows.
+    pub(crate) fn end(self) -> (Share, Consequences) {
+        (self.before, self.then)
+    }
+
+    // ---- what it says -------------------------------------------------------------------------
+
+    pub(crate) fn send_to_client(&mut self, link: LinkAddress, packet: Vec<u8>) {
+        self.send(Destination::Client(link), packet, 0);
+    }
+
+    pub(crate) fn send_to_server(&mut self, server: ServerId, packet: Vec<u8>) {
+        self.send(Destination::Server(server), packet, 0);
+    }
+
+    /// What [`crate::wire::Segment::emit_large`] made.
+    pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
+        self.outbox.send(to, packet, segment);
+    }
+
+    pub(crate) fn event(&mut self, kind: EventKind) {
+        let event = Event { at: self.now, kind };
+        self.counters.events += u64::from(!self.outbox.event(event, self.config.limits.events));
+    }
+
+    /// The client was sent something: the first byte of an epoch is told.
+    pub(crate) fn note_sent_to_client(&mut self, payload: &[u8]) {
+        if self.recuperation.first_byte_due && !self.then.first_byte && !payload.is_empty() {
+            self.then.first_byte = true;
+            self.event(EventKind::FirstByte { epoch: self.epoch });
+        }
+    }
+
+    /// Asks the OVM for a sign of life, unless that was just done.
+    pub(crate) fn ask_ovm(&mut self) {
+        let Some((_, ovm)) = self.ovm() else { return };
+        if !self.then.asked && self.signs.may_ask(self.now, self.config.timing.unacked_limit) {
+            self.then.asked = true;
+            self.counters.questions += 1;
+            self.outbox.effect(Effect::Ask(ovm));
+        }
+    }
+
+    // ---- what follows -------------------------------------------------------------------------
+
+    /// The server in `slot` may be in another state than the OVM from now on.
+    pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) {
+        if self.then.stale[slot.index()].is_none()
+            && let Some(event) = self.queue.stale_event(slot, reason)
+        {
+            self.then.stale[slot.index()] = Some(reason);
+            self.event(event);
+        }
+    }
+
+    /// Every RVM missed something.
+    pub(crate) fn mark_all_stale(&mut self, reason: StaleReason) {
+        for (slot, _) in self.roster() {
+            self.mark_stale(slot, reason);
+        }
+    }
+
+    /// Something speaks against the OVM.
+    pub(crate) fn accuse_ovm(&mut self, evidence: Evidence) {
+        self.then.evidence.get_or_insert(evidence);
+    }
+
+    /// The RVM in `slot` fell behind a limit.
+    pub(crate) fn note_laggard(&mut self, slot: Slot) {
+        self.then.laggards.push(slot);
+    }
+
+    /// The server in `slot` produced something, or never will.
+    pub(crate) fn note_produced(&mut self, slot: Slot) {
+        self.then.progressed[slot.index()] = true;
+    }
+
+    /// What every server has produced is to be looked at again.
+    pub(crate) fn note_all_produced(&mut self) {
+        self.then.progressed = [true; MAX_SERVERS];
+    }
+
+    /// The OVM sent a new byte.
+    pub(crate) fn note_answer(&mut self) {
+        self.then.answered = true;
+    }
+
+    /// When the OVM last sent a new byte in any conversation.
+    pub(crate) fn answered_at(&self) -> Instant {
+        if self.then.answered { self.now } else { self.signs.answered_at() }
+    }
+
+    /// When the OVM last took in anything, or gave another sign of life.
+    pub(crate) fn lived_at(&self) -> Instant {
+        if self.then.taken { self.now } else { self.signs.lived_at() }
+    }
+
+    // ---- what it sees -------------------------------------------------------------------------
+
+    /// The queue's slots and servers.
+    pub(crate) fn roster(&self) -> impl Iterator<Item = (Slot, ServerId)> + use<> {
+        self.queue.roster()
+    }
+
+    /// The OVM's slot and id.
+    pub(crate) fn ovm(&self) -> Option<(Slot, ServerId)> {
+        self.queue.ovm_server().map(|server| (server.slot, server.id))
+    }
+
+    /// The address that `psc` has on the server in `slot`.
+    pub(crate) fn guest(&self, slot: Slot, psc: SocketAddr) -> Option<SocketAddr> {
+        self.queue.guest(slot, psc)
+    }
+
+    /// Why a server can't be promoted unasked.
+    pub(crate) fn not_promotable(&self, server: &Server) -> Option<NotPromotable> {
+        let stale = self.then.stale[server.slot.index()].map(NotPromotable::Stale);
+        self.queue.not_promotable(server).or(stale)
+    }
+
+    /// The server's state may differ from the OVM's.
+    pub(crate) fn is_stale(&self, server: &Server) -> bool {
+        server.stale.is_some() || self.then.stale[server.slot.index()].is_some()
+    }
+
+    /// Bytes of both directions that the server in `slot` has followed, ever, where it is `behind` now in this conversation.
+    pub(crate) fn followed(&self, slot: Slot, behind: u64) -> u64 {
+        let before = self.before.servers[slot.index()].behind;
+        self.queue.get(slot).map_or(0, |server| server.followed) + before.saturating_sub(behind)
+    }
+
+    /// Bytes kept for all conversations, where it is `own` now in this one.
+    pub(crate) fn retained(&self, own: u64) -> u64 {
+        self.accounts.retained().saturating_sub(self.before.retained) + own
+    }
+
+    /// The OVM has not produced every answer that clients were sent before it was promoted.
+    pub(crate) fn is_catching_up(&self) -> bool {
+        self.recuperation.is_catching_up(self.queue, self.order)
+    }
+
+    /// Whether client bytes of `mark` may be handed to the server in `slot` now. A new OVM waits only
+    /// for answers of its predecessors: the later ones are its own.
+    pub(crate) fn permits(&mut self, slot: Slot, mark: u64, conversation: ConversationId) -> bool {
+        let own = self.queue.ovm() == Some(slot);
+        let mark = if own { mark.min(self.recuperation.mark) } else { mark };
+        self.order.permits(slot, mark, conversation)
+    }
+
+    /// The packet at hand is with its receiver already.
+    pub(crate) fn passed(&self) -> bool {
+        self.plane.passed()
+    }
+
+    /// Bytes that one direction of the conversation may hold now, if a segment is to join it that does (not) come behind a
+    /// gap.
+    pub(crate) fn room(&self, beyond: bool) -> usize {
+        // What was passed is with its receiver; the plane's own buffer bounds how much that can be.
+        if self.passed() { usize::MAX } else { self.accounts.room(beyond, &self.config.limits) }
+    }
+
+    /// A segment found no [`Turn::room`].
+    pub(crate) fn note_refused(&mut self, beyond: bool) {
+        self.accounts.count_refused(beyond, &self.config.limits, self.counters);
+    }
+
+    /// From when on evidence that began at `since` speaks against the OVM.
+    pub(crate) fn measured_from(&self, since: Instant) -> Instant {
+        self.excuses.measured_from(since)
+    }
+}

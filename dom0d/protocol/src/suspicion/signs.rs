@@ -1,0 +1,103 @@
+//! The OVM's signs of life, whichever conversation they come from.
+
+use core::net::IpAddr;
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::{LinkAddress, Sign};
+use crate::suspicion::REMINDERS;
+use crate::time::Instant;
+
+/// Addresses that an OVM is known to ask for: as many as Linux itself keeps (`gc_thresh3`).
+const UNREACHED: usize = 1_024;
+
+/// How long a kernel waits until it asks for an address again (RFC 4861 §10), and a little.
+const ASKS_AGAIN: Duration = Duration::from_millis(1_100);
+
+/// See the module.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Signs {
+    /// When the OVM last sent a new byte in any conversation.
+    answered_at: Instant,
+    /// When it last acknowledged something new in any conversation.
+    took_at: Instant,
+    /// When its kernel last showed that it lives.
+    lived_at: Instant,
+    /// When it was last asked for a sign of life.
+    asked_at: Option<Instant>,
+    /// Whom it asked the address of, when, and what that is.
+    unreached: BTreeMap<IpAddr, (Instant, Option<LinkAddress>)>,
+}
+
+impl Signs {
+    /// When the OVM last sent a new byte in any conversation.
+    pub(crate) fn answered_at(&self) -> Instant {
+        self.answered_at
+    }
+
+    /// When the OVM last took in anything, or gave another sign of life.
+    pub(crate) fn lived_at(&self) -> Instant {
+        self.took_at.max(self.lived_at)
+    }
+
+    /// The OVM sent a new byte.
+    pub(crate) fn note_answer(&mut self, now: Instant) {
+        self.answered_at = now;
+    }
+
+    /// The OVM acknowledged something new.
+    pub(crate) fn note_taken(&mut self, now: Instant) {
+        self.took_at = now;
+    }
+
+    /// The OVM's kernel lives.
+    pub(crate) fn note_life(&mut self, now: Instant) {
+        self.lived_at = now;
+    }
+
+    /// Whether the OVM may be asked for a sign of life: once, however many conversations want to know.
+    pub(crate) fn may_ask(&self, now: Instant, unacked_limit: Duration) -> bool {
+        let least = unacked_limit / (REMINDERS + 1) / 2;
+        self.asked_at.is_none_or(|at| now.since(at) >= least)
+    }
+
+    /// The OVM is asked.
+    pub(crate) fn note_asked(&mut self, now: Instant) {
+        self.asked_at = Some(now);
+    }
+
+    /// The OVM's kernel gave a sign of life.
+    pub(crate) fn note_sign(&mut self, sign: Sign, now: Instant) {
+        self.note_life(now);
+        if let Sign::Asked { target, link } = sign {
+            if self.unreached.len() >= UNREACHED {
+                self.unreached.retain(|_, (at, _)| now.since(*at) < ASKS_AGAIN);
+            }
+            if self.unreached.len() < UNREACHED || self.unreached.contains_key(&target) {
+                self.unreached.insert(target, (now, link));
+            }
+        }
+    }
+
+    /// Whether the OVM may have been unable to reach a client since then, for want of its next hop's address.
+    pub(crate) fn is_unreached(&self, client: IpAddr, next_hop: LinkAddress, since: Instant) -> bool {
+        let open = |at: Instant| at + ASKS_AGAIN >= since;
+        self.unreached.get(&client).is_some_and(|(at, _)| open(*at))
+            || self.unreached.values().any(|(at, link)| *link == Some(next_hop) && open(*at))
+    }
+
+    /// The OVM sent a client something.
+    pub(crate) fn note_reached(&mut self, client: IpAddr, next_hop: Option<LinkAddress>) {
+        if !self.unreached.is_empty() {
+            self.unreached.retain(|ip, (_, link)| *ip != client && (link.is_none() || *link != next_hop));
+        }
+    }
+
+    /// Whom the former OVM was asked about, and could not reach, is nothing to its successor.
+    pub(crate) fn forget(&mut self) {
+        self.asked_at = None;
+        self.unreached.clear();
+    }
+}

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
+use understudy_api as api;
 use understudy_api::{
     Attach, Attached, Conversations, DEFAULT_DRAIN_TIMEOUT_MS, Done, Event, Failover, Hold, Notice,
     NoticeEvent, OnDomain, Promoted, Services, Status, Switchover,
@@ -33,8 +35,8 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             output.result(&services, || show::services(&services))
         }
         Command::Conversations { service, limit, skip } => {
-            let path = path_of(daemon, service, "conversations").await?.1;
-            let page = conversations(daemon, &path, skip, limit).await?;
+            let service = named(daemon, service).await?;
+            let page = conversations(daemon, &service, skip, limit).await?;
             output.result(&page, || show::conversations(&page))
         }
         Command::Attach { service, domain, assume_identical, drain, copy, timeout, copy_limit } => {
@@ -42,7 +44,7 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             let (timeout, limit_ms) = (timeout.map(ms), copy_limit.map(ms));
             match copy {
                 Some(command) => {
-                    let service = path_of(daemon, service, "").await?.0;
+                    let service = named(daemon, service).await?;
                     let hold = Hold { domain, drain_timeout_ms: timeout, limit_ms };
                     copy_to(daemon, &service, &hold, &command, output).await
                 }
@@ -54,23 +56,23 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             }
         }
         Command::Detach { service, domain } => {
-            let (service, path) = path_of(daemon, service, "detach").await?;
-            let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
+            let command = api::Command::Detach(OnDomain { domain });
+            let (service, done): (_, Done) = send(daemon, service, &command).await?;
             output.result(&done, || format!("{service}: {} is out of the queue\n", done.domain.name))
         }
         Command::Switchover { service, to } => {
-            let (service, path) = path_of(daemon, service, "switchover").await?;
-            let promoted: Promoted = daemon.post(&path, &Switchover { to }).await?;
+            let command = api::Command::Switchover(Switchover { to });
+            let (service, promoted): (_, Promoted) = send(daemon, service, &command).await?;
             output.result(&promoted, || now_serves(&service, &promoted))
         }
         Command::Failover { service, to, force } => {
-            let (service, path) = path_of(daemon, service, "failover").await?;
-            let promoted: Promoted = daemon.post(&path, &Failover { to, force }).await?;
+            let command = api::Command::Failover(Failover { to, force });
+            let (service, promoted): (_, Promoted) = send(daemon, service, &command).await?;
             output.result(&promoted, || now_serves(&service, &promoted))
         }
         Command::Pause { service, domain } => {
-            let (service, path) = path_of(daemon, service, "pause").await?;
-            let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
+            let command = api::Command::Pause(OnDomain { domain });
+            let (service, done): (_, Done) = send(daemon, service, &command).await?;
             output.result(&done, || {
                 format!(
                     "{service}: {name} is paused for maintenance; end it with `understudy resume {name}`\n",
@@ -79,8 +81,8 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
             })
         }
         Command::Resume { service, domain } => {
-            let (service, path) = path_of(daemon, service, "resume").await?;
-            let done: Done = daemon.post(&path, &OnDomain { domain }).await?;
+            let command = api::Command::Resume(OnDomain { domain });
+            let (service, done): (_, Done) = send(daemon, service, &command).await?;
             output.result(&done, || format!("{service}: {} runs\n", done.domain.name))
         }
         Command::Notify { event, domid, vif, domain } => {
@@ -98,14 +100,23 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
     }
 }
 
-/// The service's name, or that of the only service, and the path of a command on it.
-async fn path_of(daemon: &Daemon, service: Option<String>, verb: &str) -> Result<(String, String), Failed> {
-    let service = match service {
-        Some(service) => service,
-        None => only_service(daemon).await?,
-    };
-    let path = format!("/v1/services/{}/{verb}", percent_encoded(&service));
-    Ok((service, path))
+/// Sends a command to a service, or to the only one; gives the service's name and the answer.
+async fn send<T: DeserializeOwned>(
+    daemon: &Daemon,
+    service: Option<String>,
+    command: &api::Command,
+) -> Result<(String, T), Failed> {
+    let service = named(daemon, service).await?;
+    let answer = daemon.command(&service, command).await?;
+    Ok((service, answer))
+}
+
+/// The service's name, or that of the only service.
+async fn named(daemon: &Daemon, service: Option<String>) -> Result<String, Failed> {
+    match service {
+        Some(service) => Ok(service),
+        None => only_service(daemon).await,
+    }
 }
 
 async fn only_service(daemon: &Daemon) -> Result<String, Failed> {
@@ -127,7 +138,13 @@ fn now_serves(service: &str, promoted: &Promoted) -> String {
 }
 
 /// Asks page by page. A row may appear twice or not at all, since conversations come and go between pages.
-async fn conversations(daemon: &Daemon, path: &str, skip: u32, limit: u32) -> Result<Conversations, Failed> {
+async fn conversations(
+    daemon: &Daemon,
+    service: &str,
+    skip: u32,
+    limit: u32,
+) -> Result<Conversations, Failed> {
+    let path = format!("/v1/services/{}/conversations", percent_encoded(service));
     let mut all: Option<Conversations> = None;
     let mut taken = 0;
     loop {
@@ -163,15 +180,15 @@ async fn attach(
             body.domain
         )));
     }
-    let (service, path) = path_of(daemon, service, "attach").await?;
+    let service = named(daemon, service).await?;
     // Listen first: the drain may end at once.
     let mut events = match body.drain {
         true => Some(daemon.events("?follow=true&since=0s").await?),
         false => None,
     };
-    let mut attached: Attached = daemon.post(&path, &body).await?;
+    let timeout_ms = body.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
+    let mut attached: Attached = daemon.command(&service, &api::Command::Attach(body)).await?;
     if let (true, Some(events)) = (attached.draining, &mut events) {
-        let timeout_ms = body.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
         let timeout = Duration::from_millis(timeout_ms);
         output.notice(&format!(
             "{service}: you state that {} has everything that clients wrote until now. A copy made while they wrote does not; use --copy then",

@@ -9,9 +9,10 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use understudy_api as api;
 use understudy_api::{Attach, Attached, CopyEnd, Hold, HoldState, Holding};
 
-use crate::daemon::{Daemon, percent_encoded};
+use crate::daemon::Daemon;
 use crate::failed::Failed;
 use crate::output::Output;
 
@@ -67,7 +68,6 @@ pub(crate) async fn copy_to(
     command: &str,
     output: &Output,
 ) -> Result<(), Failed> {
-    let path = |end| format!("/v1/services/{}/{end}", percent_encoded(service));
     // Before clients are held, so that no signal ends this process unnoticed.
     let signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
     let [interrupt, terminate, hangup] = signals;
@@ -76,7 +76,7 @@ pub(crate) async fn copy_to(
         terminate.map_err(Failed::Output)?,
         hangup.map_err(Failed::Output)?,
     );
-    let mut lines = daemon.hold(&path("hold"), body).await?;
+    let mut lines = daemon.hold(service, body).await?;
     let mut copy: Option<Copy> = None;
     let mut open = None;
     let mut hold = 0;
@@ -148,7 +148,7 @@ pub(crate) async fn copy_to(
         return Err(failed);
     }
     let attach = Attach { domain: body.domain.clone(), copied: Some(hold), ..Attach::default() };
-    let attached: Attached = daemon.post(&path("attach"), &attach).await?;
+    let attached: Attached = daemon.command(service, &api::Command::Attach(attach)).await?;
     drop(lines);
     let took = copy.map_or(0, |copy| copy.begun.elapsed().as_secs());
     output.result(&attached, || {

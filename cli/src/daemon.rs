@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
-use understudy_api::{Failure, Notice, Noticed};
+use understudy_api::{Command, Failure, Hold, Notice, Noticed};
 
 use crate::failed::Failed;
 
@@ -40,21 +40,22 @@ impl Daemon {
         self.exchange(ANSWER_LIMIT, Method::GET, path, Bytes::new()).await
     }
 
-    /// Sends a command.
-    pub(crate) async fn post<T: DeserializeOwned>(
+    /// Sends a command. The answer is of the type that [`Command`] names for it.
+    pub(crate) async fn command<T: DeserializeOwned>(
         &self,
-        path: &str,
-        body: &impl Serialize,
+        service: &str,
+        command: &Command,
     ) -> Result<T, Failed> {
-        self.post_within(ANSWER_LIMIT, path, body).await
+        let path = format!("/v1/services/{}/{}", percent_encoded(service), command.verb());
+        self.post(ANSWER_LIMIT, &path, command).await
     }
 
     /// Sends a notice.
     pub(crate) async fn notify(&self, notice: &Notice) -> Result<Noticed, Failed> {
-        self.post_within(NOTICE_LIMIT, "/v1/notify", notice).await
+        self.post(NOTICE_LIMIT, "/v1/notify", notice).await
     }
 
-    async fn post_within<T: DeserializeOwned>(
+    async fn post<T: DeserializeOwned>(
         &self,
         limit: Duration,
         path: &str,
@@ -70,9 +71,10 @@ impl Daemon {
     }
 
     /// Sends a command that lasts as long as its answer is read.
-    pub(crate) async fn hold(&self, path: &str, body: &impl Serialize) -> Result<Events<'_>, Failed> {
-        let body = serde_json::to_vec(body).map_err(|error| self.broken(&error.to_string()))?;
-        self.lines(Method::POST, path, body.into()).await
+    pub(crate) async fn hold(&self, service: &str, hold: &Hold) -> Result<Events<'_>, Failed> {
+        let path = format!("/v1/services/{}/hold", percent_encoded(service));
+        let body = serde_json::to_vec(hold).map_err(|error| self.broken(&error.to_string()))?;
+        self.lines(Method::POST, &path, body.into()).await
     }
 
     async fn lines(&self, method: Method, path: &str, body: Bytes) -> Result<Events<'_>, Failed> {

@@ -11,7 +11,6 @@ mod command;
 mod copy;
 mod daemon;
 mod failed;
-
 mod output;
 mod sentence;
 mod show;

@@ -1,25 +1,26 @@
-//! What the control server can ask of the daemon: one [`Command`] per question or order, each with its own reply channel.
+//! What the control server asks of the data path: one [`Request`] per question or command, each with its own reply channel.
 //!
-//! Commands are carried out by the data-path thread between packets, in the order they arrive, so that
-//! an answer describes one moment of a service. Nothing here blocks: a reply either comes soon or the
-//! channel closes because the daemon is stopping ([`CommandError::Stopping`]).
+//! The data-path thread answers between packets, in the order in which they arrive, so that an answer describes one moment
+//! of a service. Nothing here blocks: a reply either comes soon or the channel closes because the daemon is stopping
+//! ([`CommandError::Stopping`]).
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::time::Duration;
 
-use serde::Serialize;
 use tokio::sync::oneshot;
-use understudy_protocol::{ConversationStatus, OperatorError, ServerId, ServiceStatus};
+use understudy_api::{
+    Answer, Attach, Command, CopyEnd, DEFAULT_DRAIN_TIMEOUT_MS, HoldState, MAX_DRAIN_TIMEOUT_MS,
+};
+use understudy_protocol::{ConversationStatus, OperatorError, ServiceStatus};
 
 use crate::domain::{DomainRef, KnownDomain};
 
-/// Where the answer to a [`Command`] goes.
+/// Where the answer to a [`Request`] goes.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, CommandError>>;
 
-/// A question or an order of an operator. `service` is a configured name; `domain` is a domain's name or UUID.
+/// A question or a command of an operator. `service` is a configured name; `domain` is a domain's name or UUID.
 #[derive(Debug)]
-pub(crate) enum Command {
+pub(crate) enum Request {
     /// Everything an operator may want to see at a glance. Always legal.
     Status {
         /// Gets the snapshot.
@@ -36,19 +37,17 @@ pub(crate) enum Command {
         /// Gets the page.
         reply: Reply<Conversations>,
     },
-    /// Puts a domain into a service's queue, or seeds one that is in it. Needs a statement on the domain's state.
-    Attach {
+    /// Has a service carry out a command.
+    Command {
         /// Which service.
         service: String,
-        /// Which domain.
-        domain: String,
-        /// What the operator states.
-        statement: Option<Statement>,
-        /// Gets the domain's place.
-        reply: Reply<Attached>,
+        /// What.
+        command: Command,
+        /// Gets what the command names as its answer.
+        reply: Reply<Answer>,
     },
     /// Holds a service's clients while the OVM's state is copied to a domain, which is out of the queue and may use its
-    /// network meanwhile. Ends by [`Statement::Copied`], by [`Command::Release`], or by itself.
+    /// network meanwhile. Ends by [`Statement::Copied`], by [`Request::Release`], or by itself.
     Hold {
         /// Which service.
         service: String,
@@ -61,7 +60,7 @@ pub(crate) enum Command {
         /// Gets the hold.
         reply: Reply<Hold>,
     },
-    /// How a hold is.
+    /// The state of a hold.
     Holding {
         /// Which service.
         service: String,
@@ -77,56 +76,9 @@ pub(crate) enum Command {
         /// Which hold.
         hold: u64,
     },
-    /// Takes an RVM out of the queue and leaves it out until it is attached again.
-    Detach {
-        /// Which service.
-        service: String,
-        /// Which domain.
-        domain: String,
-        /// Gets what was detached.
-        reply: Reply<DomainRef>,
-    },
-    /// A planned promotion; the old OVM stays as an RVM.
-    Switchover {
-        /// Which service.
-        service: String,
-        /// The next OVM; the best candidate if none is named.
-        to: Option<String>,
-        /// Gets the new OVM.
-        reply: Reply<Promoted>,
-    },
-    /// An unplanned promotion by an operator; the old OVM is fenced.
-    Failover {
-        /// Which service.
-        service: String,
-        /// The next OVM; the best candidate if none is named.
-        to: Option<String>,
-        /// Promote `to` although it is not promotable.
-        force: bool,
-        /// Gets the new OVM.
-        reply: Reply<Promoted>,
-    },
-    /// Announces maintenance of a domain and pauses it; causes no failover within the service's limit.
-    Pause {
-        /// Which service.
-        service: String,
-        /// Which domain.
-        domain: String,
-        /// Gets the domain once the hypervisor says that it is paused.
-        reply: Reply<DomainRef>,
-    },
-    /// Lets a paused domain run again and ends its announced maintenance.
-    Resume {
-        /// Which service.
-        service: String,
-        /// Which domain.
-        domain: String,
-        /// Gets the domain once the hypervisor says that it runs.
-        reply: Reply<DomainRef>,
-    },
 }
 
-/// Most conversations that one [`Command::Conversations`] gives: the packet path waits meanwhile.
+/// Most conversations that one [`Request::Conversations`] gives: the packet path waits meanwhile.
 pub(crate) const CONVERSATIONS_LIMIT: usize = 1_000;
 
 /// What an operator states about the state of a domain that is attached.
@@ -146,52 +98,43 @@ pub(crate) enum Statement {
     },
 }
 
-/// Answer to [`Command::Hold`].
+impl Statement {
+    /// What an attach says, if it says anything; refused if it contradicts itself.
+    pub(crate) fn of(attach: &Attach) -> Result<Option<Self>, CommandError> {
+        let invalid = |why: &str| Err(CommandError::Invalid(why.to_owned()));
+        let Attach { assume_identical, drain, drain_timeout_ms, copied, .. } = *attach;
+        match (copied, assume_identical, drain, drain_timeout_ms) {
+            (Some(hold), false, false, None) => Ok(Some(Self::Copied { hold })),
+            (Some(_), ..) => invalid("`copied` says all that there is to say of the domain's state"),
+            (None, true, true, _) => invalid(
+                "`assume_identical` and `drain` exclude each other: the first says that the domain's state equals the OVM's now, the second that it will once open conversations have ended",
+            ),
+            (None, _, false, Some(_)) => invalid("`drain_timeout_ms` means nothing without `drain`"),
+            (None, false, true, Some(timeout)) if timeout > MAX_DRAIN_TIMEOUT_MS => invalid(&format!(
+                "`drain_timeout_ms` is {timeout}: new clients wait that long; at most {MAX_DRAIN_TIMEOUT_MS}"
+            )),
+            (None, false, true, timeout) => Ok(Some(Self::IdenticalAfterDrain {
+                timeout: Duration::from_millis(timeout.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
+            })),
+            (None, true, false, None) => Ok(Some(Self::Identical)),
+            (None, false, false, None) => Ok(None),
+        }
+    }
+}
+
+/// Answer to [`Request::Hold`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hold {
     /// Its number, in this process.
     pub(crate) hold: u64,
-    /// The OVM, and its addresses.
-    pub(crate) from: (DomainRef, Vec<IpAddr>),
-    /// Whose state is to become equal, and its addresses.
-    pub(crate) to: (DomainRef, Vec<IpAddr>),
+    /// The OVM.
+    pub(crate) from: CopyEnd,
+    /// The domain whose state is to become equal.
+    pub(crate) to: CopyEnd,
 }
 
-/// How a hold is.
+/// Answer to [`Request::Conversations`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum HoldState {
-    /// So many conversations are open, or it is not in force yet.
-    Draining(u64),
-    /// Nothing of clients reaches the OVM.
-    Held,
-    /// It is over, for this reason.
-    Over(String),
-}
-
-/// Answer to [`Command::Attach`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Attached {
-    /// The domain.
-    pub(crate) domain: DomainRef,
-    /// Its id in events and status from now on.
-    pub(crate) server: ServerId,
-    /// `true`: the drain is under way; its end is reported by an event (`seeded`, or `stale`).
-    pub(crate) draining: bool,
-}
-
-/// Answer to [`Command::Switchover`] and [`Command::Failover`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Promoted {
-    /// The new OVM.
-    pub(crate) domain: DomainRef,
-    /// Its id in events and status.
-    pub(crate) server: ServerId,
-    /// The service's new epoch.
-    pub(crate) epoch: u64,
-}
-
-/// Answer to [`Command::Conversations`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Conversations {
     /// The page.
     pub(crate) conversations: Vec<ConversationStatus>,
@@ -201,8 +144,8 @@ pub(crate) struct Conversations {
     pub(crate) total: u64,
 }
 
-/// Answer to [`Command::Status`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// Answer to [`Request::Status`].
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DaemonStatus {
     /// The daemon's version.
     pub(crate) version: &'static str,
@@ -221,7 +164,7 @@ pub(crate) struct DaemonStatus {
 }
 
 /// One service at one moment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServiceReport {
     /// The operator's name of it.
     pub(crate) name: String,
@@ -254,6 +197,9 @@ pub(crate) struct ServiceReport {
 /// Why a command was not carried out; nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CommandError {
+    /// The command contradicts itself.
+    #[error("{0}")]
+    Invalid(String),
     /// No service has that name.
     #[error("no service is named {service:?}; the configuration has: {}", .known.join(", "))]
     UnknownService {
@@ -321,6 +267,7 @@ impl CommandError {
     /// A stable name for programs.
     pub(crate) fn code(&self) -> &'static str {
         match self {
+            Self::Invalid(_) => "bad_request",
             Self::UnknownService { .. } => "unknown_service",
             Self::UnknownDomain { .. } => "unknown_domain",
             Self::Unusable { .. } => "domain_unusable",

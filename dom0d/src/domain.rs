@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub(crate) use understudy_api::{Domain as DomainRef, KnownDomain};
+
 /// One life of one domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct DomainId {
@@ -12,22 +14,8 @@ pub(crate) struct DomainId {
     pub(crate) domid: u16,
 }
 
-/// A domain as operators and toolstacks know it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DomainRef {
-    /// The toolstack's handle.
-    pub(crate) name: String,
-    /// Its identity.
-    pub(crate) uuid: Uuid,
-    /// The number of this life of it.
-    pub(crate) domid: u16,
-}
-
-/// A domain that could serve but is not in the queue.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct KnownDomain {
-    /// Which.
-    pub(crate) domain: DomainRef,
-    /// Why it is not in the queue, and what to do.
-    pub(crate) reason: String,
+impl From<&DomainRef> for DomainId {
+    fn from(domain: &DomainRef) -> Self {
+        Self { uuid: domain.uuid, domid: domain.domid }
+    }
 }

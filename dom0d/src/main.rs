@@ -44,7 +44,7 @@ use crate::host::{HypervisorKind, fencing};
 use crate::link::anchor;
 use crate::link::changes::Changes;
 use crate::link::frame::Mac;
-use crate::message::{Commands, LostInterface, Message, Source};
+use crate::message::{LostInterface, Message, Requests, Source};
 use crate::notify::Notifier;
 use crate::placement::Placement;
 use crate::report::{EVENTS_KEPT, Events, Reporter};
@@ -241,9 +241,9 @@ async fn run(
     };
     let mut threads =
         start_threads(&config, hypervisor, &events, lost, (places.state.clone(), memory), (services, holds))?;
-    let commands = Commands::new(threads.messages.clone(), threads.waker.clone());
+    let requests = Requests::new(threads.messages.clone(), threads.waker.clone());
     let relist = Relist::default();
-    let control = tokio::spawn(control::serve(socket, commands, relist.clone(), &events));
+    let control = tokio::spawn(control::serve(socket, requests, relist.clone(), &events));
     let (found, domains) = watch::channel(Found::default());
     let discovery = tokio::spawn(discovery::watch_domains(found, relist));
     let (messages, waker) = (threads.messages.clone(), threads.waker.clone());

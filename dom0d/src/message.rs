@@ -5,7 +5,7 @@ use std::sync::mpsc;
 
 use tokio::sync::oneshot;
 
-use crate::command::{Command, CommandError, Reply};
+use crate::command::{CommandError, Reply, Request};
 use crate::containment::RulesNews;
 use crate::domain::{DomainId, DomainRef, KnownDomain};
 use crate::host::fencing::Outcome;
@@ -15,8 +15,8 @@ use crate::wake::Waker;
 
 /// What other threads tell the data path.
 pub(crate) enum Message {
-    /// An operator's command.
-    Command(Command),
+    /// A question or a command of an operator.
+    Request(Request),
     /// A service's PSC has its place on a bridge.
     Anchored {
         /// Index of the service.
@@ -102,7 +102,7 @@ pub(crate) enum Message {
     },
     /// What became of the kernel's rules.
     Rules(RulesNews),
-    /// What became of an order to a domain.
+    /// What became of a job.
     Outcome(Outcome),
     /// End the thread.
     Stop,
@@ -132,30 +132,30 @@ pub(crate) struct LostInterface {
     pub(crate) domain: Option<DomainId>,
 }
 
-/// The sending side, for as many callers as there are.
+/// Where requests of operators go, for as many callers as there are.
 #[derive(Clone)]
-pub(crate) struct Commands {
+pub(crate) struct Requests {
     sender: mpsc::Sender<Message>,
     waker: Waker,
 }
 
-impl Commands {
-    /// Commands that reach the thread which reads `sender`'s other end and sleeps on `waker`.
+impl Requests {
+    /// Requests that reach the thread which reads `sender`'s other end and sleeps on `waker`.
     pub(crate) fn new(sender: mpsc::Sender<Message>, waker: Waker) -> Self {
         Self { sender, waker }
     }
 
-    /// Orders without an answer.
-    pub(crate) fn tell(&self, command: Command) {
+    /// Sends a request that has no answer.
+    pub(crate) fn tell(&self, request: Request) {
         // Without a data path there is nothing to be done.
-        let _ = self.sender.send(Message::Command(command));
+        let _ = self.sender.send(Message::Request(request));
         self.waker.wake();
     }
 
-    /// Asks and waits for the answer: `commands.ask(|reply| Command::Status { reply }).await`.
-    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, CommandError> {
+    /// Asks and waits for the answer: `requests.ask(|reply| Request::Status { reply }).await`.
+    pub(crate) async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, CommandError> {
         let (reply, answer) = oneshot::channel();
-        self.sender.send(Message::Command(command(reply))).map_err(|_| CommandError::Stopping)?;
+        self.sender.send(Message::Request(request(reply))).map_err(|_| CommandError::Stopping)?;
         self.waker.wake();
         answer.await.map_err(|_| CommandError::Stopping)?
     }

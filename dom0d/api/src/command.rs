@@ -19,6 +19,65 @@ pub const DEFAULT_COPY_LIMIT_MS: u64 = 600_000;
 /// The longest copy: clients wait meanwhile.
 pub const MAX_COPY_LIMIT_MS: u64 = 3_600_000;
 
+/// A command of an operator to a service, by its verb. As JSON it is the body of the request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Command {
+    /// Puts a domain into the queue, or seeds one that is in it. Answered by [`Attached`].
+    Attach(Attach),
+    /// Takes an RVM out of the queue, and leaves it out until it is attached again. Answered by [`Done`].
+    Detach(OnDomain),
+    /// A planned promotion; the old OVM stays as an RVM. Answered by [`Promoted`].
+    Switchover(Switchover),
+    /// An unplanned promotion; the old OVM is fenced. Answered by [`Promoted`].
+    Failover(Failover),
+    /// Announces maintenance of a domain and pauses it; causes no failover within the service's limit. Answered by
+    /// [`Done`] once the hypervisor says that the domain is paused.
+    Pause(OnDomain),
+    /// Lets a paused domain run again and ends its announced maintenance. Answered by [`Done`] once the hypervisor says
+    /// that the domain runs.
+    Resume(OnDomain),
+}
+
+impl Command {
+    /// The command with this verb and this body; `None` if there is no such verb.
+    pub fn parse(verb: &str, body: &[u8]) -> Option<serde_json::Result<Self>> {
+        Some(match verb {
+            "attach" => serde_json::from_slice(body).map(Self::Attach),
+            "detach" => serde_json::from_slice(body).map(Self::Detach),
+            "switchover" => serde_json::from_slice(body).map(Self::Switchover),
+            "failover" => serde_json::from_slice(body).map(Self::Failover),
+            "pause" => serde_json::from_slice(body).map(Self::Pause),
+            "resume" => serde_json::from_slice(body).map(Self::Resume),
+            _ => return None,
+        })
+    }
+
+    /// The last part of its path.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Self::Attach(_) => "attach",
+            Self::Detach(_) => "detach",
+            Self::Switchover(_) => "switchover",
+            Self::Failover(_) => "failover",
+            Self::Pause(_) => "pause",
+            Self::Resume(_) => "resume",
+        }
+    }
+}
+
+/// The answer to a [`Command`] that was carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// See there.
+    Attached(Attached),
+    /// See there.
+    Done(Done),
+    /// See there.
+    Promoted(Promoted),
+}
+
 /// Body of `…/attach`. Exactly one of `assume_identical`, `drain` and `copied` must be there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -201,4 +260,29 @@ pub struct Refusal {
     pub code: String,
     /// What failed, on what, and what to do.
     pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn what_a_command_is_sent_as_reads_back_by_its_verb() {
+        let on = || OnDomain { domain: "redis-2".to_owned() };
+        let attach = Attach { domain: "redis-2".to_owned(), drain: true, ..Attach::default() };
+        for command in [
+            Command::Attach(attach),
+            Command::Detach(on()),
+            Command::Switchover(Switchover { to: Some("redis-2".to_owned()) }),
+            Command::Failover(Failover { to: None, force: true }),
+            Command::Pause(on()),
+            Command::Resume(on()),
+        ] {
+            let body = serde_json::to_vec(&command).unwrap();
+            assert_eq!(Command::parse(command.verb(), &body).unwrap().unwrap(), command);
+        }
+        assert!(Command::parse("reboot", b"{}").is_none());
+    }
 }

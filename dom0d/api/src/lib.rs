@@ -12,9 +12,9 @@ pub mod time;
 pub mod words;
 
 pub use command::{
-    Attach, Attached, CopyEnd, DEFAULT_COPY_LIMIT_MS, DEFAULT_DRAIN_TIMEOUT_MS, Done, Failover, Failure,
-    Hold, HoldState, Holding, MAX_COPY_LIMIT_MS, MAX_DRAIN_TIMEOUT_MS, Notice, NoticeEvent, Noticed,
-    OnDomain, Promoted, Refusal, Switchover,
+    Answer, Attach, Attached, Command, CopyEnd, DEFAULT_COPY_LIMIT_MS, DEFAULT_DRAIN_TIMEOUT_MS, Done,
+    Failover, Failure, Hold, HoldState, Holding, MAX_COPY_LIMIT_MS, MAX_DRAIN_TIMEOUT_MS, Notice,
+    NoticeEvent, Noticed, OnDomain, Promoted, Refusal, Switchover,
 };
 pub use event::{EVENTS_LOST, Event};
 pub use status::{

@@ -31,7 +31,7 @@ impl From<CommandError> for ApiError {
     fn from(error: CommandError) -> Self {
         let status = match &error {
             CommandError::UnknownService { .. } | CommandError::UnknownDomain { .. } => StatusCode::NOT_FOUND,
-            CommandError::NoStatement { .. } => StatusCode::BAD_REQUEST,
+            CommandError::Invalid(_) | CommandError::NoStatement { .. } => StatusCode::BAD_REQUEST,
             CommandError::Unusable { .. } | CommandError::Refused { .. } => StatusCode::CONFLICT,
             CommandError::Hypervisor { .. } => StatusCode::BAD_GATEWAY,
             CommandError::Stopping => StatusCode::SERVICE_UNAVAILABLE,

@@ -14,6 +14,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use tokio::task::JoinHandle;
+use understudy_api::{Answer, Attached, Command, CopyEnd, Done, HoldState, Promoted};
 use understudy_protocol::{
     ConversationStatus, EventKind, Evidence, LegStatus, NotPromotable, OperatorError, Role, ServerId,
     ServerStatus, ServiceStatus, StaleReason, Uncovered,
@@ -22,7 +23,7 @@ use uuid::Uuid;
 
 use super::socket::ListenError;
 use super::*;
-use crate::command::{Attached, CommandError, Conversations, DaemonStatus, Promoted, ServiceReport};
+use crate::command::{CommandError, Conversations, DaemonStatus, ServiceReport, Statement};
 use crate::domain::{DomainRef, KnownDomain};
 use crate::message::Message;
 use crate::report::{DaemonEvent, Happening, TimedEvent};
@@ -44,17 +45,17 @@ impl Daemon {
         let (record, asked) = mpsc::channel();
         thread::spawn(move || {
             for message in messages {
-                if let Message::Command(command) = message {
-                    let _ = record.send(format!("{command:?}"));
-                    answer(command);
+                if let Message::Request(request) = message {
+                    let _ = record.send(format!("{request:?}"));
+                    answer(request);
                 }
             }
         });
-        let commands = Commands::new(sender, Waker::new().unwrap());
+        let requests = Requests::new(sender, Waker::new().unwrap());
         let (events, _) = tokio::sync::broadcast::channel(crate::report::EVENTS_KEPT);
         let socket = ControlSocket::listen(&directory.join("control.sock")).unwrap();
         let relist = Relist::default();
-        let server = tokio::spawn(serve(socket, commands, relist.clone(), &events));
+        let server = tokio::spawn(serve(socket, requests, relist.clone(), &events));
         Self { directory, events, asked, relist, server }
     }
 
@@ -133,12 +134,8 @@ fn domain(id: u32) -> DomainRef {
     DomainRef { name: format!("redis-{id}"), uuid: Uuid::from_u128(u128::from(id)), domid: id as u16 }
 }
 
-fn refused<T>(reply: Reply<T>, domain: &str, error: OperatorError) {
-    let _ = reply.send(Err(CommandError::Refused {
-        service: "redis".to_owned(),
-        domain: Some(domain.to_owned()),
-        error,
-    }));
+fn refused(domain: &str, error: OperatorError) -> CommandError {
+    CommandError::Refused { service: "redis".to_owned(), domain: Some(domain.to_owned()), error }
 }
 
 fn known(service: &str) -> Result<(), CommandError> {
@@ -152,48 +149,48 @@ fn known(service: &str) -> Result<(), CommandError> {
 
 /// The script of the data path: a service `redis` with the OVM redis-1, the promotable redis-2 and
 /// the stale redis-3.
-fn answer(command: Command) {
-    match command {
-        Command::Status { reply } => drop(reply.send(Ok(report()))),
-        Command::Conversations { service, reply, .. } => {
+fn answer(request: Request) {
+    match request {
+        Request::Status { reply } => drop(reply.send(Ok(report()))),
+        Request::Conversations { service, reply, .. } => {
             drop(reply.send(known(&service).map(|()| conversations())));
         }
-        Command::Attach { service, domain: name, statement, reply } => match (name.as_str(), statement) {
-            (_, None) => drop(reply.send(Err(CommandError::NoStatement { service, domain: name }))),
-            ("redis-1", _) => refused(reply, "redis-1", OperatorError::IsOvm),
-            (_, Some(Statement::Identical)) => {
-                refused(reply, &name, OperatorError::ConversationsOpen(3));
-            }
-            (_, Some(Statement::Copied { hold })) => {
-                let domain = domain(hold as u32);
-                drop(reply.send(Ok(Attached { domain, server: ServerId(3), draining: false })));
-            }
-            (_, Some(Statement::IdenticalAfterDrain { .. })) => {
-                drop(reply.send(Ok(Attached { domain: domain(3), server: ServerId(3), draining: true })));
-            }
-        },
-        Command::Hold { reply, .. } => {
-            let end = |id| (domain(id), vec![[10, 0, 0, id as u8].into()]);
+        // The reply is dropped, as when the daemon stops.
+        Request::Command { command: Command::Resume(_), .. } => {}
+        Request::Command { service, command, reply } => drop(reply.send(carry_out(&service, command))),
+        Request::Hold { reply, .. } => {
+            let end = |id| CopyEnd { domain: domain(id), addresses: vec![[10, 0, 0, id as u8].into()] };
             drop(reply.send(Ok(crate::command::Hold { hold: 7, from: end(1), to: end(3) })));
         }
-        Command::Holding { reply, .. } => drop(reply.send(Ok(crate::command::HoldState::Held))),
-        Command::Release { hold, .. } => RELEASED.store(hold, Ordering::SeqCst),
-        Command::Detach { reply, .. } => refused(reply, "redis-2", OperatorError::NothingLeft),
-        Command::Switchover { service, reply, .. } => {
-            let promoted =
-                known(&service).map(|()| Promoted { domain: domain(2), server: ServerId(2), epoch: 2 });
-            drop(reply.send(promoted));
+        Request::Holding { reply, .. } => drop(reply.send(Ok(HoldState::Held))),
+        Request::Release { hold, .. } => RELEASED.store(hold, Ordering::SeqCst),
+    }
+}
+
+fn carry_out(service: &str, command: Command) -> Result<Answer, CommandError> {
+    known(service)?;
+    let attached =
+        |id, draining| Ok(Answer::Attached(Attached { domain: domain(id), server: ServerId(3), draining }));
+    match command {
+        Command::Attach(attach) => match (attach.domain.as_str(), Statement::of(&attach)?) {
+            (name, None) => {
+                Err(CommandError::NoStatement { service: service.to_owned(), domain: name.to_owned() })
+            }
+            ("redis-1", _) => Err(refused("redis-1", OperatorError::IsOvm)),
+            (name, Some(Statement::Identical)) => Err(refused(name, OperatorError::ConversationsOpen(3))),
+            (_, Some(Statement::Copied { hold })) => attached(hold as u32, false),
+            (_, Some(Statement::IdenticalAfterDrain { .. })) => attached(3, true),
+        },
+        Command::Detach(_) => Err(refused("redis-2", OperatorError::NothingLeft)),
+        Command::Switchover(_) => {
+            Ok(Answer::Promoted(Promoted { domain: domain(2), server: ServerId(2), epoch: 2 }))
         }
-        Command::Failover { service, reply, .. } => {
-            drop(reply.send(Err(CommandError::Hypervisor {
-                service,
-                domain: "redis-1".to_owned(),
-                error: "can't be paused".to_owned(),
-            })));
-        }
-        Command::Pause { reply, .. } => drop(reply.send(Ok(domain(2)))),
-        // The reply is dropped, as when the daemon stops.
-        Command::Resume { .. } => {}
+        Command::Failover(_) => Err(CommandError::Hypervisor {
+            service: service.to_owned(),
+            domain: "redis-1".to_owned(),
+            error: "can't be paused".to_owned(),
+        }),
+        Command::Pause(_) | Command::Resume(_) => Ok(Answer::Done(Done { domain: domain(2) })),
     }
 }
 
@@ -322,7 +319,7 @@ async fn conversations_are_paged() {
 }
 
 #[tokio::test]
-async fn orders_reach_the_data_path() {
+async fn commands_reach_the_data_path() {
     let daemon = Daemon::start();
     let (status, body) = daemon.post("/v1/services/redis/switchover", "").await;
     assert_eq!((status, &body["domain"]["name"], &body["epoch"]), (200, &json!("redis-2"), &json!(2)));
@@ -331,7 +328,7 @@ async fn orders_reach_the_data_path() {
     let body = r#"{"domain":"redis-3","drain":true,"drain_timeout_ms":1500}"#;
     let (status, body) = daemon.post("/v1/services/redis/attach", body).await;
     assert_eq!((status, &body["draining"]), (200, &json!(true)));
-    assert!(daemon.asked.recv().unwrap().contains("timeout: 1.5s"));
+    assert!(daemon.asked.recv().unwrap().contains("drain_timeout_ms: Some(1500)"));
 
     let (status, body) = daemon.post("/v1/services/redis/pause", r#"{"domain":"redis-2"}"#).await;
     assert_eq!((status, &body["domain"]["uuid"]), (200, &json!(Uuid::from_u128(2))));
@@ -429,12 +426,14 @@ async fn bad_requests_are_answered_in_the_api_s_own_words() {
     }
     assert_eq!(daemon.raw(&chunked).await.0, 413);
 
+    let (status, answer) = daemon.post("/v1/services/redis/reboot", "{}").await;
+    assert_eq!((status, &answer["error"]["code"]), (404, &json!("no_such_path")));
     let (status, answer) = daemon.get("/v2").await;
     assert_eq!((status, &answer["error"]["code"]), (404, &json!("no_such_path")));
     let (status, answer) = daemon.get("/v1/services/redis/attach").await;
     assert_eq!((status, &answer["error"]["code"]), (405, &json!("wrong_method")));
     assert_eq!(daemon.raw(b"\x16\x03\x01garbage\r\n\r\n").await.0, 400);
-    assert!(daemon.asked.try_recv().is_err(), "nothing was ordered");
+    assert!(daemon.asked.try_recv().is_err(), "nothing was asked of the data path");
     assert_eq!(daemon.get("/v1/status").await.0, 200);
 }
 

@@ -1,13 +1,12 @@
 //! How the daemon's reports look to operators: server ids get their domains, reasons get words.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 
 use axum::body::Bytes;
 use serde_json::{Map, Value};
 use understudy_api::{
-    Conversation, Conversations, CopyEnd, Domain, Event, HoldState, Holding, KnownDomain, Leg, Server,
-    Service, Status, queue_state, time, words,
+    Conversation, Conversations, Event, HoldState, Holding, Leg, Server, Service, Status, queue_state, time,
+    words,
 };
 use understudy_protocol::{ConversationStatus, LegStatus, NotPromotable, Role, ServerId, ServerStatus};
 
@@ -16,23 +15,10 @@ use crate::domain::DomainRef;
 use crate::report::TimedEvent;
 
 /// One line of a hold.
-pub(super) fn holding(hold: &command::Hold, state: &command::HoldState) -> Bytes {
-    let end = |(of, addresses): &(DomainRef, Vec<IpAddr>)| CopyEnd {
-        domain: domain(of),
-        addresses: addresses.clone(),
-    };
-    let holding = Holding {
-        hold: hold.hold,
-        from: end(&hold.from),
-        to: end(&hold.to),
-        state: match state {
-            command::HoldState::Draining(open) => HoldState::Draining { open: *open },
-            command::HoldState::Held => HoldState::Held,
-            command::HoldState::Over(reason) => HoldState::Over { reason: reason.clone() },
-        },
-    };
+pub(super) fn holding(hold: &command::Hold, state: &HoldState) -> Bytes {
+    let command::Hold { hold, from, to } = hold.clone();
     // Nothing of it refuses to be written.
-    let mut line = serde_json::to_vec(&holding).unwrap_or_default();
+    let mut line = serde_json::to_vec(&Holding { hold, from, to, state: state.clone() }).unwrap_or_default();
     line.push(b'\n');
     line.into()
 }
@@ -55,11 +41,7 @@ fn service(report: ServiceReport) -> Service {
     let servers = report.status.servers.iter();
     Service {
         servers: servers.map(|status| server(status, &report.servers)).collect(),
-        known: report
-            .known
-            .into_iter()
-            .map(|known| KnownDomain { domain: domain(&known.domain), reason: known.reason })
-            .collect(),
+        known: report.known,
         contained: report.contained,
         name: report.name,
         psc: report.psc,
@@ -83,7 +65,7 @@ fn server(status: &ServerStatus, domains: &BTreeMap<u32, DomainRef>) -> Server {
     let serves = matches!(status.role, Role::Ovm | Role::TakingOver);
     Server {
         server: status.server,
-        domain: domains.get(&status.server.0).map(domain),
+        domain: domains.get(&status.server.0).cloned(),
         role: status.role,
         queue_state: queue_state(status.role),
         promotable: status.not_promotable.is_none() && !serves,
@@ -135,31 +117,14 @@ pub(super) fn event(seq: u64, event: &TimedEvent) -> Event {
         // Every kind is an object (`kinds_of_events_are_objects` checks it).
         other => Map::from_iter([("event".to_owned(), Value::from(format!("{other:?}")))]),
     };
-    let domains = event.domains.iter();
     Event {
         seq,
         time: time::rfc3339(event.unix_us),
         monotonic_us: event.monotonic_us,
         service: event.service.clone(),
-        domains: domains.map(|(id, of)| (id.to_string(), domain(of))).collect(),
+        domains: event.domains.iter().map(|(id, domain)| (id.to_string(), domain.clone())).collect(),
         what,
     }
-}
-
-pub(super) fn domain(of: &DomainRef) -> Domain {
-    Domain { name: of.name.clone(), uuid: of.uuid, domid: of.domid }
-}
-
-pub(super) fn attached(answer: command::Attached) -> understudy_api::Attached {
-    understudy_api::Attached {
-        domain: domain(&answer.domain),
-        server: answer.server,
-        draining: answer.draining,
-    }
-}
-
-pub(super) fn promoted(answer: command::Promoted) -> understudy_api::Promoted {
-    understudy_api::Promoted { domain: domain(&answer.domain), server: answer.server, epoch: answer.epoch }
 }
 
 fn counters(of: BTreeMap<&'static str, u64>) -> BTreeMap<String, u64> {

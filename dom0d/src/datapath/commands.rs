@@ -1,17 +1,19 @@
-//! How are operators' commands carried out? Between packets, on the data-path thread.
+//! How are operators' requests answered? Between packets, on the data-path thread.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use understudy_api::{Answer, Attach, Attached, Command, Done, Failover, OnDomain, Promoted, Switchover};
 use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
 
 use super::DataPath;
 use crate::clock;
 use crate::command::{
-    Attached, CONVERSATIONS_LIMIT, Command, CommandError, Conversations, DaemonStatus, Hold, Promoted, Reply,
-    ServiceReport, Statement,
+    CONVERSATIONS_LIMIT, CommandError, Conversations, DaemonStatus, Hold, Reply, Request, ServiceReport,
+    Statement,
 };
 use crate::domain::DomainRef;
+use crate::host::HypervisorError;
 use crate::host::fencing::Job;
 use crate::message::Source;
 use crate::service::{Place, Service};
@@ -19,45 +21,54 @@ use crate::service::{Place, Service};
 type Outcome<T> = Result<T, CommandError>;
 
 impl DataPath {
-    /// Carries out a command and answers it.
-    pub(crate) fn carry_out(&mut self, now: Instant, command: Command) {
-        // Whoever asked may have gone; then the answer is lost, the deed is not.
-        match command {
-            Command::Status { reply } => drop(reply.send(Ok(self.status()))),
-            Command::Conversations { service, skip, limit, reply } => {
-                drop(reply.send(self.conversations(&service, skip, limit)))
+    /// Answers a request. Whoever asked may have gone; then the answer is lost, the deed is not.
+    pub(super) fn answer(&mut self, now: Instant, request: Request) {
+        match request {
+            Request::Status { reply } => drop(reply.send(Ok(self.status()))),
+            Request::Conversations { service, skip, limit, reply } => {
+                drop(reply.send(self.conversations(&service, skip, limit)));
             }
-            Command::Attach { service, domain, statement, reply } => {
-                drop(reply.send(self.attach(now, &service, &domain, statement)))
-            }
-            Command::Hold { service, domain, drain, limit, reply } => {
+            Request::Command { service, command, reply } => self.carry_out(now, &service, command, reply),
+            Request::Hold { service, domain, drain, limit, reply } => {
                 let held = reply.send(self.hold(now, &service, &domain, (drain, limit)));
-                if let Err(Ok(hold)) = held {
+                if let Err(Ok(Hold { hold, .. })) = held {
                     // Nobody would ever release it.
-                    self.carry_out(now, Command::Release { service, hold: hold.hold });
+                    self.answer(now, Request::Release { service, hold });
                 }
             }
-            Command::Holding { service, hold, reply } => {
-                drop(reply.send(self.index(&service).map(|index| self.services[index].holding(hold))))
+            Request::Holding { service, hold, reply } => {
+                drop(reply.send(self.index(&service).map(|index| self.services[index].holding(hold))));
             }
-            Command::Release { service, hold } => {
+            Request::Release { service, hold } => {
                 if let Ok(index) = self.index(&service) {
                     let (service, mut around) = self.split(index);
                     service.release(now, hold, &mut around);
                 }
             }
-            Command::Detach { service, domain, reply } => {
-                drop(reply.send(self.detach(now, &service, &domain)))
-            }
-            Command::Switchover { service, to, reply } => {
-                drop(reply.send(self.switchover(now, &service, to.as_deref())));
-            }
-            Command::Failover { service, to, force, reply } => {
-                drop(reply.send(self.failover(now, &service, to.as_deref(), force)))
-            }
-            Command::Pause { service, domain, reply } => self.order(now, &service, &domain, true, reply),
-            Command::Resume { service, domain, reply } => self.order(now, &service, &domain, false, reply),
         }
+    }
+
+    /// Carries out a command.
+    fn carry_out(&mut self, now: Instant, service: &str, command: Command, reply: Reply<Answer>) {
+        let answer = match command {
+            Command::Attach(attach) => self.attach(now, service, &attach).map(Answer::Attached),
+            Command::Detach(OnDomain { domain }) => {
+                self.detach(now, service, &domain).map(|domain| Answer::Done(Done { domain }))
+            }
+            Command::Switchover(Switchover { to }) => {
+                self.switchover(now, service, to.as_deref()).map(Answer::Promoted)
+            }
+            Command::Failover(Failover { to, force }) => {
+                self.failover(now, service, to.as_deref(), force).map(Answer::Promoted)
+            }
+            Command::Pause(OnDomain { domain }) => {
+                return self.set_paused(now, service, &domain, true, reply);
+            }
+            Command::Resume(OnDomain { domain }) => {
+                return self.set_paused(now, service, &domain, false, reply);
+            }
+        };
+        drop(reply.send(answer));
     }
 
     fn index(&self, service: &str) -> Outcome<usize> {
@@ -116,13 +127,8 @@ impl DataPath {
         Ok(Conversations { total: service.engine.status().conversations, conversations, servers })
     }
 
-    fn attach(
-        &mut self,
-        now: Instant,
-        service: &str,
-        domain: &str,
-        statement: Option<Statement>,
-    ) -> Outcome<Attached> {
+    fn attach(&mut self, now: Instant, service: &str, attach: &Attach) -> Outcome<Attached> {
+        let (statement, domain) = (Statement::of(attach)?, attach.domain.as_str());
         let index = self.index(service)?;
         let (service, mut around) = self.split(index);
         let id = find(service, domain)?;
@@ -246,16 +252,17 @@ impl DataPath {
         Ok(promoted_reply(service, promoted))
     }
 
-    fn order(&mut self, now: Instant, service: &str, domain: &str, pause: bool, reply: Reply<DomainRef>) {
+    /// Pauses a domain, or resumes it; the fencing thread answers.
+    fn set_paused(&mut self, now: Instant, service: &str, domain: &str, pause: bool, reply: Reply<Answer>) {
         let found = self.index(service).and_then(|index| {
             let id = find(&self.services[index], domain)?;
             Ok((index, id))
         });
-        let (index, id) = match found {
+        let (index, server) = match found {
             Ok(found) => found,
             Err(error) => return drop(reply.send(Err(error))),
         };
-        let life = self.services[index].servers[&id].life();
+        let life = self.services[index].servers[&server].life();
         // Announced first, and to all that the domain serves: the next look may be the one that sees it paused.
         for service in (0..self.services.len()).filter(|_| pause) {
             let (service, mut around) = self.split(service);
@@ -264,16 +271,19 @@ impl DataPath {
             }
         }
         let (service, around) = self.split(index);
-        let job = Job::Order {
-            service: index,
-            name: service.name().to_owned(),
-            server: id,
-            domain: service.servers[&id].domain.clone(),
-            pause,
-            reply,
-        };
+        let (name, domain) = (service.name().to_owned(), service.servers[&server].domain.clone());
+        let done = Box::new(move |result: Result<(), HypervisorError>| {
+            drop(reply.send(match result {
+                Ok(()) => Ok(Answer::Done(Done { domain })),
+                Err(error) => Err(CommandError::Hypervisor {
+                    service: name,
+                    domain: domain.name,
+                    error: error.to_string(),
+                }),
+            }));
+        });
         // If the thread has ended, so has the reply, and whoever asked is told that dom0d stops.
-        let _ = around.jobs.send(job);
+        let _ = around.jobs.send(Job::SetPaused { service: index, server, domain: life, pause, done });
     }
 }
 

@@ -1,7 +1,7 @@
 //! The data-path thread: everything that packets pass through, and what must happen between two of them.
 //!
 //! It sleeps in one ppoll(2) over all captures and a waker, for as long as no engine, no announcement and
-//! no look at the domains is due. Nothing it calls waits: files, netlink, nft and orders to domains
+//! no look at the domains is due. Nothing it calls waits: files, netlink, nft and the hypervisor
 //! belong to other threads, which send it a [`Message`].
 
 mod commands;
@@ -37,7 +37,7 @@ const POLL_WHILE_BUSY: Duration = Duration::from_micros(100);
 pub(crate) struct Neighbourhood {
     /// Where events go.
     pub(crate) reporter: Reporter,
-    /// Orders to domains.
+    /// What is to be done to domains.
     pub(crate) jobs: mpsc::Sender<Job>,
     /// Rules for the kernel.
     pub(crate) rules: mpsc::Sender<Numbered>,
@@ -242,7 +242,7 @@ impl DataPath {
 
     fn take(&mut self, now: Instant, message: Message) {
         match message {
-            Message::Command(command) => self.carry_out(now, command),
+            Message::Request(request) => self.answer(now, request),
             Message::Anchored { service, bridge, device } => {
                 let (service, mut around) = self.split(service);
                 service.anchored(now, bridge, device, &mut around);
@@ -334,7 +334,7 @@ impl DataPath {
             Outcome::FenceFailed { service, server, error } => {
                 (service, DaemonEvent::FenceFailed { server, error })
             }
-            Outcome::Ordered { service, server, pause, done } => {
+            Outcome::SetPaused { service, server, pause, done } => {
                 // Whichever service was named, it is the domain's.
                 let life = self.services[service].servers.get(&server).map(Server::life);
                 for index in 0..self.services.len() {

@@ -13,8 +13,7 @@ use understudy_api::config::Fence;
 use understudy_protocol::ServerId;
 
 use super::{Hypervisor, HypervisorError, Shutdown};
-use crate::command::{CommandError, Reply};
-use crate::domain::{DomainId, DomainRef};
+use crate::domain::DomainId;
 
 /// Waits before an attempt is repeated: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
@@ -33,19 +32,17 @@ pub(crate) enum Job {
         by: Fence,
     },
     /// Pause or resume for an operator, once.
-    Order {
+    SetPaused {
         /// Index of the service.
         service: usize,
-        /// The service's name.
-        name: String,
         /// Its id there.
         server: ServerId,
         /// The domain.
-        domain: DomainRef,
+        domain: DomainId,
         /// Pause; otherwise resume.
         pause: bool,
-        /// Who waits for it.
-        reply: Reply<DomainRef>,
+        /// Called with what came of it, after that was told.
+        done: Box<dyn FnOnce(Result<(), HypervisorError>) + Send>,
     },
 }
 
@@ -70,8 +67,8 @@ pub(crate) enum Outcome {
         /// Why.
         error: String,
     },
-    /// An operator's order was carried out, or not.
-    Ordered {
+    /// A domain was paused or resumed for an operator, or not.
+    SetPaused {
         /// Index of the service.
         service: usize,
         /// Its id there.
@@ -123,22 +120,16 @@ fn work(mut hypervisor: Box<dyn Hypervisor>, jobs: &mpsc::Receiver<Job>, tell: i
                 wait: BACKOFF.0,
                 told: None,
             }),
-            Ok(Job::Order { service, name, server, domain, pause, reply }) => {
-                if !pause {
+            Ok(Job::SetPaused { service, server, domain, pause, done }) => {
+                let result = if pause {
+                    hypervisor.pause(domain)
+                } else {
                     // The operator wants it to run; a fence under way would pause it again.
-                    pending.retain(|fence| fence.domain != id(&domain));
-                }
-                let result = order(hypervisor.as_mut(), &domain, pause);
-                let done = result.is_ok();
-                tell(Outcome::Ordered { service, server, pause, done });
-                let result = result.map(|()| domain.clone());
-                let answer = result.map_err(|error| CommandError::Hypervisor {
-                    service: name,
-                    domain: domain.name,
-                    error: error.to_string(),
-                });
-                // Whoever asked may have gone.
-                let _ = reply.send(answer);
+                    pending.retain(|fence| fence.domain != domain);
+                    hypervisor.unpause(domain)
+                };
+                tell(Outcome::SetPaused { service, server, pause, done: result.is_ok() });
+                done(result);
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
@@ -161,7 +152,7 @@ fn attempt(
             tell(Outcome::Fenced { service, server, by });
             return true;
         }
-        Ok(false) => format!("the hypervisor took the order to {} it, but the domain still runs", by.name()),
+        Ok(false) => format!("the hypervisor agreed to {} it, but the domain still runs", by.name()),
         Err(error) => error.to_string(),
     };
     // Told once per reason; a domain that can't be paused for an hour is one event.
@@ -194,14 +185,6 @@ fn silence(hypervisor: &mut dyn Hypervisor, domain: DomainId, by: Fence) -> Resu
         (Fence::Pause, Some(state)) => state.paused,
         (_, Some(_)) => false,
     })
-}
-
-fn order(hypervisor: &mut dyn Hypervisor, domain: &DomainRef, pause: bool) -> Result<(), HypervisorError> {
-    if pause { hypervisor.pause(id(domain)) } else { hypervisor.unpause(id(domain)) }
-}
-
-fn id(domain: &DomainRef) -> DomainId {
-    DomainId { uuid: domain.uuid, domid: domain.domid }
 }
 
 fn is_gone(error: &HypervisorError) -> bool {

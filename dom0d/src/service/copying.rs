@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
+use understudy_api::{CopyEnd, HoldState};
 use understudy_protocol::{Instant, OperatorError, Release, Seeding, ServerId};
 
 use super::{Place, Service, Surroundings};
-use crate::command::{Hold, HoldState};
+use crate::command::Hold;
 
 /// A copy under way, or over.
 #[derive(Debug)]
@@ -35,8 +36,8 @@ impl Service {
         let hold = u64::from(*around.next_server);
         let told = Hold {
             hold,
-            from: (from.domain.clone(), from.addresses.clone()),
-            to: (to.domain.clone(), to.addresses.clone()),
+            from: CopyEnd { domain: from.domain.clone(), addresses: from.addresses.clone() },
+            to: CopyEnd { domain: to.domain.clone(), addresses: to.addresses.clone() },
         };
         self.engine.hold(now, now + drain, limit)?;
         *around.next_server += 1;
@@ -55,10 +56,12 @@ impl Service {
     pub(crate) fn holding(&self, hold: u64) -> HoldState {
         let open = self.engine.status().conversations;
         match self.copying.as_ref().filter(|copying| copying.hold == hold) {
-            None => HoldState::Over("another copy has begun".to_owned()),
-            Some(Copying { over: Some(reason), .. }) => HoldState::Over(over_text(*reason).to_owned()),
+            None => HoldState::Over { reason: "another copy has begun".to_owned() },
+            Some(Copying { over: Some(reason), .. }) => {
+                HoldState::Over { reason: over_text(*reason).to_owned() }
+            }
             Some(copying) if copying.open && self.engine.is_held() => HoldState::Held,
-            Some(_) => HoldState::Draining(open),
+            Some(_) => HoldState::Draining { open },
         }
     }
 

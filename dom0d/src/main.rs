@@ -49,7 +49,8 @@ use crate::notify::Notifier;
 use crate::placement::Placement;
 use crate::report::{EVENTS_KEPT, Events, Reporter};
 use crate::service::{Service, leave_nothing, remove_strays};
-use crate::store::memory::{self, Memory};
+use crate::store::durable;
+use crate::store::memory::Memory;
 use crate::wake::Waker;
 
 #[global_allocator]
@@ -291,9 +292,9 @@ async fn run(
 
 /// What earlier dom0ds wrote down; doubt, where that can't be believed.
 fn remember(config: &Config, directory: &Path) -> Memory {
-    memory::load(directory).unwrap_or_else(|error| {
+    durable::load(directory).unwrap_or_else(|error| {
         let reason = format!("what was written down in {} can't be used: {error}", directory.display());
-        tracing::error!(kept = ?memory::set_aside(directory).ok(), "{reason}");
+        tracing::error!(kept = ?durable::set_aside(directory).ok(), "{reason}");
         Memory::lost(config.services.iter().map(|service| service.engine.name.as_str()), &reason)
     })
 }
@@ -324,7 +325,7 @@ fn start_threads(
     let (rules, rules_writer) =
         containment::spawn_writer(holds, move |news| tell_rules(Message::Rules(news)))?;
     let tell_memory = tell(&messages, &waker);
-    let (memory_sender, memory_writer) = memory::spawn_writer(state, move |problem| {
+    let (memory_sender, memory_writer) = durable::spawn_writer(state, move |problem| {
         let problems = problem.into_iter().collect();
         tell_memory(Message::Problems { source: Source::Memory, problems });
     })?;

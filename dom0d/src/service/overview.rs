@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use understudy_api::config::OwnConnections;
 use understudy_protocol::ServerId;
 
-use super::{Hold, Service};
+use super::Service;
+use super::containing::Hold;
 use crate::command::ServiceReport;
 use crate::domain::KnownDomain;
 use crate::link::device::mac_text;

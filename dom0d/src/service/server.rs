@@ -113,7 +113,7 @@ impl Server {
 
     /// This life of its domain.
     pub(crate) fn life(&self) -> DomainId {
-        DomainId { uuid: self.domain.uuid, domid: self.domain.domid }
+        DomainId::from(&self.domain)
     }
 
     /// As the engine is told of it.

@@ -10,7 +10,7 @@ use crate::wire::{Flags, IcmpError, Options, Segment};
 impl Conversation {
     /// A segment of the client that is not a SYN.
     pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, turn: &mut Turn<'_>) {
-        if self.was_reset || (self.up_rst.is_some() && !segment.flags.has(Flags::RST)) {
+        if self.state.was_reset() || (self.up_rst.is_some() && !segment.flags.has(Flags::RST)) {
             // Behind its own RST a client has nothing to say either.
             return self.answer_with_reset(link, segment, turn);
         }
@@ -68,11 +68,11 @@ impl Conversation {
                 passed = Segment { flags: passed.flags.without(Flags::FIN), payload: &[], ..passed };
             }
             // Somebody must answer it with an ACK: the OVM, or the daemon in its place.
-            if let Some(recuperating) = &mut self.recuperating {
+            if let Some(recuperating) = self.state.recuperating_mut() {
                 recuperating.ack_due = true;
             }
         }
-        if self.closed.is_some() && !self.is_through(turn) && segment.sequence_length() > 0 {
+        if !self.is_open() && !self.is_through(turn) && segment.sequence_length() > 0 {
             // Its last ACK was lost, and the server that sent it is gone (RFC 9293 §3.10.7.4, TIME-WAIT).
             let ack = self.segment_to_client();
             self.send_to_client(&ack, turn);
@@ -133,7 +133,7 @@ impl Conversation {
             self.client.acked_beside = repeats && (newly > 0 || self.client.acked_beside);
             self.client.acked = ack;
             self.client.edge = ack + window;
-            if let Some(recuperating) = &mut self.recuperating {
+            if let Some(recuperating) = self.state.recuperating_mut() {
                 recuperating.acknowledged(ack, newly, duplicate, turn.now);
             }
         }
@@ -170,7 +170,7 @@ impl Conversation {
                 // It may not have had this before.
                 ovm.handed_at = turn.now;
             }
-            if let Some(recuperating) = &mut self.recuperating {
+            if let Some(recuperating) = self.state.recuperating_mut() {
                 // A retransmission or a gap: the client waits for an ACK.
                 recuperating.ack_due |= grown == 0;
             }
@@ -217,7 +217,7 @@ impl Conversation {
             self.up_rst = Some((start, turn.order.mark()));
             self.forward_to_ovm(self.client.acked, segment, turn);
             self.close(turn);
-        } else if self.closed.is_some() {
+        } else if !self.is_open() {
             self.forward_to_ovm(self.client.acked, segment, turn);
         } else {
             turn.counters.unacceptable += 1;
@@ -239,7 +239,7 @@ impl Conversation {
 
     /// The OVM must answer a SYN that was sent again, or the daemon in its place.
     pub(crate) fn handle_repeated_syn(&mut self, syn: &Segment<'_>, turn: &mut Turn<'_>) {
-        if let Some(recuperating) = &mut self.recuperating {
+        if let Some(recuperating) = self.state.recuperating_mut() {
             recuperating.ack_due = true;
             return;
         }

@@ -23,12 +23,7 @@ const REUSE: Duration = Duration::from_millis(900);
 impl Conversation {
     /// Both FINs are acknowledged, or somebody reset it.
     pub(crate) fn close(&mut self, turn: &mut Turn<'_>) {
-        if self.closed.is_some() {
-            return;
-        }
-        self.closed = Some(turn.now);
-        self.held = None;
-        self.recuperating = None;
+        self.state.close(turn.now);
     }
 
     /// Closes the conversation if both sides have closed and acknowledged.
@@ -43,7 +38,7 @@ impl Conversation {
 
     /// The conversation can't go on correctly: the client is sent a RST when its turn comes.
     pub(crate) fn reset(&mut self, turn: &mut Turn<'_>) {
-        if self.was_reset || self.closed.is_some() {
+        if !self.is_open() {
             return;
         }
         turn.counters.resets += 1;
@@ -57,9 +52,8 @@ impl Conversation {
     /// a RST too.
     pub(crate) fn abort(&mut self, position: u64, turn: &mut Turn<'_>) {
         self.up_rst = Some((position, turn.order.mark()));
-        self.was_reset = true;
+        self.state.reset(turn.now);
         self.play_client(turn);
-        self.close(turn);
     }
 
     /// The RST of [`Conversation::reset`]. The position is a guess when data is in flight; the client
@@ -100,7 +94,7 @@ impl Conversation {
     /// It ended under an earlier OVM, and the present one has yet to take the client's last bytes, or to
     /// close: until then they must be supplied, and what it says is not for the client.
     pub(crate) fn is_open_at_ovm(&self, queue: &Queue) -> bool {
-        self.closed.is_some()
+        !self.is_open()
             && queue.ovm_server().and_then(|ovm| self.legs.get(ovm.slot, ovm.id)).is_some_and(|leg| {
                 let ended = leg.rcv_nxt >= self.up_end() && leg.fin.is_some_and(|fin| leg.told.0 > fin);
                 !leg.through && leg.gone.is_none() && !ended
@@ -116,14 +110,14 @@ impl Conversation {
     /// Closed just now, and an RVM is behind: another conversation in its place
     /// would make that RVM stale, and a client could do so at will. Its next SYN comes after a second.
     pub(crate) fn is_unfinished(&self, now: Instant, queue: &Queue) -> bool {
-        let is_recent = self.closed.is_some_and(|closed| now.since(closed) < REUSE);
+        let is_recent = self.state.closed_at().is_some_and(|closed| now.since(closed) < REUSE);
         let mut legs = queue.roster().filter_map(|(slot, server)| self.legs.get(slot, server));
         is_recent && legs.any(|leg| self.is_behind(leg))
     }
 
     /// Whether to keep it: open and its client alive, or closed and its linger not over.
     pub(crate) fn is_wanted(&mut self, turn: &mut Turn<'_>) -> bool {
-        match self.closed {
+        match self.state.closed_at() {
             Some(closed) => {
                 let timing = turn.config.timing;
                 let keep = if self.is_open_at_ovm(turn.queue) { timing.idle_probe } else { timing.linger };

@@ -154,7 +154,7 @@ impl Conversation {
     fn has_answered(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
         leg.covers()
             || leg.answers.end() >= self.down.end()
-            || self.closed.is_none_or(|closed| turn.now >= closed + GONE_GRACE)
+            || self.state.closed_at().is_none_or(|closed| turn.now >= closed + GONE_GRACE)
     }
 
     /// Sends data, as one packet, if any may be sent.
@@ -272,7 +272,7 @@ impl Conversation {
             return (self.client.acked, self.client.edge.min(self.bounds.1));
         }
         let mut acknowledged = leg.produced().min(self.client.acked);
-        if self.is_client_silent || self.was_reset {
+        if self.is_client_silent || self.state.was_reset() {
             acknowledged = acknowledged.max(leg.compared.min(self.down.end()));
         }
         // It may say what the client was sent, also where the client's window has shrunk since.

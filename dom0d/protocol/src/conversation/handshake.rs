@@ -7,18 +7,16 @@ use std::collections::{HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::conversation::passing::UNBOUNDED;
 use crate::conversation::turn::Turn;
-use crate::conversation::{Client, Conversation, Told};
+use crate::conversation::{Client, Conversation, LEAST_MSS, Told};
 use crate::counters::Counters;
 use crate::encoding;
 use crate::event::{LinkAddress, ServerId};
-use crate::follower::leg::{Leg, Legs};
+use crate::follower::leg::Leg;
 use crate::follower::queue::Queue;
 use crate::key::{ConversationId, Key, Slot};
 use crate::suspicion::REMINDERS;
 use crate::tcp::seq::{later, position_of};
-use crate::tcp::stream::Stream;
 use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};
 
@@ -353,63 +351,11 @@ impl Embryonic {
     /// The conversation that the handshake leads to, with legs being opened on every other server.
     pub(crate) fn open(self, id: ConversationId, key: Key, turn: &mut Turn<'_>) -> Option<Box<Conversation>> {
         let answer = self.answer?;
-        let scaled = self.options.window_shift.filter(|_| answer.options.window_shift.is_some());
-        let timestamps = self.options.timestamps.filter(|_| answer.options.timestamps.is_some());
         let default_mss = if key.psc.is_ipv4() { 536 } else { 1220 };
-        let mss = self.options.mss.unwrap_or(default_mss).max(LEAST_MSS);
-        let told = Told {
-            iss: answer.iss,
-            shift: answer.options.window_shift.filter(|_| scaled.is_some()).unwrap_or(0),
-            mss: answer.options.mss.unwrap_or(default_mss),
-            acked: 1,
-            edge: 1 + u64::from(answer.window),
-            tsval: answer.options.timestamps.map_or(0, |(tsval, _)| tsval),
-        };
-        let tsval = timestamps.map_or(0, |(tsval, _)| tsval);
-        let mut conversation = Box::new(Conversation {
-            id,
-            key,
-            link: self.link,
-            epoch: turn.epoch,
-            client: Client {
-                iss: self.iss,
-                mss,
-                shift: scaled,
-                sack: self.options.sack_permitted && answer.options.sack_permitted,
-                timestamps: timestamps.is_some(),
-                tsval,
-                ts_recent: tsval,
-                acked: 1,
-                acked_beside: false,
-                edge: 1 + u64::from(self.window),
-            },
-            told,
-            up: Stream::new(1),
-            up_fin: None,
-            up_rst: None,
-            down: Stream::new(1),
-            down_fin: None,
-            legs: Legs::default(),
-            held: None,
-            recuperating: None,
-            suspicion: Default::default(),
-            paused: (0, 0),
-            closed: None,
-            was_reset: false,
-            last_heard: turn.now,
-            client_owes: None,
-            is_client_silent: false,
-            probes: 0,
-            deadline: None,
-            is_slowed: false,
-            queued: false,
-            passing: None,
-            bounds: UNBOUNDED,
-            shown: (told.edge, 1 + u64::from(self.window)),
-            is_passable_queued: false,
-            retained: 0,
-            beyond: 0,
-        });
+        let client = Client::agreed(self.iss, self.window, &self.options, &answer.options, default_mss);
+        let scales = client.shift.is_some();
+        let told = Told::by_syn_ack(answer.iss, answer.window, &answer.options, scales, default_mss);
+        let mut conversation = Box::new(Conversation::opened((id, key), self.link, client, told, turn));
         let mut recuperates = true;
         for (slot, server) in turn.roster() {
             let leg = if Some(server) == answer.server {
@@ -434,9 +380,6 @@ impl Embryonic {
         Some(conversation)
     }
 }
-
-/// Least segment size (RFC 9293 §3.7.1) that is believed: one that names less would multiply packets.
-pub(crate) const LEAST_MSS: u16 = 88;
 
 /// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
 pub(crate) fn mtu_mss(slot: Slot, key: &Key, queue: &Queue) -> u16 {

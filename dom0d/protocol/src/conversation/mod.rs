@@ -15,6 +15,7 @@ pub(crate) mod passing;
 pub(crate) mod recuperation;
 pub(crate) mod server;
 pub(crate) mod share;
+pub(crate) mod state;
 pub(crate) mod table;
 pub(crate) mod turn;
 pub(crate) mod upkeep;
@@ -22,6 +23,8 @@ pub(crate) mod verdict;
 
 use serde::{Deserialize, Serialize};
 
+use crate::conversation::passing::UNBOUNDED;
+use crate::conversation::state::State;
 use crate::conversation::turn::Turn;
 use crate::event::{Destination, LinkAddress, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Legs, Phase};
@@ -56,6 +59,33 @@ pub(crate) struct Client {
     pub(crate) edge: u64,
 }
 
+impl Client {
+    /// A client whose handshake is complete, by the numbers of its SYN and what its `options` and the OVM's `answer` agree
+    /// on. `default_mss` is what it takes where it names no size.
+    pub(crate) fn agreed(
+        iss: u32,
+        window: u16,
+        options: &Options,
+        answer: &Options,
+        default_mss: u16,
+    ) -> Self {
+        let timestamps = options.timestamps.filter(|_| answer.timestamps.is_some());
+        let tsval = timestamps.map_or(0, |(tsval, _)| tsval);
+        Self {
+            iss,
+            mss: options.mss.unwrap_or(default_mss).max(LEAST_MSS),
+            shift: options.window_shift.filter(|_| answer.window_shift.is_some()),
+            sack: options.sack_permitted && answer.sack_permitted,
+            timestamps: timestamps.is_some(),
+            tsval,
+            ts_recent: tsval,
+            acked: 1,
+            acked_beside: false,
+            edge: 1 + u64::from(window),
+        }
+    }
+}
+
 /// What the client was told by any server so far; never taken back.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Told {
@@ -73,124 +103,143 @@ pub(crate) struct Told {
     pub(crate) tsval: u32,
 }
 
-/// A FIN or RST of the OVM that is not passed on yet.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct Held {
-    pub(crate) position: u64,
-    pub(crate) rst: bool,
-    /// What the OVM had of the client's bytes when it closed.
-    pub(crate) had: u64,
-    /// When RVMs are asked (`None`: they were), so that the opinions on all conversations are there when the
-    /// first hold ends.
-    pub(crate) review: Option<Instant>,
-    pub(crate) until: Instant,
-    /// A covering RVM has had the chance to do the same, and goes on.
-    pub(crate) is_disputed: bool,
-}
-
-impl Held {
-    /// RVMs get the time that a late daemon did not hear them.
-    pub(crate) fn ends(&self, turn: &Turn<'_>) -> Instant {
-        self.until.max(turn.excuses.heard_since() + turn.config.timing.close_hold)
+impl Told {
+    /// What the SYN-ACK told a client that scales windows or does not.
+    pub(crate) fn by_syn_ack(
+        iss: u32,
+        window: u16,
+        options: &Options,
+        scales: bool,
+        default_mss: u16,
+    ) -> Self {
+        Self {
+            iss,
+            shift: options.window_shift.filter(|_| scales).unwrap_or(0),
+            mss: options.mss.unwrap_or(default_mss),
+            acked: 1,
+            edge: 1 + u64::from(window),
+            tsval: options.timestamps.map_or(0, |(tsval, _)| tsval),
+        }
     }
 }
+
+/// Least segment size (RFC 9293 §3.7.1) that is believed: one that names less would multiply packets.
+pub(crate) const LEAST_MSS: u16 = 88;
 
 /// See the module.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Conversation {
     pub(crate) id: ConversationId,
     pub(crate) key: Key,
-    pub(crate) link: LinkAddress,
+    link: LinkAddress,
     /// Epoch in which its legs were last arranged.
     pub(crate) epoch: u64,
+    state: State,
     pub(crate) client: Client,
-    pub(crate) told: Told,
+    told: Told,
     /// Recorded bytes of the client.
     pub(crate) up: Stream,
     /// Position of the client's FIN, and its mark in the service-wide order.
     pub(crate) up_fin: Option<(u64, u64)>,
     /// Position of the client's RST, and its mark in the service-wide order.
-    pub(crate) up_rst: Option<(u64, u64)>,
+    up_rst: Option<(u64, u64)>,
     /// What the client was sent.
     pub(crate) down: Stream,
     /// Position of the FIN that the client was sent.
     pub(crate) down_fin: Option<u64>,
     pub(crate) legs: Legs,
-    pub(crate) held: Option<Held>,
-    pub(crate) recuperating: Option<Box<Recuperating>>,
-    pub(crate) suspicion: Suspicion,
+    suspicion: Suspicion,
     /// Where RVMs, ahead of the OVM, went on unasked and after a pause: first and last of those positions.
-    pub(crate) paused: (u64, u64),
-    /// When it ended for client and OVM.
-    pub(crate) closed: Option<Instant>,
-    /// It was reset by the daemon: whatever the client still sends is answered with a RST.
-    pub(crate) was_reset: bool,
-    pub(crate) last_heard: Instant,
+    paused: (u64, u64),
+    last_heard: Instant,
     /// Since when the client owes an ACK of what it was sent up to a position (a client that
     /// acknowledges byte by byte still owes the rest); and whether that is too
     /// long for servers to share the wait.
-    pub(crate) client_owes: Option<(Instant, u64)>,
-    pub(crate) is_client_silent: bool,
-    pub(crate) probes: u8,
+    client_owes: Option<(Instant, u64)>,
+    is_client_silent: bool,
+    probes: u8,
     /// When it is registered to be looked at.
     pub(crate) deadline: Option<Instant>,
     /// An RVM keeps client or OVM from going on, or did and has not made up for that.
-    pub(crate) is_slowed: bool,
+    is_slowed: bool,
     /// It is in the service's list of work.
     pub(crate) queued: bool,
     /// The data plane passes it by itself, since it was stopped that often.
-    pub(crate) passing: Option<u32>,
+    passing: Option<u32>,
     /// How far the data plane lets both sides go on, up and down, while it passes the conversation.
-    pub(crate) bounds: (u64, u64),
+    bounds: (u64, u64),
     /// Right edges of the windows that client and OVM were last told.
-    pub(crate) shown: (u64, u64),
+    shown: (u64, u64),
     /// It is in the service's list of conversations that the data plane may pass.
     pub(crate) is_passable_queued: bool,
     /// Its share of the service's retained bytes.
-    pub(crate) retained: u64,
+    retained: u64,
     /// What of that is beyond gaps, of client and OVM.
-    pub(crate) beyond: u64,
-}
-
-/// A conversation's recuperation.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Recuperating {
-    /// What the daemon sends the client.
-    pub(crate) sender: Sender,
-    /// The client must be sent an ACK.
-    pub(crate) ack_due: bool,
-    /// The segment at SND.UNA must be sent again at once.
-    pub(crate) resend: bool,
-}
-
-impl Recuperating {
-    /// The client acknowledged `newly` bytes up to `ack`, or repeated itself.
-    pub(crate) fn acknowledged(&mut self, ack: u64, newly: u64, duplicate: bool, now: Instant) {
-        if newly > 0 {
-            self.resend |= self.sender.acknowledged(ack, newly, now);
-        } else if duplicate {
-            self.resend |= self.sender.duplicate(ack);
-        }
-    }
+    beyond: u64,
 }
 
 impl Conversation {
+    /// A conversation as its handshake leaves it, without legs.
+    pub(crate) fn opened(
+        (id, key): (ConversationId, Key),
+        link: LinkAddress,
+        client: Client,
+        told: Told,
+        turn: &Turn<'_>,
+    ) -> Self {
+        Self {
+            id,
+            key,
+            link,
+            epoch: turn.epoch,
+            state: State::OPENED,
+            shown: (told.edge, client.edge),
+            client,
+            told,
+            up: Stream::new(1),
+            up_fin: None,
+            up_rst: None,
+            down: Stream::new(1),
+            down_fin: None,
+            legs: Legs::default(),
+            suspicion: Suspicion::default(),
+            paused: (0, 0),
+            last_heard: turn.now,
+            client_owes: None,
+            is_client_silent: false,
+            probes: 0,
+            deadline: None,
+            is_slowed: false,
+            queued: false,
+            passing: None,
+            bounds: UNBOUNDED,
+            is_passable_queued: false,
+            retained: 0,
+            beyond: 0,
+        }
+    }
+
     /// Something is in flight anywhere: bytes that somebody has not acknowledged or produced.
     pub(crate) fn is_busy(&self) -> bool {
-        self.closed.is_none() && !self.is_settled()
+        self.is_open() && !self.is_settled()
     }
 
     /// Everybody has said and followed everything.
     pub(crate) fn is_settled(&self) -> bool {
         self.retained == 0
-            && self.recuperating.is_none()
+            && !self.is_recuperating()
             && self.client.acked >= self.down_end()
             && !self.suspicion.is_pending()
     }
 
     /// Open for client and OVM.
     pub(crate) fn is_open(&self) -> bool {
-        self.closed.is_none()
+        self.state.is_open()
+    }
+
+    /// The daemon plays the OVM towards the client.
+    pub(crate) fn is_recuperating(&self) -> bool {
+        self.state.recuperating().is_some()
     }
 
     /// SND.NXT towards the client, FIN counted.

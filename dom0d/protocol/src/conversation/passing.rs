@@ -2,6 +2,7 @@
 //! how far both sides may go on meanwhile.
 
 use crate::conversation::Conversation;
+use crate::conversation::state::State;
 use crate::conversation::turn::Turn;
 use crate::event::{Effect, EventKind, Handover, Passage, StaleReason, Uncovered};
 use crate::key::Key;
@@ -63,9 +64,7 @@ impl Conversation {
             .and_then(|(slot, server)| self.legs.get(slot, server))
             .is_some_and(|leg| leg.through && leg.gone.is_none());
         through
-            && self.closed.is_none()
-            && self.recuperating.is_none()
-            && self.held.is_none()
+            && matches!(self.state, State::Open { held: None })
             && (self.up_fin, self.up_rst, self.down_fin) == (None, None, None)
             && turn.retained(self.retained) < room_for_all
     }
@@ -146,7 +145,7 @@ impl Conversation {
     /// Client or OVM may wait for a window that has opened since it was last told, and nothing else would tell
     /// them: the other side has nothing to say.
     pub(crate) fn reopen_windows(&mut self, turn: &mut Turn<'_>) {
-        let Some((slot, server)) = turn.ovm().filter(|_| self.closed.is_none()) else { return };
+        let Some((slot, server)) = turn.ovm().filter(|_| self.is_open()) else { return };
         let Some(ovm) = self.legs.get(slot, server).filter(|leg| leg.through && leg.gone.is_none()) else {
             return;
         };

@@ -1,8 +1,9 @@
 //! From promotion until a conversation's counts on the new OVM reach those of the old (paper §IV.B):
 //! the daemon plays the server towards the client, from what it recorded and what the new OVM answers.
 
+use crate::conversation::Conversation;
+use crate::conversation::state::Recuperating;
 use crate::conversation::turn::Turn;
-use crate::conversation::{Conversation, Recuperating};
 use crate::follower::leg::{Leg, Phase};
 use crate::tcp::sender::Sender;
 use crate::tcp::seq::seq_of;
@@ -15,9 +16,9 @@ impl Conversation {
         self.epoch = turn.epoch;
         self.suspicion = Default::default();
         // What the deposed OVM wanted to close is the new OVM's to decide.
-        self.held = None;
+        self.state.let_go();
         self.play_client(turn);
-        if self.closed.is_some() {
+        if !self.is_open() {
             return;
         }
         let Some((slot, server)) = turn.ovm() else { return };
@@ -54,26 +55,23 @@ impl Conversation {
 
     /// From now on the daemon plays the server.
     pub(crate) fn begin_recuperation(&mut self) {
-        // Whatever the client lacks is sent at once: nobody waits for a retransmission timer.
-        let mut sender = Sender::new(self.client.acked);
-        sender.highest = self.down_end();
-        self.recuperating = Some(Box::new(Recuperating { sender, ack_due: false, resend: false }));
+        self.state.recuperate(Box::new(Recuperating::from(self.client.acked, self.down_end())));
     }
 
     /// One step: take what the new OVM answered, tell the client, hand back if the counts are reached.
     pub(crate) fn recuperate(&mut self, turn: &mut Turn<'_>) {
-        if self.recuperating.is_none() || self.closed.is_some() {
+        if !self.is_recuperating() {
             return;
         }
         let Some((slot, server)) = turn.ovm() else { return };
         let Some(mut leg) = self.legs.take(slot, server) else { return self.reset(turn) };
-        let Some(mut recuperating) = self.recuperating.take() else { return };
+        let Some(mut recuperating) = self.state.take_recuperating() else { return };
         self.adopt_answers(&mut leg, turn);
         let early = leg.fin.filter(|fin| *fin < self.down.end());
         if !leg.covers() || leg.gone.is_some() || early.is_some() {
             // A close of the new OVM's own is held like any other: its service may have died in turn.
             let position = leg.covers().then(|| early.unwrap_or(leg.answers.end()));
-            self.recuperating = Some(recuperating);
+            self.state.recuperate(recuperating);
             self.legs.put(slot, leg);
             if !position.is_some_and(|position| self.must_hold(position, true, self.ovm_had(turn), turn)) {
                 self.reset(turn);
@@ -95,7 +93,7 @@ impl Conversation {
             leg.sender.disarm();
             turn.then.recuperated = true;
         } else {
-            self.recuperating = Some(recuperating);
+            self.state.recuperate(recuperating);
         }
         self.legs.put(slot, leg);
     }

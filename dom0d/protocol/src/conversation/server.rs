@@ -4,9 +4,10 @@
 //! server: what it acknowledged, what it answered.
 
 use crate::config::LagPolicy;
-use crate::conversation::handshake::{LEAST_MSS, mtu_mss};
+use crate::conversation::handshake::mtu_mss;
+use crate::conversation::state::Held;
 use crate::conversation::turn::Turn;
-use crate::conversation::{Conversation, Held, text_before};
+use crate::conversation::{Conversation, LEAST_MSS, text_before};
 use crate::event::{Evidence, Passage, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Phase};
 use crate::follower::queue::Server;
@@ -289,22 +290,22 @@ impl Conversation {
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
     pub(crate) fn must_hold(&mut self, position: u64, rst: bool, had: u64, turn: &mut Turn<'_>) -> bool {
         // Behind a FIN that was passed a RST is still one to be doubted.
-        let open = self.closed.is_none() && (rst || self.down_fin.is_none());
+        let open = self.is_open() && (rst || self.down_fin.is_none());
+        let before = self.state.held();
         // When it closed: a kernel goes on to acknowledge what no service reads any more.
-        let had = self.held.map_or(had.min(self.up_end()), |held| held.had);
+        let had = before.map_or(had.min(self.up_end()), |held| held.had);
         let opinion = self.opinion(position, rst, had, turn);
         if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
-            self.held = None;
+            self.state.let_go();
             return false;
         }
-        turn.counters.closes_held += u64::from(self.held.is_none());
+        turn.counters.closes_held += u64::from(before.is_none());
         // A RST after a FIN, or the other way round: the last word counts.
         let hold = turn.config.timing.close_hold;
-        let (review, until) = self
-            .held
-            .map_or((Some(turn.now + hold * 3 / 4), turn.now + hold), |held| (held.review, held.until));
-        let is_disputed = opinion == Opinion::Disputed || self.held.is_some_and(|held| held.is_disputed);
-        self.held = Some(Held { position, rst, had, review, until, is_disputed });
+        let (review, until) =
+            before.map_or((Some(turn.now + hold * 3 / 4), turn.now + hold), |held| (held.review, held.until));
+        let is_disputed = opinion == Opinion::Disputed || before.is_some_and(|held| held.is_disputed);
+        self.state.hold(Held { position, rst, had, review, until, is_disputed });
         true
     }
 
@@ -413,12 +414,12 @@ impl Conversation {
     /// Decides about a held FIN or RST: an RVM shares it, or its time is over. Disputed on several
     /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
     pub(crate) fn review_hold(&mut self, turn: &mut Turn<'_>) {
-        let Some(mut held) = self.held else { return };
+        let Some(mut held) = self.state.held() else { return };
         let opinion = self.opinion(held.position, held.rst, held.had, turn);
         if matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
             held.is_disputed |= opinion == Opinion::Disputed;
             let is_due = held.review.take_if(|review| turn.now >= *review).is_some();
-            self.held = Some(held);
+            self.state.hold(held);
             if is_due {
                 self.ask_for_opinions(held.had, turn);
             }
@@ -432,11 +433,11 @@ impl Conversation {
                 // If nothing can be promoted, it passes next time.
                 self.suspicion.close_disputed = true;
                 turn.accuse_ovm(Evidence::UnsharedClose);
-                self.held = Some(Held { until: turn.now + turn.config.timing.close_hold, ..held });
+                self.state.hold(Held { until: turn.now + turn.config.timing.close_hold, ..held });
                 return;
             }
         }
-        self.held = None;
+        self.state.let_go();
         if held.position < self.down.end() {
             // A new OVM that left behind what the client has: nothing that it says can be passed on.
             return self.reset(turn);

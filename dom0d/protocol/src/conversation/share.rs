@@ -12,10 +12,10 @@ impl Conversation {
             is_open,
             retained: self.retained,
             beyond: self.beyond,
-            is_held: self.held.is_some(),
-            is_disputed: self.held.is_some_and(|held| held.is_disputed),
+            is_held: self.state.held().is_some(),
+            is_disputed: self.state.held().is_some_and(|held| held.is_disputed),
             is_owed: self.is_open_at_ovm(queue),
-            is_recuperating: self.recuperating.is_some(),
+            is_recuperating: self.is_recuperating(),
             gap: Some(self.down.highest()).filter(|highest| is_open && *highest > self.down.end()),
             servers: Default::default(),
         };

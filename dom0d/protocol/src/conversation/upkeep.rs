@@ -69,7 +69,7 @@ impl Conversation {
     /// Forgets bytes that nobody needs any more.
     fn release(&mut self, turn: &mut Turn<'_>) {
         let mut up = self.up.end();
-        let mut down = if self.was_reset { self.down.end() } else { self.client.acked };
+        let mut down = if self.state.was_reset() { self.down.end() } else { self.client.acked };
         for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
                 up = up.min(leg.rcv_nxt);
@@ -80,7 +80,7 @@ impl Conversation {
         }
         self.up.release(up);
         let lookback = if turn.config.masks.is_empty() { 0 } else { mask::LOOKBACK };
-        self.down.release(if self.closed.is_some() { down } else { down.saturating_sub(lookback) });
+        self.down.release(if !self.is_open() { down } else { down.saturating_sub(lookback) });
         let mut retained = self.up.retained() + self.down.retained();
         for (slot, server) in turn.roster() {
             retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained());
@@ -141,7 +141,7 @@ impl Conversation {
 
     /// When it must be looked at again.
     pub(crate) fn next_deadline(&self, turn: &Turn<'_>) -> Instant {
-        let mut next = match self.closed {
+        let mut next = match self.state.closed_at() {
             Some(closed) => (closed + turn.config.timing.linger).max(turn.now + AWAITED_INTERVAL),
             None => self.idle_deadline(turn),
         };
@@ -157,7 +157,7 @@ impl Conversation {
                     consider(leg.gone.map(|gone| gone + GONE_GRACE));
                 }
                 if leg.is_open() && !leg.covers() && self.up_rst.is_some() {
-                    let grace = self.closed.map(|closed| closed + GONE_GRACE);
+                    let grace = self.state.closed_at().map(|closed| closed + GONE_GRACE);
                     consider(grace.filter(|grace| *grace > turn.now));
                 }
             }
@@ -168,13 +168,13 @@ impl Conversation {
             );
         }
         if self.is_open() {
-            consider(self.recuperating.as_ref().and_then(|recuperating| recuperating.sender.deadline()));
+            consider(self.state.recuperating().and_then(|recuperating| recuperating.sender.deadline()));
             consider(
                 self.client_owes
                     .filter(|_| !self.is_client_silent && turn.queue.rvms().next().is_some())
                     .map(|(since, _)| since + CLIENT_SILENCE),
             );
-            consider(self.held.map(|held| held.review.unwrap_or(held.ends(turn))));
+            consider(self.state.held().map(|held| held.review.unwrap_or(held.ends(turn))));
             consider(
                 self.suspicion.deadline(&turn.config.timing, turn.now, |since| turn.measured_from(since)),
             );

@@ -242,7 +242,7 @@ impl Service {
                 (None, Some(_)) => "FIN-WAIT",
                 (Some(_), Some(_)) => "CLOSING",
             },
-            recuperating: conversation.recuperating.is_some(),
+            recuperating: conversation.is_recuperating(),
             received_bytes: conversation.up.end() - 1,
             sent_bytes: conversation.down.end() - 1,
             legs: self.ctx.queue.roster().map(leg).collect(),

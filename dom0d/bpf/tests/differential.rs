@@ -9,7 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use understudy_bpf::layout::{ALONE, Bounds, Conversation, Key};
 use understudy_bpf::{Copied, Source};
 use understudy_protocol::{
-    Aside, Flow, Instant, LinkAddress, Passage, Seeding, ServerId, ServerSpec, Service, ServiceConfig,
+    Aside, Command, Flow, Handover, Input, Instant, LinkAddress, Output, Passage, Rule, Seeding, ServerId,
+    ServerSpec, Service, ServiceConfig,
 };
 
 use common::{
@@ -461,12 +462,19 @@ const REFUSALS: [&str; 19] = [
     "ovm_contradictions",
 ];
 
+fn input(from_client: bool, passage: Passage, packet: &[u8]) -> Input<'_> {
+    match from_client {
+        true => Input::Client { link: LinkAddress(CLIENT_MAC), passage, packet },
+        false => Input::Server { server: OVM, passage, packet },
+    }
+}
+
 /// The engine, with one conversation, which is the plane's.
 struct Engine {
     service: Service,
     now: Instant,
     flow: Flow,
-    place: u32,
+    entry: u32,
 }
 
 impl Engine {
@@ -475,13 +483,14 @@ impl Engine {
         let mut config = ServiceConfig::new("differential", vec![psc], vec![PORT]);
         config.limits.ahead_bytes = 1 << 20;
         let mut service = Service::new(config);
-        service.set_plane_passes();
         let now = Instant::from_micros(1_000_000);
+        service.handle(now, Input::PlanePasses).unwrap();
         // Nobody speaks to the replica but the engine.
         let replica: IpAddr = if v6 { "fd77::12".parse().unwrap() } else { "10.77.0.12".parse().unwrap() };
         let spec = |id, address| ServerSpec { id, addresses: vec![address], mtu: 1500 };
-        service.install_ovm(now, spec(OVM, guest)).unwrap();
-        service.attach(now, spec(RVM, replica), Seeding::AssumeIdentical).unwrap();
+        let (ovm, rvm, seeding) = (spec(OVM, guest), spec(RVM, replica), Seeding::AssumeIdentical);
+        service.handle(now, Input::Command(Command::InstallOvm(ovm))).unwrap();
+        service.handle(now, Input::Command(Command::Attach { spec: rvm, seeding })).unwrap();
         let (client_iss, server_iss) = (chance.next() as u32, chance.next() as u32);
         let stamps = !chance.one_in(4);
         let options = |syn: bool, tsval: u32, tsecr: u32| {
@@ -501,24 +510,24 @@ impl Engine {
             tcp.extend(options);
             tcp
         };
-        let link = LinkAddress(CLIENT_MAC);
         let mut say = |from_client: bool, seq: u32, ack: u32, flags: u8, options: Vec<u8>| {
             let ports = if from_client { (client.port(), PORT) } else { (PORT, client.port()) };
             let tcp = segment(ports, seq, ack, flags, options);
-            match from_client {
-                true => service.handle_client(now, link, &wrap(client.ip(), psc, 0, tcp, |right, _| right)),
-                false => {
-                    service.handle_server(now, OVM, &wrap(guest, client.ip(), 0, tcp, |right, _| right));
-                }
-            }
-            while service.poll_effect().is_some() || service.poll_transmit(now).is_some() {}
+            let (src, dst) = if from_client { (client.ip(), psc) } else { (guest, client.ip()) };
+            let packet = wrap(src, dst, 0, tcp, |right, _| right);
+            service.handle(now, input(from_client, Passage::Kept, &packet)).unwrap();
+            while service.poll(now).is_some() {}
         };
         let [first, second] = [client_iss.wrapping_add(1), server_iss.wrapping_add(1)];
         say(true, client_iss, 0, 0x02, options(true, 700, 0));
         say(false, server_iss, first, 0x12, options(true, 9_000, 700));
         say(true, first, second, 0x10, options(false, 701, 9_000));
-        let handover = service.poll_handover().expect("the conversation can be the plane's");
-        Self { service, now, flow: handover.flow, place: handover.place }
+        service.handle(now, Input::PlaneIdle).unwrap();
+        let Some(Output::Rule(Rule::HandOver(handover))) = service.poll(now) else {
+            panic!("the conversation can be the plane's");
+        };
+        let Handover { flow, entry, .. } = *handover;
+        Self { service, now, flow, entry }
     }
 
     fn refused(&self) -> Vec<u64> {
@@ -552,7 +561,7 @@ fn what_the_kernel_passes_the_engine_takes() {
         let key = Key::new(client, PORT);
         let mut engine = Engine::new(&mut chance, v6);
         let bounds = Bounds { up: engine.flow.bounds.up, down: engine.flow.bounds.down };
-        let entry = Conversation::new(&engine.flow, CLIENT_MAC, engine.place);
+        let entry = Conversation::new(&engine.flow, CLIENT_MAC, engine.entry);
         tap.install(&key, entry, bounds).unwrap();
         for _ in 0..16 {
             case += 1;
@@ -581,11 +590,8 @@ fn what_the_kernel_passes_the_engine_takes() {
             let recorded = tap.packet(Source::Service).to_vec();
             let before = engine.refused();
             let (service, now) = (&mut engine.service, engine.now);
-            match from_client {
-                true => service.handle_tapped_client(now, LinkAddress(CLIENT_MAC), &recorded, passage),
-                false => service.handle_tapped_server(now, OVM, &recorded, passage),
-            }
-            while service.poll_effect().is_some() || service.poll_transmit(now).is_some() {}
+            service.handle(now, input(from_client, passage, &recorded)).unwrap();
+            while service.poll(now).is_some() {}
             let about = format!("case {case} of seed {seed}: {passage:?}, {flow:?}\n{packet:02x?}");
             let status = engine.service.status();
             if status.counters["acknowledged_unrecorded"] > 0 {

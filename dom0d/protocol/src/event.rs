@@ -1,13 +1,10 @@
-//! What the engine tells the outside world, and what the outside world tells it.
+//! What an operator would want to know: events, and the reasons that they give.
 
-use core::net::{IpAddr, SocketAddr};
+use core::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::encoding;
-use crate::tcp::translate::{Bounds, Flow};
 use crate::time::Instant;
-use crate::wire::{self, Parsed};
 
 /// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
 /// what arrives late for a former life is recognised.
@@ -17,42 +14,6 @@ pub struct ServerId(pub u32);
 /// A client's link-layer next hop (Ethernet address), learned from its segments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LinkAddress(pub [u8; 6]);
-
-/// Where a packet goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Destination {
-    /// To the client whose link-layer next hop this is.
-    Client(LinkAddress),
-    /// To a server's vif.
-    Server(ServerId),
-}
-
-/// One IP packet to send.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Transmit {
-    /// Where it goes.
-    pub to: Destination,
-    /// The IPv4 or IPv6 packet.
-    #[serde(with = "serde_bytes")]
-    pub packet: Vec<u8>,
-    /// If not 0, it is longer than the path's MTU: it must be cut into segments with so many bytes of payload, which
-    /// the kernel does (GSO). Its TCP checksum is that of the pseudo-header alone.
-    pub segment: u16,
-}
-
-impl Transmit {
-    /// The packets that it is cut into, for who has no kernel to do that.
-    pub fn packets(&self) -> Vec<Vec<u8>> {
-        let mut packets = Vec::new();
-        match wire::parse(&self.packet) {
-            Ok(Parsed::Tcp(large)) if self.segment > 0 => {
-                large.emit_split(usize::from(self.segment), |packet| packets.push(packet));
-            }
-            _ => packets.push(self.packet.clone()),
-        }
-        packets
-    }
-}
 
 /// Why the OVM is believed to be at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -110,66 +71,6 @@ pub enum Uncovered {
     Authenticated,
     /// The data plane passed what could not be recorded.
     Unrecorded,
-}
-
-/// What shows that a server's kernel lives, whatever its conversations look like: ARP (RFC 826) or neighbour
-/// discovery (RFC 4861) of its own, seen at its vif.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Sign {
-    /// It told its own address.
-    Answered,
-    /// It asks for somebody's address: until it is answered it can't reach whom it knows there.
-    Asked {
-        /// Whose address.
-        target: IpAddr,
-        /// What the caller knows to be the answer.
-        link: Option<LinkAddress>,
-    },
-}
-
-/// What must be done outside the engine, in the order polled.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Effect {
-    /// From this moment `to` is the OVM. In force inside the engine already; a data plane that
-    /// forwards by itself must switch now, before the next [`Transmit`] is sent.
-    Cutover {
-        /// The service's new epoch.
-        epoch: u64,
-        /// The OVM until now; `None` if there was none.
-        from: Option<ServerId>,
-        /// The OVM from now on.
-        to: ServerId,
-    },
-    /// Pause or destroy this deposed server, as the service's policy says.
-    Fence(ServerId),
-    /// Ask this server's kernel for its own link-layer address, from an address that it learns nothing of (RFC 5227
-    /// §2.1.1): whoever lives answers, which [`crate::Service::handle_sign`] is to be told.
-    Ask(ServerId),
-    /// Where the data plane passes conversations by itself: it must stop, everything that it has passed must be
-    /// handled, then [`crate::Service::handle_plane_stopped`] and [`crate::Service::handle_confirmed`] be called.
-    StopPlane {
-        /// Whom the evidence is against: another may be the OVM by then.
-        accused: ServerId,
-        /// What for.
-        evidence: Evidence,
-    },
-    /// The data plane passes this conversation by itself no more.
-    TakeBack {
-        /// The client's socket.
-        client: SocketAddr,
-        /// The PSC's socket.
-        psc: SocketAddr,
-    },
-    /// The data plane passes a conversation by itself, and may let it go on further than before. In force before
-    /// the next [`Transmit`] is sent, which may tell so.
-    Extend {
-        /// As in [`Handover::place`].
-        place: u32,
-        /// Up to where.
-        bounds: Bounds,
-    },
-    /// Tell whoever listens.
-    Event(#[serde(with = "encoding::as_text")] Event),
 }
 
 /// Something an operator would want to know, with when it happened.
@@ -328,35 +229,6 @@ pub enum NotPromotable {
     OwnConnections,
 }
 
-/// A server as the caller introduces it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServerSpec {
-    /// Its identity, never used before in this service.
-    pub id: ServerId,
-    /// The guest's own addresses: at most one per family; a PSC address without a counterpart here
-    /// is not served by it.
-    pub addresses: Vec<IpAddr>,
-    /// MTU of its vif in bytes.
-    pub mtu: u16,
-}
-
-/// What the operator states about an RVM's state when attaching it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Seeding {
-    /// Nothing: it is fed new conversations, and is stale.
-    Unseeded,
-    /// Its state equals the OVM's now. Refused while conversations are open.
-    AssumeIdentical,
-    /// Its state will equal the OVM's once open conversations ended: new SYNs are held, and what is
-    /// still open at the deadline makes the drain fail (SYNs flow again, the RVM stays stale).
-    Drain {
-        /// When to give up.
-        deadline: Instant,
-    },
-    /// Its state was made equal to the OVM's while clients were held ([`crate::Service::hold`]), who are let in again.
-    Copied,
-}
-
 /// Why clients are held no longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -373,77 +245,4 @@ pub enum Release {
     OvmChanged,
     /// Clients reached the OVM without the engine, whose process did not run for too long.
     Unattended,
-}
-
-/// Why an operator's request is refused; nothing was changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OperatorError {
-    /// The id is not in the queue.
-    #[error("the server is not in this service's queue")]
-    UnknownServer,
-    /// The id is in the queue already.
-    #[error("the server is in this service's queue already")]
-    AlreadyAttached,
-    /// No slot is free.
-    #[error("the queue is full: a service has at most {0} servers")]
-    QueueFull(usize),
-    /// Seeding as identical needs a moment without open conversations.
-    #[error(
-        "{0} conversations are open; a server can be taken as identical only when none is (wait, or drain)"
-    )]
-    ConversationsOpen(u64),
-    /// A drain is under way.
-    #[error("a drain or a copy is under way already")]
-    DrainUnderWay,
-    /// Clients are not held any more, or not yet: the OVM's state may have changed while it was copied.
-    #[error("clients are not held: what was copied may lack what they wrote meanwhile")]
-    NotHeld,
-    /// The service has an OVM.
-    #[error("the service has an OVM already")]
-    OvmInstalled,
-    /// It is the OVM.
-    #[error("the server is the OVM")]
-    IsOvm,
-    /// No server would remain that could serve.
-    #[error("nothing would be left to serve the clients")]
-    NothingLeft,
-    /// The server can't be promoted unasked, and force was not given.
-    #[error("the server is not promotable")]
-    NotPromotable,
-}
-
-/// What the data plane did with a packet that it hands to the engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Passage {
-    /// Nothing: it waits for the engine's word.
-    #[default]
-    Kept,
-    /// Passed it on, translated by the conversation's [`Flow`].
-    Passed {
-        /// Right edge of the window that the receiver was told.
-        edge: u32,
-        /// The receiver takes it without a look at its TCP checksum, which a device has verified or is still to fill in.
-        /// Otherwise it drops one that is not right, a partial one too.
-        trusted: bool,
-    },
-    /// Nothing, and it passes nothing more of this conversation by itself.
-    HandedOver,
-    /// Passed it on because the daemon was away for too long, as it does with all of this conversation from now on.
-    Unattended,
-}
-
-/// A conversation that the data plane may pass by itself from now on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Handover {
-    /// The client's socket.
-    pub client: SocketAddr,
-    /// The PSC's socket.
-    pub psc: SocketAddr,
-    /// The client's next hop.
-    pub link: LinkAddress,
-    /// Its place among the conversations, below [`crate::Limits::conversations`]: no other has it as long as
-    /// this one is passed.
-    pub place: u32,
-    /// How to translate, as of now.
-    pub flow: Flow,
 }

@@ -13,8 +13,10 @@ mod encoding;
 mod epoch;
 mod event;
 mod follower;
+mod input;
 mod key;
 mod outbox;
+mod output;
 mod persist;
 mod plane;
 mod promotion;
@@ -28,10 +30,11 @@ mod wire;
 
 pub use config::{CandidatePolicy, LagPolicy, Limits, Mask, ServiceConfig, Timing};
 pub use event::{
-    Destination, Effect, Event, EventKind, Evidence, Handover, LinkAddress, NotPromotable, OperatorError,
-    Passage, Release, Seeding, ServerId, ServerSpec, Sign, StaleReason, Transmit, Uncovered,
+    Event, EventKind, Evidence, LinkAddress, NotPromotable, Release, ServerId, StaleReason, Uncovered,
 };
+pub use input::{Command, Input, OperatorError, Passage, Seeding, ServerSpec, Sign};
 pub use key::MAX_SERVERS;
+pub use output::{Destination, Handover, Output, Rule, Transmit};
 pub use persist::saved::RestoreError;
 pub use service::Service;
 pub use service::repetition::Repetition;

@@ -1,57 +1,65 @@
-//! What the engine has to say, until its caller polls it.
+//! What the engine wants done, until its caller polls it.
 
 use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use crate::event::{Destination, Effect, Event, Transmit};
+use crate::event::{Event, ServerId};
+use crate::output::{Destination, Output, Transmit};
 
 /// See the module.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Outbox {
-    transmits: VecDeque<Transmit>,
-    effects: VecDeque<Effect>,
-    /// The caller has not polled the latest [`Effect::Cutover`]: until then nothing of the new epoch leaves.
-    cutover_untold: bool,
+    queue: VecDeque<Output>,
+    /// Events among them.
+    events: u32,
 }
 
 impl Outbox {
     /// A packet; if `segment` is not 0, as [`crate::wire::Segment::emit_large`] made it.
     pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
-        self.transmits.push_back(Transmit { to, packet, segment });
+        self.push(Output::Transmit(Transmit { to, packet, segment }));
     }
 
-    pub(crate) fn effect(&mut self, effect: Effect) {
-        self.cutover_untold |= matches!(effect, Effect::Cutover { .. });
-        self.effects.push_back(effect);
+    pub(crate) fn push(&mut self, output: Output) {
+        self.queue.push_back(output);
     }
 
-    /// An event; false if so many wait already that it is dropped.
+    /// Adds an event; `false` if `limit` of them wait already, and this one is dropped.
+    #[must_use]
     pub(crate) fn event(&mut self, event: Event, limit: u32) -> bool {
-        let has_room = self.effects.len() < limit as usize;
-        if has_room {
-            self.effects.push_back(Effect::Event(event));
+        let fits = self.events < limit;
+        if fits {
+            self.events += 1;
+            self.queue.push_back(Output::Event(event));
         }
-        has_room
+        fits
     }
 
-    /// Drops what was about to be sent on behalf of a deposed server.
-    pub(crate) fn drop_transmits_to_clients(&mut self) {
-        self.transmits.retain(|transmit| !matches!(transmit.to, Destination::Client(_)));
+    /// Adds a cutover (rule 1). It overtakes the packets that wait, and those of them for clients are dropped: they are the
+    /// deposed OVM's voice.
+    pub(crate) fn cut_over(&mut self, epoch: u64, from: Option<ServerId>, to: ServerId) {
+        let waiting = core::mem::take(&mut self.queue);
+        let (packets, mut before): (VecDeque<_>, VecDeque<_>) =
+            waiting.into_iter().partition(|output| matches!(output, Output::Transmit(_)));
+        before.push_back(Output::Cutover { epoch, from, to });
+        before.extend(packets.into_iter().filter(|output| !is_for_client(output)));
+        self.queue = before;
     }
 
-    pub(crate) fn next_transmit(&mut self) -> Option<Transmit> {
-        self.transmits.pop_front()
+    pub(crate) fn pop(&mut self) -> Option<Output> {
+        let output = self.queue.pop_front();
+        if matches!(output, Some(Output::Event(_))) {
+            self.events = self.events.saturating_sub(1);
+        }
+        output
     }
 
-    pub(crate) fn next_effect(&mut self) -> Option<Effect> {
-        let effect = self.effects.pop_front();
-        self.cutover_untold &= !matches!(effect, Some(Effect::Cutover { .. }));
-        effect
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
     }
+}
 
-    /// The caller has yet to poll a cutover.
-    pub(crate) fn is_cutover_untold(&self) -> bool {
-        self.cutover_untold
-    }
+fn is_for_client(output: &Output) -> bool {
+    matches!(output, Output::Transmit(Transmit { to: Destination::Client(_), .. }))
 }

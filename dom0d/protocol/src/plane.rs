@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::event::Passage;
+use crate::input::Passage;
 use crate::wire::Checksum;
 
 /// See the module.

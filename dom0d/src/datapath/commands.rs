@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use understudy_api::{Answer, Attach, Attached, Command, Done, Failover, OnDomain, Promoted, Switchover};
-use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
+use understudy_driver::Engine as _;
+use understudy_protocol::{self as protocol, Input, Instant, OperatorError, Seeding, ServerId};
 
 use super::DataPath;
 use crate::clock;
@@ -152,7 +153,7 @@ impl DataPath {
             if is_seeded(service, id) {
                 return Err(refused(OperatorError::AlreadyAttached));
             }
-            service.engine.seed(now, id, seeding).map_err(refused)?;
+            service.engine.command(now, protocol::Command::Seed { server: id, seeding }).map_err(refused)?;
             service.drain(now, &mut around);
             id
         } else {
@@ -205,7 +206,7 @@ impl DataPath {
         };
         let queued = service.is_queued(id);
         if queued {
-            let detached = service.engine.detach(now, id);
+            let detached = service.engine.command(now, protocol::Command::Detach { server: id });
             detached.map_err(|error| refused(service.name(), domain, error))?;
         } else if service.servers[&id].place == Place::Detached {
             let error = OperatorError::UnknownServer;
@@ -225,31 +226,28 @@ impl DataPath {
         let index = self.index(service)?;
         let (service, mut around) = self.split(index);
         let id = to.map(|to| find(service, to)).transpose()?;
-        let promoted = service.cut_over(now, &mut around, |engine| engine.switchover(now, id));
-        let id = promoted.map_err(|error| refused(service.name(), to.unwrap_or(""), error))?;
-        Ok(promoted_reply(service, id))
+        let switchover = Input::Command(protocol::Command::Switchover { to: id });
+        let promoted = service.cut_over(now, &mut around, Some(switchover));
+        promoted.map_err(|error| refused(service.name(), to.unwrap_or(""), error))?;
+        promoted_reply(service)
     }
 
     fn failover(&mut self, now: Instant, service: &str, to: Option<&str>, force: bool) -> Outcome<Promoted> {
         let index = self.index(service)?;
         let (service, mut around) = self.split(index);
         let id = to.map(|to| find(service, to)).transpose()?;
-        let refused = |service: &Service, error| refused(service.name(), to.unwrap_or(""), error);
-        let promoted = match id {
+        match id {
             // After a restart, when the domain promoted last is gone: nobody can say whose state is
             // right but the operator.
-            Some(id) if force && service.engine.ovm().is_none() => {
-                let installed = service.install(now, id, &mut around);
-                installed.map_err(|error| refused(service, error))?;
-                id
-            }
+            Some(id) if force && service.engine.ovm().is_none() => service.install(now, id, &mut around),
             _ => {
-                let promoted = service.cut_over(now, &mut around, |engine| engine.failover(now, id, force));
-                promoted.map_err(|error| refused(service, error))?
+                let failover = Input::Command(protocol::Command::Failover { to: id, force });
+                service.cut_over(now, &mut around, Some(failover))
             }
-        };
+        }
+        .map_err(|error| refused(service.name(), to.unwrap_or(""), error))?;
         service.drain(now, &mut around);
-        Ok(promoted_reply(service, promoted))
+        promoted_reply(service)
     }
 
     /// Pauses a domain, or resumes it; the fencing thread answers.
@@ -337,11 +335,15 @@ fn is_seeded(service: &Service, id: ServerId) -> bool {
     servers.any(|server| server.server == id && server.stale.is_none())
 }
 
-fn promoted_reply(service: &Service, id: ServerId) -> Promoted {
+/// Whom a promotion made the OVM.
+fn promoted_reply(service: &Service) -> Outcome<Promoted> {
+    let Some(server) = service.engine.ovm() else {
+        return Err(refused(service.name(), "", OperatorError::NothingLeft));
+    };
     let unknown = || DomainRef { name: String::new(), uuid: uuid::Uuid::nil(), domid: 0 };
-    Promoted {
-        domain: service.domain(id).cloned().unwrap_or_else(unknown),
-        server: id,
+    Ok(Promoted {
+        domain: service.domain(server).cloned().unwrap_or_else(unknown),
+        server,
         epoch: service.engine.epoch(),
-    }
+    })
 }

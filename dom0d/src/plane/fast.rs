@@ -275,7 +275,7 @@ impl FastPath {
     /// Passes a conversation from now on.
     pub(super) fn hand_over(&mut self, handover: &Handover) {
         let key = Key::new(handover.client, handover.psc.port());
-        let conversation = Conversation::new(&handover.flow, handover.link.0, handover.place);
+        let conversation = Conversation::new(&handover.flow, handover.link.0, handover.entry);
         match self.tap.install(&key, conversation, shared(handover.flow.bounds)) {
             Ok(()) => self.counters.handed_over += 1,
             // Its segments go on through the daemon.

@@ -8,7 +8,8 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 use understudy_api::config;
 use understudy_bpf::{Programs, is_pinned, unpin};
-use understudy_protocol::{Instant, ServerId};
+use understudy_driver::Engine as _;
+use understudy_protocol::{Command, Input, Instant, ServerId};
 use uuid::Uuid;
 
 use super::{Place, Server, Service, Surroundings};
@@ -145,7 +146,7 @@ impl Service {
         let (engine, known) = left.unwrap_or_else(|| {
             let mut engine = Engine::new(config.engine.clone());
             if passes {
-                engine.set_plane_passes();
+                engine.tell(clock::now(), Input::PlanePasses);
             }
             if passes && has_bpffs && let Err(error) = engine.begin_journal(&places.journal, &config) {
                 tracing::error!(service = name, %error, "should dom0d be killed, replicas must be seeded anew; is there room in {}?", directory.display());
@@ -198,11 +199,12 @@ impl Service {
                 server.place = Place::Preparing(0);
             }
         }
-        self.engine.release(now);
+        // A release is never refused.
+        let _ = self.engine.command(now, Command::Release);
         self.drain(now, around);
         if !self.plane.lets_speak(self.engine.ovm()) {
             // It was about to cut over.
-            self.cut_over(now, around, |_| {});
+            let _ = self.cut_over(now, around, None);
         }
         let unknown = known.into_iter().filter(|id| !self.servers.contains_key(id));
         for id in unknown.collect::<Vec<_>>() {

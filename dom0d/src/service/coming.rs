@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use understudy_api::config::OnShutdownRequest;
-use understudy_protocol::{Evidence, Instant, ServerId};
+use understudy_protocol::{Command, Evidence, Input, Instant, ServerId};
 
 use super::{Place, Server, Service, Surroundings};
 use crate::domain::{DomainId, DomainRef, KnownDomain};
@@ -145,7 +145,8 @@ impl Service {
         if is_ovm
             && ends
             && self.config.on_shutdown_request == OnShutdownRequest::Switchover
-            && let Err(error) = self.cut_over(now, around, |engine| engine.switchover(now, None))
+            && let Err(error) =
+                self.cut_over(now, around, Some(Input::Command(Command::Switchover { to: None })))
         {
             tracing::warn!(service = self.name(), %error, "the OVM is being shut down and nothing can take over");
         }

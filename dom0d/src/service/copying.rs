@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use understudy_api::{CopyEnd, HoldState};
-use understudy_protocol::{Instant, OperatorError, Release, Seeding, ServerId};
+use understudy_driver::Engine as _;
+use understudy_protocol::{Command, Instant, OperatorError, Release, Seeding, ServerId};
 
 use super::{Place, Service, Surroundings};
 use crate::command::Hold;
@@ -39,11 +40,11 @@ impl Service {
             from: CopyEnd { domain: from.domain.clone(), addresses: from.addresses.clone() },
             to: CopyEnd { domain: to.domain.clone(), addresses: to.addresses.clone() },
         };
-        self.engine.hold(now, now + drain, limit)?;
+        self.engine.command(now, Command::Hold { deadline: now + drain, limit })?;
         *around.next_server += 1;
         if self.is_queued(server) {
             // It was there a moment ago.
-            let _ = self.engine.detach(now, server);
+            let _ = self.engine.command(now, Command::Detach { server });
         }
         self.server_mut(server, |server| server.place = Place::Copying);
         self.copying = Some(Copying { hold, server, needs: None, open: false, over: None });
@@ -68,7 +69,8 @@ impl Service {
     /// Whoever asked for the hold wants it no more, or is gone.
     pub(crate) fn release(&mut self, now: Instant, hold: u64, around: &mut Surroundings<'_>) {
         if self.copying.as_ref().is_some_and(|copying| copying.hold == hold && copying.over.is_none()) {
-            self.engine.release(now);
+            // Never refused.
+            let _ = self.engine.command(now, Command::Release);
             self.drain(now, around);
         }
     }

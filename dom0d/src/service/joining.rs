@@ -1,7 +1,8 @@
 //! Who joins a service's queue, as what, and when?
 
 use understudy_api::config::AttachAs;
-use understudy_protocol::{Instant, OperatorError, Seeding, ServerId};
+use understudy_driver::Engine as _;
+use understudy_protocol::{Command, Input, Instant, OperatorError, Seeding, ServerId};
 
 use super::{Place, Server, Service, Surroundings};
 use crate::domain::DomainRef;
@@ -24,7 +25,7 @@ impl Service {
             if let Some(last) = self.memory.overrules(|name, uuid| self.config.ovm.matches(name, uuid)) {
                 tracing::warn!(service = self.name(), last, configured = %self.config.ovm, "the domain that served last serves; the configured one is for a service without clients: understudy switchover moves it");
             }
-            match self.engine.install_ovm(now, self.servers[&ovm].spec(ovm)) {
+            match self.engine.command(now, Command::InstallOvm(self.servers[&ovm].spec(ovm))) {
                 Ok(()) => self.queued(now, ovm, around),
                 Err(error) => return self.held(now, ovm, error, around),
             }
@@ -34,11 +35,12 @@ impl Service {
             let spec = self.servers[&id].spec(id);
             let mut attached = Err(OperatorError::NothingLeft);
             if self.is_identical(id) {
-                attached = self.engine.attach(now, spec.clone(), Seeding::AssumeIdentical);
+                let (spec, seeding) = (spec.clone(), Seeding::AssumeIdentical);
+                attached = self.engine.command(now, Command::Attach { spec, seeding });
             }
             // Also if that is refused, at a moment with conversations: it is fed, and seeded by a later word.
             if attached.is_err() {
-                attached = self.engine.attach(now, spec, Seeding::Unseeded);
+                attached = self.engine.command(now, Command::Attach { spec, seeding: Seeding::Unseeded });
             }
             match attached {
                 Ok(()) => self.queued(now, id, around),
@@ -121,7 +123,7 @@ impl Service {
         let server = &self.servers[&id];
         let uuid = server.domain.uuid;
         if !server.running {
-            self.engine.handle_running(now, id, false);
+            self.engine.tell(now, Input::Running { server: id, running: false });
         }
         self.memory_changed |= self.memory.see(uuid);
         self.rules_changed = true;
@@ -147,7 +149,8 @@ impl Service {
         around: &mut Surroundings<'_>,
     ) -> Result<ServerId, OperatorError> {
         let new = ServerId(*around.next_server);
-        self.engine.attach(now, self.servers[&id].spec(new), seeding)?;
+        let spec = self.servers[&id].spec(new);
+        self.engine.command(now, Command::Attach { spec, seeding })?;
         *around.next_server += 1;
         if let Some(mut server) = self.servers.remove(&id) {
             server.fenced = false;
@@ -171,7 +174,7 @@ impl Service {
         around: &mut Surroundings<'_>,
     ) -> Result<(), OperatorError> {
         let spec = self.servers[&id].spec(id);
-        self.cut_over(now, around, |engine| engine.install_ovm(now, spec))?;
+        self.cut_over(now, around, Some(Input::Command(Command::InstallOvm(spec))))?;
         self.queued(now, id, around);
         if let Some(message) = self.question.take() {
             self.daemon_event(now, DaemonEvent::Solved { message }, around);

@@ -6,6 +6,7 @@ mod beginning;
 mod coming;
 mod containing;
 mod copying;
+mod driving;
 mod following;
 mod joining;
 mod overview;
@@ -17,24 +18,22 @@ use std::net::SocketAddr;
 use std::sync::mpsc;
 
 use understudy_api::config::{self, Allowed, OwnConnections};
-use understudy_protocol::{Effect, EventKind, Evidence, Instant, ServerId};
+use understudy_driver::{Engine as _, Suspicion};
+use understudy_protocol::{Evidence, Input, Instant, ServerId};
 
 use self::copying::Copying;
-use crate::clock;
+use self::driving::hear;
 use crate::containment::Refusal;
 use crate::domain::{DomainId, DomainRef, KnownDomain};
 use crate::host::fencing::Job;
 use crate::link::vif::GuestVif;
-use crate::plane::{Inbound, Origin, Plane};
+use crate::plane::{Origin, Plane};
 use crate::report::{DaemonEvent, Happening, Reporter};
 use crate::store::memory::{InStep, ServiceMemory};
 use crate::store::succession::Engine;
 
 pub(crate) use beginning::{leave_nothing, remove_strays};
 pub(crate) use server::{Place, Server};
-
-/// Packets sent in one go before others have their turn.
-const BURST: u32 = 256;
 
 /// Destinations of a replica's own connections that are told and kept.
 const DESTINATIONS: usize = 16;
@@ -96,7 +95,7 @@ pub(crate) struct Service {
     /// The copy that clients are held for.
     copying: Option<Copying>,
     /// What the engine found against the OVM, to be acted upon once the plane is stopped.
-    suspicion: Option<(ServerId, Evidence)>,
+    suspicion: Option<Suspicion>,
     /// A segment of a client came, in this process.
     clients_seen: bool,
     names: BTreeMap<ServerId, DomainRef>,
@@ -158,32 +157,6 @@ impl Service {
         &self.config.engine.name
     }
 
-    /// Does what may depose the OVM. Before, the plane passes nothing any more, and the engine hears all that was
-    /// passed: it must know of every byte that the client has.
-    pub(crate) fn cut_over<T>(
-        &mut self,
-        now: Instant,
-        around: &mut Surroundings<'_>,
-        act: impl FnOnce(&mut Engine) -> T,
-    ) -> T {
-        self.engine.set_urgent(true);
-        if self.plane.stop() {
-            while let Some(inbound) = self.plane.rest() {
-                hear(&mut self.engine, now, &inbound);
-                self.drain(now, around);
-            }
-            self.engine.handle_plane_stopped();
-        }
-        let result = act(&mut self.engine);
-        self.drain(now, around);
-        if self.plane.is_stopped() {
-            // Nobody else could serve.
-            self.plane.set_ovm(self.engine.ovm());
-        }
-        self.engine.set_urgent(false);
-        result
-    }
-
     /// Hands packets from the plane to the engine and back; `true` if there may be more at once.
     pub(crate) fn forward(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
         let mut any = false;
@@ -198,12 +171,15 @@ impl Service {
         }
         while let Some((server, sign)) = self.plane.notes.take_sign() {
             any = true;
-            self.engine.handle_sign(now, server, sign);
+            self.engine.tell(now, Input::Sign { server, sign });
             self.drain(now, around);
         }
         self.note_own_connections(now, around);
-        self.hand_over();
-        self.follow_suspicion(now, around);
+        if self.plane.take_untold() {
+            self.engine.tell(now, Input::Untold);
+            self.surroundings_changed = true;
+        }
+        self.settle(now, around);
         any
     }
 
@@ -218,7 +194,7 @@ impl Service {
             self.own_connections.retain(|id, _| self.servers.contains_key(id));
             let known = self.own_connections.entry(id).or_default();
             if known.is_empty() && self.config.own_connections == OwnConnections::Refuse {
-                self.engine.handle_own_connection(now, id);
+                self.engine.tell(now, Input::OwnConnection { server: id });
             }
             let is_new = known.len() < DESTINATIONS && !known.contains_key(&to);
             if let Some(times) = known.get_mut(&to) {
@@ -230,94 +206,21 @@ impl Service {
         }
     }
 
-    /// Lets the plane pass by itself what it may, once all that it told was heard.
-    fn hand_over(&mut self) {
-        if self.plane.take_untold() {
-            self.engine.handle_untold();
-            self.surroundings_changed = true;
-        }
-        for _ in 0..BURST {
-            if !self.plane.is_idle() {
-                return;
-            }
-            match self.engine.poll_handover() {
-                Some(handover) => self.plane.hand_over(&handover),
-                None => return,
-            }
-        }
-    }
-
-    /// The engine found evidence while the plane was passing by itself.
-    fn follow_suspicion(&mut self, now: Instant, around: &mut Surroundings<'_>) {
-        if let Some((accused, evidence)) = self.suspicion.take() {
-            self.cut_over(now, around, |engine| engine.handle_confirmed(now, accused, evidence));
-            self.suspicion = None;
-        }
-    }
-
     /// Calls the engine if its time has come, and sends what a burst left over.
     pub(crate) fn timeout(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
-        if self.engine.poll_timeout().is_some_and(|due| due <= now) {
-            self.engine.handle_timeout(now);
+        if self.engine.next_timeout().is_some_and(|due| due <= now) {
+            self.engine.tell(now, Input::Timeout);
         }
         let more = self.drain(now, around);
-        self.follow_suspicion(now, around);
+        self.settle(now, around);
         more
     }
 
     /// When [`Service::timeout`] or the plane must be called next.
     pub(crate) fn next_timeout(&mut self, now: Instant) -> Option<Instant> {
         let plane = self.plane.tick(now);
-        let engine = self.engine.poll_timeout().filter(|_| self.opening.is_none());
+        let engine = self.engine.next_timeout().filter(|_| self.opening.is_none());
         plane.into_iter().chain(engine).min()
-    }
-
-    /// Carries out what the engine wants; `true` if packets are left to send.
-    pub(crate) fn drain(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
-        if self.opening.is_some() {
-            return false;
-        }
-        while let Some(effect) = self.engine.poll_effect() {
-            match effect {
-                Effect::Cutover { to, .. } => {
-                    self.plane.set_ovm(Some(to));
-                    self.rules_changed = true;
-                    if let Some(server) = self.servers.get(&to) {
-                        self.memory.begin(&server.domain);
-                        self.memory_changed = true;
-                    }
-                }
-                Effect::Fence(id) => self.fence(id, around),
-                Effect::Ask(server) => self.plane.ask(server),
-                Effect::StopPlane { accused, evidence } => self.suspicion = Some((accused, evidence)),
-                Effect::Extend { place, bounds } => self.plane.extend(place, bounds),
-                Effect::TakeBack { client, psc } => self.plane.take_back(client, psc),
-                Effect::Event(event) => {
-                    self.note(&event.kind);
-                    // To the engine these happen at the instant of their cause; in force they are now.
-                    let carried_out = matches!(
-                        event.kind,
-                        EventKind::CutOver { .. }
-                            | EventKind::FirstByte { .. }
-                            | EventKind::Recuperated { .. }
-                    );
-                    let at = if carried_out { clock::now() } else { event.at };
-                    let happening = Happening::Protocol(event.kind);
-                    self.report(at, happening, around);
-                }
-            }
-        }
-        let mut packets = 0;
-        let mut more = true;
-        while more && packets < BURST {
-            packets += 1;
-            match self.engine.poll_transmit(now) {
-                Some(packet) => self.plane.transmit(&packet),
-                None => more = false,
-            }
-        }
-        self.engine.drained(now, packets);
-        more
     }
 
     /// The server that is this life of a domain.
@@ -358,13 +261,5 @@ impl Service {
 
     fn report(&self, at: Instant, happening: Happening, around: &Surroundings<'_>) {
         around.reporter.report(at, Some(self.name()), happening, |id| self.domain(id).cloned());
-    }
-}
-
-/// Tells the engine of a packet.
-fn hear(engine: &mut Engine, now: Instant, inbound: &Inbound<'_>) {
-    match inbound.from {
-        Origin::Client(link) => engine.handle_client(now, link, &inbound.packet, inbound.passage),
-        Origin::Server(id) => engine.handle_server(now, id, &inbound.packet, inbound.passage),
     }
 }

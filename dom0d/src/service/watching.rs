@@ -1,6 +1,7 @@
 //! What the hypervisor says of a service's domains, and what the engine is told of it.
 
-use understudy_protocol::{Evidence, Instant, ServerId};
+use understudy_driver::Engine as _;
+use understudy_protocol::{Evidence, Input, Instant, ServerId};
 
 use super::{Doomed, Service, Surroundings};
 use crate::host::DomainState;
@@ -44,7 +45,7 @@ impl Service {
             // What is told of a domain may be what leads to a cutover.
             self.engine.set_urgent(true);
             if let Some(running) = verdict.running {
-                self.engine.handle_running(now, id, running);
+                self.engine.tell(now, Input::Running { server: id, running });
             }
             if let Some(evidence) = verdict.evidence {
                 self.accuse(now, id, evidence, around);
@@ -93,11 +94,13 @@ impl Service {
         evidence: Evidence,
         around: &mut Surroundings<'_>,
     ) {
+        let input = Input::Evidence { server: id, evidence };
         if self.engine.ovm() == Some(id) {
-            return self.cut_over(now, around, |engine| engine.handle_evidence(now, id, evidence));
+            let _ = self.cut_over(now, around, Some(input));
+            return;
         }
         let begun = std::time::Instant::now();
-        self.engine.handle_evidence(now, id, evidence);
+        self.engine.tell(now, input);
         let took_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let slowest_ns = self.evictions_ns.map_or(0, |(_, slowest_ns)| slowest_ns);
         self.evictions_ns = Some((took_ns, slowest_ns.max(took_ns)));

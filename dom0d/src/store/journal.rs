@@ -21,6 +21,9 @@ const MAGIC: u64 = u64::from_be_bytes(*b"undstdy4");
 
 const WORD: usize = size_of::<u64>();
 
+/// Bytes of a record's length.
+const LENGTH: usize = size_of::<u32>();
+
 /// Places of words, and where bytes begin.
 const PLACE_MAGIC: usize = 0;
 const PLACE_DIGEST: usize = 1;
@@ -187,7 +190,7 @@ impl Journal {
         let log = pages.bytes().get(begin..).and_then(|bytes| bytes.get(..length as usize));
         let mut log = log.filter(|log| crc32fast::hash(log) == sum).ok_or(Lost::Damaged)?;
         Ok(std::iter::from_fn(move || {
-            let (length, rest) = log.split_first_chunk::<4>()?;
+            let (length, rest) = log.split_first_chunk::<LENGTH>()?;
             let (record, rest) = rest.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
             log = rest;
             Some(record)
@@ -249,22 +252,28 @@ impl Journal {
         self.at >= self.due
     }
 
-    /// Adds a record of these two parts; `false` if there is no room for it.
+    /// Adds a record. `write` writes it to the beginning of what it is given and says how long it is, `None` if there is no
+    /// room for it; then the result is `false`.
     #[must_use]
-    pub(crate) fn add(&mut self, first: &[u8], second: &[u8]) -> bool {
+    pub(crate) fn add(&mut self, write: impl FnOnce(&mut [u8]) -> Option<usize>) -> bool {
         let (at, sum) = (self.at, self.sum);
-        let length = first.len() + second.len();
         let Some(pages) = self.current_mut() else { return false };
         let begin = HEAD + pages.word(PLACE_SNAPSHOT) as usize;
-        let Ok(logged) = u32::try_from(at + 4 + length - begin) else { return false };
-        let Some(room) = pages.bytes_mut().get_mut(at..at + 4 + length) else { return false };
-        let (head, body) = room.split_at_mut(4);
-        head.copy_from_slice(&(length as u32).to_ne_bytes());
-        body[..first.len()].copy_from_slice(first);
-        body[first.len()..].copy_from_slice(second);
-        let sum = continued(sum, room);
+        let Some((head, body)) =
+            pages.bytes_mut().get_mut(at..).and_then(<[u8]>::split_first_chunk_mut::<LENGTH>)
+        else {
+            return false;
+        };
+        let Some(length) = write(body) else { return false };
+        let end = at + LENGTH + length;
+        let (Ok(logged), Ok(said)) = (u32::try_from(end - begin), u32::try_from(length)) else {
+            return false;
+        };
+        *head = said.to_ne_bytes();
+        let Some(record) = pages.bytes().get(at..end) else { return false };
+        let sum = continued(sum, record);
         pages.set_word(PLACE_LOG, summed(logged, sum));
-        (self.at, self.sum) = (at + 4 + length, sum);
+        (self.at, self.sum) = (end, sum);
         true
     }
 }
@@ -278,6 +287,11 @@ mod tests {
     use super::*;
 
     struct Files(PathBuf);
+
+    /// Adds these bytes as a record.
+    fn add(journal: &mut Journal, record: &[u8]) -> bool {
+        journal.add(saving(record))
+    }
 
     fn saving(snapshot: &[u8]) -> impl Fn(&mut [u8]) -> Option<usize> {
         move |room: &mut [u8]| {
@@ -310,14 +324,14 @@ mod tests {
         let files = Files::new("journal-order");
         assert!(matches!(files.left(7), Err(Lost::Nothing)));
         let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
-        assert!(journal.add(b"a", b"b"));
-        assert!(journal.add(b"", b"c"));
+        assert!(add(&mut journal, b"ab"));
+        assert!(add(&mut journal, b"c"));
         assert_eq!(files.left(7).unwrap(), (b"one".to_vec(), vec![b"ab".to_vec(), b"c".to_vec()]));
         journal.turn(saving(b"two")).unwrap();
         assert_eq!(files.left(7).unwrap(), (b"two".to_vec(), vec![]));
-        assert!(journal.add(b"d", b""));
+        assert!(add(&mut journal, b"d"));
         journal.turn(saving(b"three")).unwrap();
-        assert!(journal.add(b"e", b""));
+        assert!(add(&mut journal, b"e"));
         assert_eq!(files.left(7).unwrap(), (b"three".to_vec(), vec![b"e".to_vec()]));
         assert!(matches!(files.left(8), Err(Lost::Differs)));
     }
@@ -326,9 +340,9 @@ mod tests {
     fn a_turn_that_was_not_finished_counts_for_nothing() {
         let files = Files::new("journal-turn");
         let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
-        assert!(journal.add(b"a", b""));
+        assert!(add(&mut journal, b"a"));
         journal.turn(saving(b"two")).unwrap();
-        assert!(journal.add(b"b", b""));
+        assert!(add(&mut journal, b"b"));
         // The third turn, up to where its own word is stored.
         let pages = journal.files[1].as_mut().unwrap();
         pages.set_word(PLACE_TURN, 0);
@@ -354,11 +368,11 @@ mod tests {
         let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         let packet = vec![7; 1 << 20];
         let mut count = 0;
-        while !journal.is_due() && journal.add(b"x", &packet) {
+        while !journal.is_due() && add(&mut journal, &packet) {
             count += 1;
         }
         assert!((11..=13).contains(&count), "{count}");
-        while journal.add(b"x", &packet) {
+        while add(&mut journal, &packet) {
             count += 1;
         }
         assert!((15..=16).contains(&count), "{count}");
@@ -371,7 +385,7 @@ mod tests {
         let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
         let large = vec![7; 100 << 20];
         journal.turn(saving(&large)).unwrap();
-        assert!(journal.add(b"a", b""));
+        assert!(add(&mut journal, b"a"));
         assert!(files.left(7).unwrap() == (large, vec![b"a".to_vec()]));
         journal.turn(saving(b"small")).unwrap();
         assert_eq!(files.left(7).unwrap(), (b"small".to_vec(), vec![]));
@@ -381,9 +395,9 @@ mod tests {
     fn nobody_follows_what_was_given_up() {
         let files = Files::new("journal-given-up");
         let mut journal = Journal::begin(&files.0, 7, saving(b"one")).unwrap();
-        assert!(journal.add(b"a", b""));
+        assert!(add(&mut journal, b"a"));
         journal.turn(saving(b"two")).unwrap();
-        assert!(journal.add(b"b", b""));
+        assert!(add(&mut journal, b"b"));
         journal.give_up();
         assert!(matches!(files.left(7), Err(Lost::Damaged)));
     }
@@ -407,11 +421,11 @@ mod tests {
     fn no_byte_may_change_unnoticed() {
         let files = Files::new("journal-flipped");
         let mut journal = Journal::begin(&files.0, 7, saving(b"")).unwrap();
-        assert!(journal.add(b"of the turn before", b""));
+        assert!(add(&mut journal, b"of the turn before"));
         // The snapshot has a sum of its own.
         journal.turn(saving(b"")).unwrap();
         for n in 0..20_u8 {
-            assert!(journal.add(&[n], &[n; 9]));
+            assert!(add(&mut journal, &[n; 10]));
         }
         let left = files.left(7).unwrap();
         let begun = std::fs::read(path(&files.0, 0)).unwrap();

@@ -6,113 +6,39 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use understudy_api::config;
 use understudy_protocol::{
-    Effect, Evidence, Handover, Instant, LinkAddress, OperatorError, Passage, Repetition, Seeding, ServerId,
-    ServerSpec, Service, ServiceConfig, Sign, Transmit,
+    Input, Instant, OperatorError, Output, Passage, Repetition, ServerId, Service, ServiceConfig,
 };
 
 pub(crate) use super::journal::{Lost, remove};
 
 use super::journal::Journal;
 
-/// What the engine is told, in order.
+/// What is written down, in order.
 #[derive(Debug, Serialize, Deserialize)]
-enum Input {
-    /// The packet follows.
-    Client {
+enum Record<'a> {
+    /// What the engine was told.
+    Input {
         now: Instant,
-        link: LinkAddress,
-        passage: Passage,
+        #[serde(borrow)]
+        input: Input<'a>,
     },
-    /// The packet follows.
-    Server {
-        now: Instant,
-        server: ServerId,
-        passage: Passage,
-    },
-    /// The packet follows, but for what repeats the OVM.
+    /// A packet of a replica that repeats what the OVM said, but for those bytes.
     Repeating {
         now: Instant,
         server: ServerId,
         passage: Passage,
+        #[serde(borrow, with = "serde_bytes")]
+        head: &'a [u8],
         tail: Repetition,
     },
-    Timeout {
-        now: Instant,
-    },
-    /// All effects were carried out, and so many packets polled.
-    Drained {
-        now: Instant,
-        packets: u32,
-    },
-    Handover,
-    Evidence {
-        now: Instant,
-        server: ServerId,
-        evidence: Evidence,
-    },
-    Running {
-        now: Instant,
-        server: ServerId,
-        running: bool,
-    },
-    Sign {
-        now: Instant,
-        server: ServerId,
-        sign: Sign,
-    },
-    OwnConnection {
-        now: Instant,
-        server: ServerId,
-    },
-    PlaneStopped,
-    Untold,
-    Confirmed {
-        now: Instant,
-        accused: ServerId,
-        evidence: Evidence,
-    },
-    InstallOvm {
-        now: Instant,
-        spec: ServerSpec,
-    },
-    Attach {
-        now: Instant,
-        spec: ServerSpec,
-        seeding: Seeding,
-    },
-    Seed {
-        now: Instant,
-        server: ServerId,
-        seeding: Seeding,
-    },
-    Detach {
-        now: Instant,
-        server: ServerId,
-    },
-    Switchover {
-        now: Instant,
-        to: Option<ServerId>,
-    },
-    Failover {
-        now: Instant,
-        to: Option<ServerId>,
-        force: bool,
-    },
-    Hold {
-        now: Instant,
-        deadline: Instant,
-        limit: Duration,
-    },
-    Release {
-        now: Instant,
-    },
-    /// Not the engine's: what a successor must know beside it follows.
-    Surroundings,
+    /// The engine was polled this often, and what came of that was carried out.
+    Polled { now: Instant, count: u32 },
+    /// What a successor must know beside the engine.
+    Surroundings(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
 }
 
 /// The protocol engine of one service, which can be followed by another process's.
@@ -120,9 +46,7 @@ pub(crate) struct Engine {
     service: Service,
     journal: Option<Journal>,
     surroundings: Vec<u8>,
-    /// The input at hand as it is written down.
-    record: Vec<u8>,
-    /// A cutover is under way: see [`Engine::set_urgent`].
+    /// A cutover is under way.
     urgent: bool,
 }
 
@@ -150,7 +74,7 @@ impl Engine {
     }
 
     fn around(service: Service) -> Self {
-        Self { service, journal: None, surroundings: Vec::new(), record: Vec::new(), urgent: false }
+        Self { service, journal: None, surroundings: Vec::new(), urgent: false }
     }
 
     /// The engine that an earlier process left in files named after `base`.
@@ -161,8 +85,7 @@ impl Engine {
         let mut engine = Self::around(service);
         let mut repeated = 0;
         for record in journal.records()? {
-            let (input, packet) = postcard::take_from_bytes(record).map_err(|_| Lost::Damaged)?;
-            engine.repeat(input, packet)?;
+            engine.repeat(postcard::from_bytes(record).map_err(|_| Lost::Damaged)?)?;
             repeated += 1;
         }
         engine.journal = Some(journal);
@@ -191,40 +114,32 @@ impl Engine {
         if surroundings != self.surroundings {
             self.surroundings = surroundings;
             let surroundings = std::mem::take(&mut self.surroundings);
-            self.note(&Input::Surroundings, &surroundings);
+            self.note(&Record::Surroundings(&surroundings));
             self.surroundings = surroundings;
         }
-    }
-
-    /// While a cutover is under way, nothing is written down anew that can be put off: for many conversations that
-    /// takes longer than the cutover.
-    pub(crate) fn set_urgent(&mut self, urgent: bool) {
-        self.urgent = urgent;
     }
 
     fn has_time(&self) -> bool {
         !self.urgent && !self.service.is_recuperating()
     }
 
-    /// Writes an input down, before the engine has it.
-    fn note(&mut self, input: &Input, packet: &[u8]) {
+    /// Writes a record, before the engine has what it tells of.
+    fn note(&mut self, record: &Record<'_>) {
         if self.journal.as_ref().is_some_and(Journal::is_due) && self.has_time() {
             self.turn();
         }
-        if !self.add(input, packet) {
+        if !self.add(record) {
             self.turn();
-            if !self.add(input, packet) {
+            if !self.add(record) {
                 self.give_up("an input is larger than the journal");
             }
         }
     }
 
     /// Whether there was room for it, or none was needed.
-    fn add(&mut self, input: &Input, packet: &[u8]) -> bool {
+    fn add(&mut self, record: &Record<'_>) -> bool {
         let Some(journal) = &mut self.journal else { return true };
-        self.record.clear();
-        self.record = postcard::to_extend(input, std::mem::take(&mut self.record)).unwrap_or_default();
-        journal.add(&self.record, packet)
+        journal.add(|room| postcard::to_slice(record, room).ok().map(|written| written.len()))
     }
 
     /// Writes down all that is known now, in place of what led to it.
@@ -233,7 +148,7 @@ impl Engine {
         let turned = journal.turn(|room| self.service.save_in(room));
         let surroundings = std::mem::take(&mut self.surroundings);
         match turned {
-            Ok(()) if self.add(&Input::Surroundings, &surroundings) => {}
+            Ok(()) if self.add(&Record::Surroundings(&surroundings)) => {}
             Ok(()) => self.give_up("the servers are larger than the journal"),
             Err(error) => self.give_up(&error.to_string()),
         }
@@ -252,211 +167,59 @@ impl Engine {
         }
     }
 
-    fn repeat(&mut self, input: Input, packet: &[u8]) -> Result<(), Lost> {
+    fn repeat(&mut self, record: Record<'_>) -> Result<(), Lost> {
         let service = &mut self.service;
-        match input {
-            Input::Client { now, link, passage } => service.handle_tapped_client(now, link, packet, passage),
-            Input::Server { now, server, passage } => {
-                service.handle_tapped_server(now, server, packet, passage)
+        // What was refused then is refused now.
+        match record {
+            Record::Input { now, input } => drop(service.handle(now, input)),
+            Record::Repeating { now, server, passage, head, tail } => {
+                let packet = [head, &service.recall(&tail).ok_or(Lost::Damaged)?].concat();
+                let _ = service.handle(now, Input::Server { server, passage, packet: &packet });
             }
-            Input::Repeating { now, server, passage, tail } => {
-                let packet = [packet, &service.recall(&tail).ok_or(Lost::Damaged)?].concat();
-                service.handle_tapped_server(now, server, &packet, passage);
-            }
-            Input::Timeout { now } => service.handle_timeout(now),
-            Input::Drained { now, packets } => {
-                while service.poll_effect().is_some() {}
-                for _ in 0..packets {
-                    let _ = service.poll_transmit(now);
+            Record::Polled { now, count } => {
+                for _ in 0..count {
+                    let _ = service.poll(now);
                 }
             }
-            Input::Handover => {
-                let _ = service.poll_handover();
-            }
-            Input::Evidence { now, server, evidence } => service.handle_evidence(now, server, evidence),
-            Input::Running { now, server, running } => service.handle_running(now, server, running),
-            Input::Sign { now, server, sign } => service.handle_sign(now, server, sign),
-            Input::OwnConnection { now, server } => service.handle_own_connection(now, server),
-            Input::PlaneStopped => service.handle_plane_stopped(),
-            Input::Untold => service.handle_untold(),
-            Input::Confirmed { now, accused, evidence } => service.handle_confirmed(now, accused, evidence),
-            // What was refused then is refused now.
-            Input::InstallOvm { now, spec } => drop(service.install_ovm(now, spec)),
-            Input::Attach { now, spec, seeding } => drop(service.attach(now, spec, seeding)),
-            Input::Seed { now, server, seeding } => drop(service.seed(now, server, seeding)),
-            Input::Detach { now, server } => drop(service.detach(now, server)),
-            Input::Switchover { now, to } => drop(service.switchover(now, to)),
-            Input::Failover { now, to, force } => drop(service.failover(now, to, force)),
-            Input::Hold { now, deadline, limit } => drop(service.hold(now, deadline, limit)),
-            Input::Release { now } => service.release(now),
-            Input::Surroundings => packet.clone_into(&mut self.surroundings),
+            Record::Surroundings(surroundings) => surroundings.clone_into(&mut self.surroundings),
         }
         Ok(())
     }
+}
 
-    /// See [`Service::handle_tapped_client`].
-    pub(crate) fn handle_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8], passage: Passage) {
-        self.note(&Input::Client { now, link, passage }, packet);
-        self.service.handle_tapped_client(now, link, packet, passage);
-    }
-
-    /// See [`Service::handle_tapped_server`].
-    pub(crate) fn handle_server(&mut self, now: Instant, server: ServerId, packet: &[u8], passage: Passage) {
-        let tail = self.journal.as_ref().and_then(|_| self.service.repetition(server, packet));
-        match tail {
-            Some((head, tail)) => self.note(&Input::Repeating { now, server, passage, tail }, head),
-            None => self.note(&Input::Server { now, server, passage }, packet),
+impl understudy_driver::Engine for Engine {
+    fn handle(&mut self, now: Instant, input: Input<'_>) -> Result<(), OperatorError> {
+        if self.journal.is_some() {
+            self.note(&match input {
+                Input::Server { server, passage, packet } => match self.service.repetition(server, packet) {
+                    Some((head, tail)) => Record::Repeating { now, server, passage, head, tail },
+                    None => Record::Input { now, input: Input::Server { server, passage, packet } },
+                },
+                ref input => Record::Input { now, input: input.clone() },
+            });
         }
-        self.service.handle_tapped_server(now, server, packet, passage);
+        self.service.handle(now, input)
     }
 
-    /// See [`Service::handle_timeout`].
-    pub(crate) fn handle_timeout(&mut self, now: Instant) {
-        self.note(&Input::Timeout { now }, &[]);
-        self.service.handle_timeout(now);
+    fn poll(&mut self, now: Instant) -> Option<Output> {
+        self.service.poll(now)
     }
 
-    /// See [`Service::poll_effect`]; to be followed by [`Engine::drained`].
-    pub(crate) fn poll_effect(&mut self) -> Option<Effect> {
-        self.service.poll_effect()
-    }
-
-    /// See [`Service::poll_transmit`]; to be followed by [`Engine::drained`].
-    pub(crate) fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
-        self.service.poll_transmit(now)
-    }
-
-    /// All effects were carried out, and `packets` asked for.
-    pub(crate) fn drained(&mut self, now: Instant, packets: u32) {
-        if !self.add(&Input::Drained { now, packets }, &[]) {
+    fn polled(&mut self, now: Instant, count: u32) {
+        if !self.add(&Record::Polled { now, count }) {
             // What is written down instead is how things are after that.
             self.turn();
         }
     }
 
-    /// See [`Service::poll_handover`].
-    pub(crate) fn poll_handover(&mut self) -> Option<Handover> {
-        self.note(&Input::Handover, &[]);
-        self.service.poll_handover()
+    /// While a cutover is under way, nothing is written down anew that can be put off: for many conversations that
+    /// takes longer than the cutover.
+    fn set_urgent(&mut self, urgent: bool) {
+        self.urgent = urgent;
     }
 
-    /// See [`Service::handle_evidence`].
-    pub(crate) fn handle_evidence(&mut self, now: Instant, server: ServerId, evidence: Evidence) {
-        self.note(&Input::Evidence { now, server, evidence }, &[]);
-        self.service.handle_evidence(now, server, evidence);
-    }
-
-    /// See [`Service::handle_own_connection`].
-    pub(crate) fn handle_own_connection(&mut self, now: Instant, server: ServerId) {
-        self.note(&Input::OwnConnection { now, server }, &[]);
-        self.service.handle_own_connection(now, server);
-    }
-
-    /// See [`Service::handle_running`].
-    pub(crate) fn handle_running(&mut self, now: Instant, server: ServerId, running: bool) {
-        self.note(&Input::Running { now, server, running }, &[]);
-        self.service.handle_running(now, server, running);
-    }
-
-    /// See [`Service::handle_sign`].
-    pub(crate) fn handle_sign(&mut self, now: Instant, server: ServerId, sign: Sign) {
-        self.note(&Input::Sign { now, server, sign }, &[]);
-        self.service.handle_sign(now, server, sign);
-    }
-
-    /// See [`Service::set_plane_passes`]; before anything else.
-    pub(crate) fn set_plane_passes(&mut self) {
-        self.service.set_plane_passes();
-    }
-
-    /// See [`Service::handle_plane_stopped`].
-    pub(crate) fn handle_plane_stopped(&mut self) {
-        self.note(&Input::PlaneStopped, &[]);
-        self.service.handle_plane_stopped();
-    }
-
-    /// See [`Service::handle_untold`].
-    pub(crate) fn handle_untold(&mut self) {
-        self.note(&Input::Untold, &[]);
-        self.service.handle_untold();
-    }
-
-    /// See [`Service::handle_confirmed`].
-    pub(crate) fn handle_confirmed(&mut self, now: Instant, accused: ServerId, evidence: Evidence) {
-        self.note(&Input::Confirmed { now, accused, evidence }, &[]);
-        self.service.handle_confirmed(now, accused, evidence);
-    }
-
-    /// See [`Service::install_ovm`].
-    pub(crate) fn install_ovm(&mut self, now: Instant, spec: ServerSpec) -> Result<(), OperatorError> {
-        self.note(&Input::InstallOvm { now, spec: spec.clone() }, &[]);
-        self.service.install_ovm(now, spec)
-    }
-
-    /// See [`Service::attach`].
-    pub(crate) fn attach(
-        &mut self,
-        now: Instant,
-        spec: ServerSpec,
-        seeding: Seeding,
-    ) -> Result<(), OperatorError> {
-        self.note(&Input::Attach { now, spec: spec.clone(), seeding }, &[]);
-        self.service.attach(now, spec, seeding)
-    }
-
-    /// See [`Service::seed`].
-    pub(crate) fn seed(
-        &mut self,
-        now: Instant,
-        server: ServerId,
-        seeding: Seeding,
-    ) -> Result<(), OperatorError> {
-        self.note(&Input::Seed { now, server, seeding }, &[]);
-        self.service.seed(now, server, seeding)
-    }
-
-    /// See [`Service::hold`].
-    pub(crate) fn hold(
-        &mut self,
-        now: Instant,
-        deadline: Instant,
-        limit: Duration,
-    ) -> Result<(), OperatorError> {
-        self.note(&Input::Hold { now, deadline, limit }, &[]);
-        self.service.hold(now, deadline, limit)
-    }
-
-    /// See [`Service::release`].
-    pub(crate) fn release(&mut self, now: Instant) {
-        self.note(&Input::Release { now }, &[]);
-        self.service.release(now);
-    }
-
-    /// See [`Service::detach`].
-    pub(crate) fn detach(&mut self, now: Instant, server: ServerId) -> Result<(), OperatorError> {
-        self.note(&Input::Detach { now, server }, &[]);
-        self.service.detach(now, server)
-    }
-
-    /// See [`Service::switchover`].
-    pub(crate) fn switchover(
-        &mut self,
-        now: Instant,
-        to: Option<ServerId>,
-    ) -> Result<ServerId, OperatorError> {
-        self.note(&Input::Switchover { now, to }, &[]);
-        self.service.switchover(now, to)
-    }
-
-    /// See [`Service::failover`].
-    pub(crate) fn failover(
-        &mut self,
-        now: Instant,
-        to: Option<ServerId>,
-        force: bool,
-    ) -> Result<ServerId, OperatorError> {
-        self.note(&Input::Failover { now, to, force }, &[]);
-        self.service.failover(now, to, force)
+    fn service(&self) -> &Service {
+        &self.service
     }
 }
 
@@ -471,6 +234,9 @@ impl Deref for Engine {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use understudy_driver::Engine as _;
+    use understudy_protocol::{Command, LinkAddress, Seeding, ServerSpec};
 
     use super::*;
 
@@ -497,7 +263,10 @@ mod tests {
         // Not one of the service: nothing comes of it but a record.
         let packet = vec![0; 60_000];
         while !engine.journal.as_ref().unwrap().is_due() {
-            engine.handle_client(NOW, LinkAddress([2; 6]), &packet, Passage::Kept);
+            engine.tell(
+                NOW,
+                Input::Client { link: LinkAddress([2; 6]), passage: Passage::Kept, packet: &packet },
+            );
         }
         (engine, base)
     }
@@ -543,24 +312,27 @@ mod tests {
             addresses: vec![address.into()],
             mtu: 1500,
         };
-        engine.install_ovm(NOW, spec(0, ovm)).unwrap();
-        engine.attach(NOW, spec(1, rvm), Seeding::AssumeIdentical).unwrap();
+        engine.command(NOW, Command::InstallOvm(spec(0, ovm))).unwrap();
+        let (spec, seeding) = (spec(1, rvm), Seeding::AssumeIdentical);
+        engine.command(NOW, Command::Attach { spec, seeding }).unwrap();
         let drain = |engine: &mut Engine| {
-            while engine.poll_effect().is_some() {}
-            let packets = std::iter::from_fn(|| engine.poll_transmit(NOW)).count() as u32;
-            engine.drained(NOW, packets + 1);
+            let polled = std::iter::from_fn(|| engine.poll(NOW)).count() as u32;
+            engine.polled(NOW, polled + 1);
         };
         let answer = b"what both servers answer, at some length. ".repeat(100);
         let from_client = |numbers, flags| packet(CLIENT, psc, numbers, flags, &[]);
-        engine.handle_client(NOW, link, &from_client((100, 0), SYN), Passage::Kept);
+        engine.tell(NOW, Input::Client { link, passage: Passage::Kept, packet: &from_client((100, 0), SYN) });
         drain(&mut engine);
         let server_says = |id, from, numbers, flags, payload: &[u8], engine: &mut Engine| {
             let packet = packet(from, CLIENT, numbers, flags, payload);
-            engine.handle_server(NOW, ServerId(id), &packet, Passage::Kept);
+            engine.tell(NOW, Input::Server { server: ServerId(id), passage: Passage::Kept, packet: &packet });
             drain(engine);
         };
         server_says(0, ovm, (5_000, 101), SYN | ACK, &[], &mut engine);
-        engine.handle_client(NOW, link, &from_client((101, 5_001), ACK), Passage::Kept);
+        engine.tell(
+            NOW,
+            Input::Client { link, passage: Passage::Kept, packet: &from_client((101, 5_001), ACK) },
+        );
         drain(&mut engine);
         server_says(1, rvm, (9_000, 101), SYN | ACK, &[], &mut engine);
         server_says(0, ovm, (5_001, 101), ACK, &answer[..4_000], &mut engine);
@@ -582,9 +354,10 @@ mod tests {
     #[test]
     fn an_engine_that_gave_its_journal_up_is_followed_by_nobody() {
         let (mut engine, base) = journaled("given-up");
-        engine.handle_client(NOW, LinkAddress([2; 6]), &vec![0; 64 << 20], Passage::Kept);
+        let packet = &vec![0; 64 << 20];
+        engine.tell(NOW, Input::Client { link: LinkAddress([2; 6]), passage: Passage::Kept, packet });
         assert!(!engine.is_journaled());
-        engine.handle_timeout(NOW);
+        engine.tell(NOW, Input::Timeout);
         assert!(matches!(Engine::left(&base, &config()), Err(Lost::Damaged)));
         remove(&base).unwrap();
     }
@@ -593,11 +366,11 @@ mod tests {
     fn a_snapshot_that_is_due_waits_for_the_end_of_a_cutover() {
         let (mut engine, base) = due("urgent");
         engine.set_urgent(true);
-        engine.handle_timeout(NOW);
-        engine.drained(NOW, 0);
+        engine.tell(NOW, Input::Timeout);
+        engine.polled(NOW, 0);
         assert!(engine.journal.as_ref().unwrap().is_due());
         engine.set_urgent(false);
-        engine.handle_timeout(NOW);
+        engine.tell(NOW, Input::Timeout);
         assert!(!engine.journal.as_ref().unwrap().is_due());
         remove(&base).unwrap();
     }
@@ -608,7 +381,10 @@ mod tests {
         engine.set_urgent(true);
         let packet = vec![0; 60_000];
         for _ in 0..200 {
-            engine.handle_client(NOW, LinkAddress([2; 6]), &packet, Passage::Kept);
+            engine.tell(
+                NOW,
+                Input::Client { link: LinkAddress([2; 6]), passage: Passage::Kept, packet: &packet },
+            );
         }
         // More than the reserve: it was written in between, and a successor can follow.
         assert!(engine.is_journaled());
@@ -620,7 +396,7 @@ mod tests {
     fn what_was_left_with_a_byte_changed_is_not_gone_on_with() {
         let (mut engine, base) = journaled("flipped");
         for n in 0..9 {
-            engine.handle_timeout(NOW + std::time::Duration::from_millis(n));
+            engine.tell(NOW + std::time::Duration::from_millis(n), Input::Timeout);
         }
         let expected = engine.save();
         drop(engine);

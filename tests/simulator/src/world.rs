@@ -11,8 +11,10 @@ mod strikes;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::collections::{BTreeMap, BTreeSet};
 
+use understudy_driver::Suspicion;
 use understudy_protocol::{
-    Instant, LinkAddress, Role, Seeding, ServerId, ServerSpec, ServerStatus, Service, ServiceConfig,
+    Command, Input, Instant, LinkAddress, Role, Seeding, ServerId, ServerSpec, ServerStatus, Service,
+    ServiceConfig,
 };
 
 use crate::checkers::{self, Checker, Licence};
@@ -97,6 +99,7 @@ pub(crate) struct World {
     /// The last packets that each server sent, to forge from.
     recent: Vec<Vec<Vec<u8>>>,
     pub(crate) service: Service,
+    suspicion: Option<Suspicion>,
     timer: Option<u64>,
     /// Timer calls that asked for another at the same moment.
     timer_storm: u32,
@@ -247,6 +250,7 @@ impl World {
             guest_down: links("guest down", &knobs.guest_links),
             recent: Vec::new(),
             service: Service::new(config),
+            suspicion: None,
             timer: None,
             timer_storm: 0,
             starved_until: 0,
@@ -285,7 +289,7 @@ impl World {
             knobs,
         };
         if world.plane.is_some() {
-            world.service.set_plane_passes();
+            world.tell(Input::PlanePasses);
         }
         world.begin();
         world
@@ -294,11 +298,10 @@ impl World {
     fn begin(&mut self) {
         for index in 0..self.knobs.guests.len() {
             let spec = self.add_guest(index);
-            let result = if index == 0 {
-                self.service.install_ovm(self.instant(), spec)
-            } else {
-                self.service.attach(self.instant(), spec, Seeding::AssumeIdentical)
-            };
+            let result = self.command(match index {
+                0 => Command::InstallOvm(spec),
+                _ => Command::Attach { spec, seeding: Seeding::AssumeIdentical },
+            });
             if index == 0 {
                 self.observer.ovm = Some(self.guests[0].id);
             }
@@ -492,9 +495,9 @@ impl World {
             Event::EngineTimer => {
                 if self.timer == Some(self.now) || self.timer.is_some_and(|t| t <= self.now) {
                     self.timer = None;
-                    self.service.handle_timeout(self.instant());
+                    self.tell(Input::Timeout);
                     self.drain();
-                    self.follow_suspicion();
+                    self.settle();
                     self.watch_timer_storm();
                 }
             }

@@ -3,32 +3,30 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use understudy_protocol::{Aside, Bounds, Evidence, Flow, Handover, Passage, ServerId};
+use understudy_protocol::{Aside, Flow, Passage, Rule};
 
 /// See the module.
 #[derive(Default)]
 pub(crate) struct Plane {
-    /// By client: place and flow.
+    /// By client: entry and flow.
     flows: BTreeMap<SocketAddr, (u32, Flow)>,
-    /// Whom the engine accuses, and of what.
-    pub(crate) suspicion: Option<(ServerId, Evidence)>,
 }
 
 impl Plane {
-    pub(crate) fn install(&mut self, handover: &Handover) {
-        self.flows.insert(handover.client, (handover.place, handover.flow));
-    }
-
-    pub(crate) fn extend(&mut self, place: u32, bounds: Bounds) {
-        for (at, flow) in self.flows.values_mut() {
-            if *at == place {
-                flow.bounds = bounds;
+    pub(crate) fn apply(&mut self, rule: &Rule) {
+        match rule {
+            Rule::HandOver(handover) => {
+                self.flows.insert(handover.client, (handover.entry, handover.flow));
             }
+            Rule::Extend { entry, bounds } => {
+                for (at, flow) in self.flows.values_mut() {
+                    if at == entry {
+                        flow.bounds = *bounds;
+                    }
+                }
+            }
+            Rule::TakeBack { client, .. } => drop(self.flows.remove(client)),
         }
-    }
-
-    pub(crate) fn remove(&mut self, client: SocketAddr) {
-        self.flows.remove(&client);
     }
 
     /// Nothing passes any more.

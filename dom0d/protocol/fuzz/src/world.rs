@@ -3,9 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use understudy_driver::{Driven, Suspicion};
 use understudy_protocol::{
-    Destination, Effect, Evidence, Instant, LagPolicy, LinkAddress, Mask, Passage, Seeding, ServerId,
-    ServerSpec, Service, ServiceConfig, Sign,
+    Command, Destination, Evidence, Input, Instant, LagPolicy, LinkAddress, Mask, Output, Passage, Seeding,
+    ServerId, ServerSpec, Service, ServiceConfig, Sign,
 };
 
 use crate::START;
@@ -73,6 +74,12 @@ pub(crate) struct World {
     /// Only servers' own marks have the highest bit.
     is_marked: bool,
     last: Vec<u8>,
+    suspicion: Option<Suspicion>,
+    /// Clients whose conversations the engine knew before the outputs at hand.
+    tracked: Vec<SocketAddr>,
+    /// Packets and other outputs since the latest input.
+    packets: usize,
+    others: usize,
 }
 
 fn guest(server: usize, like: IpAddr) -> SocketAddr {
@@ -82,6 +89,52 @@ fn guest(server: usize, like: IpAddr) -> SocketAddr {
         IpAddr::V6(_) => Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, u16::from(n)).into(),
     };
     SocketAddr::new(address, PORT)
+}
+
+impl Driven for World {
+    type Engine = Service;
+
+    fn engine(&mut self) -> &mut Service {
+        &mut self.service
+    }
+
+    fn suspicion(&mut self) -> &mut Option<Suspicion> {
+        &mut self.suspicion
+    }
+
+    fn carry_out(&mut self, output: Output) {
+        if let Output::Transmit(transmit) = output {
+            self.packets += 1;
+            oracle::check(&self.service, self.packets);
+            for packet in transmit.packets() {
+                self.deliver(transmit.to, &packet);
+            }
+            return;
+        }
+        self.others += 1;
+        let limit = self.service.config().limits.events as usize + 32;
+        assert!(self.others <= limit + self.packets, "outputs without end");
+        match (output, &mut self.plane) {
+            (Output::Cutover { to, .. }, _) => self.note_cutover(to),
+            (Output::Rule(rule), Some(plane)) => plane.apply(&rule),
+            _ => {}
+        }
+    }
+
+    fn stop(&mut self) -> bool {
+        self.plane.as_mut().map(Plane::stop).is_some()
+    }
+
+    /// The engine hears of each packet as it passes.
+    fn hear_rest(&mut self, _: Instant) -> bool {
+        false
+    }
+
+    fn resume(&mut self, _: Option<ServerId>) {}
+
+    fn is_idle(&self) -> bool {
+        self.plane.is_some()
+    }
 }
 
 impl World {
@@ -128,15 +181,19 @@ impl World {
             plane: (knobs & 0x20 != 0).then(Plane::default),
             is_marked: true,
             last: Vec::new(),
+            suspicion: None,
+            tracked: Vec::new(),
+            packets: 0,
+            others: 0,
         };
         if world.plane.is_some() {
-            world.service.set_plane_passes();
+            world.tell(Input::PlanePasses);
         }
         let spec = world.spec(0);
-        let _ = world.service.install_ovm(world.now, spec);
+        world.command(Command::InstallOvm(spec));
         for server in 1..1 + usize::from(knobs >> 3 & 3) {
             let spec = world.spec(server);
-            let _ = world.service.attach(world.now, spec, Seeding::AssumeIdentical);
+            world.command(Command::Attach { spec, seeding: Seeding::AssumeIdentical });
         }
         world.drain();
         world
@@ -160,67 +217,41 @@ impl World {
     // ---- what comes out -------------------------------------------------------------------------
 
     fn drain(&mut self) {
-        let limit = self.service.config().limits.events as usize + 32;
-        let mut effects = 0;
-        while let Some(effect) = self.service.poll_effect() {
-            effects += 1;
-            assert!(effects <= limit, "effects without end");
-            self.carry_out(&effect);
-        }
-        let tracked = self.tracked();
+        (self.packets, self.others) = (0, 0);
+        self.carry_out_all();
+        understudy_driver::settle(self, self.now);
+        self.carry_out_all();
+    }
+
+    fn carry_out_all(&mut self) {
+        self.track();
+        while understudy_driver::drain(self, self.now) {}
+        oracle::check(&self.service, self.packets);
+    }
+
+    /// Hands over what may depose the OVM.
+    fn cut_over(&mut self, input: Input<'_>) {
+        let _ = understudy_driver::cut_over(self, self.now, Some(input));
+    }
+
+    /// Tells the engine what it can't refuse.
+    fn tell(&mut self, input: Input<'_>) {
+        assert_eq!(self.service.handle(self.now, input), Ok(()));
+    }
+
+    /// Asks of the engine what it may refuse.
+    fn command(&mut self, command: Command) {
+        let _ = self.service.handle(self.now, Input::Command(command));
+    }
+
+    /// Notes whose conversations the engine knows; what other clients were sent is forgotten.
+    fn track(&mut self) {
+        self.tracked = self.service.conversations(0, CLIENTS).into_iter().map(|known| known.client).collect();
         for client in &mut self.clients {
-            if !tracked.contains(&client.address) {
+            if !self.tracked.contains(&client.address) {
                 client.oracle.forget();
                 client.oracle.ambiguous = false;
             }
-        }
-        let mut packets = 0;
-        while let Some(transmit) = self.service.poll_transmit(self.now) {
-            packets += 1;
-            oracle::check(&self.service, packets);
-            for packet in transmit.packets() {
-                self.deliver(&tracked, transmit.to, &packet);
-            }
-        }
-        oracle::check(&self.service, packets);
-        // A conversation that was looked at meanwhile may have led to a promotion.
-        while let Some(effect) = self.service.poll_effect() {
-            self.carry_out(&effect);
-        }
-        if let Some((accused, evidence)) = self.plane.as_mut().and_then(|plane| plane.suspicion.take()) {
-            self.stop_plane();
-            self.service.handle_confirmed(self.now, accused, evidence);
-            return self.drain();
-        }
-        if let Some(plane) = &mut self.plane {
-            while let Some(handover) = self.service.poll_handover() {
-                plane.install(&handover);
-            }
-        }
-    }
-
-    /// Clients whose conversations the engine knows.
-    fn tracked(&self) -> Vec<SocketAddr> {
-        self.service.conversations(0, CLIENTS).into_iter().map(|known| known.client).collect()
-    }
-
-    fn carry_out(&mut self, effect: &Effect) {
-        match (effect, &mut self.plane) {
-            (Effect::Cutover { to, .. }, _) => self.note_cutover(*to),
-            (Effect::StopPlane { accused, evidence }, Some(plane)) => {
-                plane.suspicion = Some((*accused, *evidence));
-            }
-            (Effect::Extend { place, bounds }, Some(plane)) => plane.extend(*place, *bounds),
-            (Effect::TakeBack { client, .. }, Some(plane)) => plane.remove(*client),
-            _ => {}
-        }
-    }
-
-    /// As before anything that may depose the OVM.
-    fn stop_plane(&mut self) {
-        if let Some(plane) = &mut self.plane {
-            plane.stop();
-            self.service.handle_plane_stopped();
         }
     }
 
@@ -234,7 +265,7 @@ impl World {
         self.ovm = Some(to);
     }
 
-    fn deliver(&mut self, tracked: &[SocketAddr], to: Destination, packet: &[u8]) {
+    fn deliver(&mut self, to: Destination, packet: &[u8]) {
         let (Some(first), protocol) =
             (packet.first(), if packet[0] >> 4 == 4 { packet[9] } else { packet[6] })
         else {
@@ -248,7 +279,7 @@ impl World {
         self.last.clear();
         self.last.extend_from_slice(packet);
         match to {
-            Destination::Client(_) => self.client_hears(tracked, &tcp),
+            Destination::Client(_) => self.client_hears(&tcp),
             Destination::Server(id) => {
                 let Some(server) = self.server_of(id) else { return };
                 assert_eq!(tcp.dst, guest(server, tcp.dst.ip()));
@@ -259,7 +290,7 @@ impl World {
         }
     }
 
-    fn client_hears(&mut self, tracked: &[SocketAddr], tcp: &Tcp) {
+    fn client_hears(&mut self, tcp: &Tcp) {
         if self.is_marked {
             self.voices.check(tcp);
         }
@@ -268,7 +299,7 @@ impl World {
         if tcp.flags & SYN != 0 {
             client.oracle.forget();
             client.oracle.acked = tcp.seq;
-        } else if tracked.contains(&client.address) && !client.oracle.ambiguous {
+        } else if self.tracked.contains(&client.address) && !client.oracle.ambiguous {
             client.oracle.hears(tcp);
         }
         client.end.hears(tcp);
@@ -302,11 +333,11 @@ impl World {
             let mut passed = packet.to_vec();
             passage = plane.pass(src, |flow| flow.client_to_server(&mut passed, guest(ovm, src.ip()).ip()));
             if let (Passage::Passed { .. }, true) = (passage, packet::is_right(&passed)) {
-                self.deliver(&[], Destination::Server(self.ids[ovm].unwrap_or(ServerId(0))), &passed);
+                self.deliver(Destination::Server(self.ids[ovm].unwrap_or(ServerId(0))), &passed);
             }
         }
         let before = self.untaken();
-        self.service.handle_tapped_client(self.now, link, packet, passage);
+        self.tell(Input::Client { link, passage, packet });
         self.check_taken(before, packet, passage);
         self.drain();
     }
@@ -323,12 +354,12 @@ impl World {
             let mut passed = packet.to_vec();
             passage = plane.pass(dst, |flow| flow.server_to_client(&mut passed, client.psc.ip()));
             if let (Passage::Passed { .. }, true) = (passage, packet::is_right(&passed)) {
-                let tracked = self.tracked();
-                self.client_hears(&tracked, &Tcp::read(&passed));
+                self.track();
+                self.client_hears(&Tcp::read(&passed));
             }
         }
         let before = self.untaken();
-        self.service.handle_tapped_server(self.now, id, packet, passage);
+        self.tell(Input::Server { server: id, passage, packet });
         self.check_taken(before, packet, passage);
         self.drain();
     }
@@ -383,22 +414,22 @@ impl World {
         for round in 0.. {
             // In six hours of silence, twice a second for what an OVM owes that will never give it.
             assert!(round < 60_000, "deadlines without end");
-            let Some(due) = self.service.poll_timeout().filter(|due| *due <= until) else { break };
+            let Some(due) = self.service.next_timeout().filter(|due| *due <= until) else { break };
             self.now = self.now.max(due);
-            self.service.handle_timeout(self.now);
+            self.tell(Input::Timeout);
             self.drain();
         }
         self.now = until;
     }
 
     fn due(&mut self) {
-        if let Some(due) = self.service.poll_timeout() {
+        if let Some(due) = self.service.next_timeout() {
             self.now = self.now.max(due);
-            self.service.handle_timeout(self.now);
+            self.tell(Input::Timeout);
             self.drain();
             let mut rounds = 0;
-            while self.service.poll_timeout().is_some_and(|due| due <= self.now) {
-                self.service.handle_timeout(self.now);
+            while self.service.next_timeout().is_some_and(|due| due <= self.now) {
+                self.tell(Input::Timeout);
                 self.drain();
                 rounds += 1;
                 assert!(rounds < 200, "a deadline that can't be met");
@@ -668,20 +699,21 @@ impl World {
             if v4 { [10, 0, 0, 254].into() } else { Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0xfe).into() };
         let mut packet = packet::ip(from, tcp.src.ip(), if v4 { 1 } else { 58 }, &message);
         packet::repair(&mut packet);
-        self.service.handle_client(self.now, LINK, &packet);
+        self.tell(Input::Client { link: LINK, passage: Passage::Kept, packet: &packet });
         self.drain();
     }
 
     fn operate(&mut self, server: usize, what: u8) {
-        self.stop_plane();
+        // Whatever an operator does may depose the OVM.
+        let _ = understudy_driver::cut_over(self, self.now, None);
         let id = self.ids[server];
         let now = self.now;
         match (what & 15, id) {
             (0 | 1, Some(id)) => {
                 let evidence = if what & 16 == 0 { Evidence::DomainGone } else { Evidence::DomainPaused };
-                self.service.handle_evidence(now, id, evidence);
+                self.cut_over(Input::Evidence { server: id, evidence });
             }
-            (2, Some(id)) => self.service.handle_running(now, id, what & 16 != 0),
+            (2, Some(server)) => self.tell(Input::Running { server, running: what & 16 != 0 }),
             (3..=5, id) => {
                 let present =
                     id.is_some_and(|id| self.service.status().servers.iter().any(|known| known.server == id));
@@ -691,29 +723,35 @@ impl World {
                     _ => Seeding::AssumeIdentical,
                 };
                 if let (true, Some(id)) = (present, id) {
-                    let _ = self.service.seed(now, id, seeding);
+                    self.command(Command::Seed { server: id, seeding });
                 } else {
                     let spec = self.spec(server);
-                    let _ = self.service.attach(now, spec, seeding);
+                    self.command(Command::Attach { spec, seeding });
                 }
             }
-            (6, Some(id)) => drop(self.service.detach(now, id)),
-            (7 | 8, id) => drop(self.service.switchover(now, id.filter(|_| what & 16 == 0))),
-            (9 | 10, id) => drop(self.service.failover(now, id.filter(|_| what & 16 == 0), what & 32 != 0)),
+            (6, Some(server)) => self.command(Command::Detach { server }),
+            (7 | 8, id) => {
+                self.cut_over(Input::Command(Command::Switchover { to: id.filter(|_| what & 16 == 0) }))
+            }
+            (9 | 10, id) => {
+                let (to, force) = (id.filter(|_| what & 16 == 0), what & 32 != 0);
+                self.cut_over(Input::Command(Command::Failover { to, force }));
+            }
             (11, _) => {
                 let gone = self.ovm.is_none_or(|ovm| self.server_of(ovm) != Some(server));
                 let absent =
                     id.is_none_or(|id| self.service.status().servers.iter().all(|known| known.server != id));
                 if gone && absent {
                     let spec = self.spec(server);
-                    let _ = self.service.install_ovm(now, spec);
+                    self.cut_over(Input::Command(Command::InstallOvm(spec)));
                 }
             }
             (12, _) => self.restore(),
             (13, Some(id)) => {
                 let link = (what & 32 != 0).then_some(LINK);
                 let asked = Sign::Asked { target: self.clients[server].address.ip(), link };
-                self.service.handle_sign(now, id, if what & 16 == 0 { Sign::Answered } else { asked });
+                let sign = if what & 16 == 0 { Sign::Answered } else { asked };
+                self.tell(Input::Sign { server: id, sign });
             }
             _ => {}
         }
@@ -734,7 +772,7 @@ impl World {
     pub(crate) fn finish(mut self) {
         for server in 0..SERVERS {
             if let Some(id) = self.ids[server] {
-                let _ = self.service.detach(self.now, id);
+                self.command(Command::Detach { server: id });
             }
         }
         self.drain();

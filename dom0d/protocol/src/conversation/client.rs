@@ -2,8 +2,10 @@
 
 use crate::conversation::turn::Turn;
 use crate::conversation::{Conversation, text_before};
-use crate::event::{Destination, LinkAddress, Passage, ServerId};
+use crate::event::{LinkAddress, ServerId};
+use crate::input::Passage;
 use crate::key::Slot;
+use crate::output::Destination;
 use crate::tcp::seq::{later, position_of, seq_of};
 use crate::wire::{Flags, IcmpError, Options, Segment};
 

@@ -5,11 +5,12 @@ use core::net::SocketAddr;
 
 use crate::conversation::Conversation;
 use crate::conversation::turn::Turn;
-use crate::event::{Destination, EventKind, ServerId, Uncovered};
+use crate::event::{EventKind, ServerId, Uncovered};
 use crate::follower::leg::{GONE_GRACE, Leg, Phase};
 use crate::follower::mask::{self, Compared};
 use crate::follower::queue::Queue;
 use crate::key::Slot;
+use crate::output::Destination;
 use crate::tcp::seq::seq_of;
 use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};

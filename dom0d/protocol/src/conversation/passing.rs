@@ -4,8 +4,10 @@
 use crate::conversation::Conversation;
 use crate::conversation::state::State;
 use crate::conversation::turn::Turn;
-use crate::event::{Effect, EventKind, Handover, Passage, StaleReason, Uncovered};
+use crate::event::{EventKind, StaleReason, Uncovered};
+use crate::input::Passage;
 use crate::key::Key;
+use crate::output::{Handover, Output, Rule};
 use crate::plane::Plane;
 use crate::tcp::seq::{position_of, seq_of};
 use crate::tcp::stream::Stream;
@@ -104,7 +106,7 @@ impl Conversation {
         };
         self.passing = turn.plane.stops();
         let Key { client, psc } = self.key;
-        Some(Handover { client, psc, link: self.link, place: self.id.index, flow })
+        Some(Handover { client, psc, link: self.link, entry: self.id.index, flow })
     }
 
     fn bounds_as_told(&self) -> Bounds {
@@ -132,7 +134,8 @@ impl Conversation {
         let (up, down) = self.reach(turn);
         if up >= self.bounds.0 + step || down >= self.bounds.1 + step {
             self.bounds = (up.max(self.bounds.0), down.max(self.bounds.1));
-            turn.outbox.effect(Effect::Extend { place: self.id.index, bounds: self.bounds_as_told() });
+            let rule = Rule::Extend { entry: self.id.index, bounds: self.bounds_as_told() };
+            turn.outbox.push(Output::Rule(rule));
         }
     }
 
@@ -171,7 +174,8 @@ impl Conversation {
     /// Takes the conversation back from the plane, if that has it.
     pub(crate) fn stop_passing(&mut self, turn: &mut Turn<'_>) {
         if self.passing.take().is_some() {
-            turn.outbox.effect(Effect::TakeBack { client: self.key.client, psc: self.key.psc });
+            let Key { client, psc } = self.key;
+            turn.outbox.push(Output::Rule(Rule::TakeBack { client, psc }));
         }
     }
 

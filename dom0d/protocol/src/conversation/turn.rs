@@ -9,12 +9,11 @@ use crate::accounts::{Accounts, Share};
 use crate::config::ServiceConfig;
 use crate::counters::Counters;
 use crate::epoch::Recuperation;
-use crate::event::{
-    Destination, Effect, Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId, StaleReason,
-};
+use crate::event::{Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId, StaleReason};
 use crate::follower::queue::{Queue, Server};
 use crate::key::{ConversationId, MAX_SERVERS, Slot};
 use crate::outbox::Outbox;
+use crate::output::{Destination, Output};
 use crate::plane::Plane;
 use crate::record::order::Order;
 use crate::suspicion::closes::Closes;
@@ -112,7 +111,7 @@ impl Turn<'_> {
         if !self.then.asked && self.signs.may_ask(self.now, self.config.timing.unacked_limit) {
             self.then.asked = true;
             self.counters.questions += 1;
-            self.outbox.effect(Effect::Ask(ovm));
+            self.outbox.push(Output::Ask(ovm));
         }
     }
 

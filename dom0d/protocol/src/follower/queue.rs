@@ -5,7 +5,8 @@ use core::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::{Share, moved};
-use crate::event::{EventKind, NotPromotable, ServerId, ServerSpec, StaleReason};
+use crate::event::{EventKind, NotPromotable, ServerId, StaleReason};
+use crate::input::ServerSpec;
 use crate::key::{MAX_SERVERS, Slot};
 use crate::time::Instant;
 

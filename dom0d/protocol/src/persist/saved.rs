@@ -99,10 +99,11 @@ impl Service {
             links,
             unknown,
             passable,
+            idle,
         } = self;
         let state = (
             (ctx, table, handshakes, unplanned, drain, work, timers),
-            (next_tick, sweep, next_resets, links, unknown, passable),
+            (next_tick, sweep, next_resets, links, unknown, passable, idle),
         );
         let (format, body) = room.split_first_chunk_mut()?;
         *format = FORMAT.to_le_bytes();
@@ -138,7 +139,7 @@ impl Service {
         basis.check(&config)?;
         let (
             (ctx, table, handshakes, unplanned, drain, work, timers),
-            (next_tick, sweep, next_resets, links, unknown, passable),
+            (next_tick, sweep, next_resets, links, unknown, passable, idle),
         ) = postcard::from_bytes(body).map_err(unreadable)?;
         let mut service = Self {
             ctx,
@@ -154,6 +155,7 @@ impl Service {
             links,
             unknown,
             passable,
+            idle,
         };
         service.ctx.config = ServiceConfig { seed: basis.seed, ..config };
         Ok(service)

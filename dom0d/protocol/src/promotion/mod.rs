@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::CandidatePolicy;
 use crate::context::Context;
 use crate::epoch::Recuperation;
-use crate::event::{Effect, EventKind, Evidence, NotPromotable, OperatorError, ServerId, StaleReason};
+use crate::event::{EventKind, Evidence, NotPromotable, ServerId, StaleReason};
 use crate::follower::queue::Server;
+use crate::input::OperatorError;
 use crate::key::Slot;
+use crate::output::Output;
 use crate::time::Instant;
 
 /// What becomes of the old OVM.
@@ -85,13 +87,11 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     ctx.counters.promotions += 1;
     ctx.queue.set_ovm(slot);
     let from = old.map(|(_, server)| server);
-    // What the old OVM said and was not sent yet is not said any more.
-    ctx.outbox.drop_transmits_to_clients();
-    ctx.outbox.effect(Effect::Cutover { epoch: ctx.epoch, from, to });
+    ctx.outbox.cut_over(ctx.epoch, from, to);
     match (old, deposed) {
         (Some((old, server)), Deposed::Fenced) => {
             ctx.queue.remove(old);
-            ctx.outbox.effect(Effect::Fence(server));
+            ctx.outbox.push(Output::Fence(server));
         }
         // One that has not caught up itself still owes its predecessor's answers.
         (Some((old, _)), Deposed::Recovering | Deposed::Rvm) if !was_behind => ctx.order.start(old),
@@ -129,7 +129,7 @@ pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
         ctx.order.start(slot);
         ctx.event(EventKind::Evicted { server: server.id, reason });
         if server.recovering.is_some() && reason != StaleReason::Lagged {
-            ctx.outbox.effect(Effect::Fence(server.id));
+            ctx.outbox.push(Output::Fence(server.id));
         }
     }
 }

@@ -3,16 +3,14 @@
 use core::time::Duration;
 use std::collections::VecDeque;
 
-use crate::event::{EventKind, OperatorError, Release, ServerId};
+use crate::event::{EventKind, Release, ServerId};
+use crate::input::OperatorError;
 use crate::service::{Drain, Purpose, Service};
 use crate::time::Instant;
 
 impl Service {
-    /// Lets no conversation begin, and those that are open until the deadline to end; then nothing of clients reaches the
-    /// OVM for `limit` at most, while its state is copied to a server that is then attached ([`crate::Seeding::Copied`]).
-    /// [`EventKind::Held`] tells when that may begin, [`EventKind::Released`] that it is over.
-    pub fn hold(&mut self, now: Instant, deadline: Instant, limit: Duration) -> Result<(), OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
+    /// See [`crate::Command::Hold`].
+    pub(crate) fn hold(&mut self, deadline: Instant, limit: Duration) -> Result<(), OperatorError> {
         if self.ctx.queue.ovm().is_none() {
             return Err(OperatorError::NothingLeft);
         }
@@ -21,12 +19,6 @@ impl Service {
         }
         self.begin_drain(Purpose::Hold { limit, epoch: self.ctx.epoch }, deadline);
         Ok(())
-    }
-
-    /// Lets clients in again whom [`Service::hold`] keeps out; nothing if it does not.
-    pub fn release(&mut self, now: Instant) {
-        self.ctx.now = self.ctx.now.max(now);
-        self.release_for(Release::GivenUp);
     }
 
     /// Nothing of clients reaches the OVM.

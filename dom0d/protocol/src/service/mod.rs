@@ -24,8 +24,10 @@ use crate::conversation::Conversation;
 use crate::conversation::handshake::{Handshakes, Third};
 use crate::conversation::table::Table;
 use crate::conversation::turn::Turn;
-use crate::event::{Effect, Evidence, LinkAddress, ServerId, Sign, StaleReason, Transmit};
+use crate::event::{Evidence, LinkAddress, ServerId, StaleReason};
+use crate::input::{Input, OperatorError, Sign};
 use crate::key::{ConversationId, Key};
+use crate::output::Output;
 use crate::promotion::{self, Unplanned};
 use crate::time::Instant;
 use crate::wire::{self, Flags, Malformed, Parsed};
@@ -58,9 +60,8 @@ pub(crate) enum Purpose {
 
 /// One PSC with its server queue and conversations.
 ///
-/// After any input, drain in this order: [`Service::poll_effect`] until `None` (a cutover must be in
-/// force before packets of the new epoch leave), then [`Service::poll_transmit`] until `None`, then
-/// ask [`Service::poll_timeout`] when to call [`Service::handle_timeout`].
+/// Hand it what happens ([`Service::handle`]), then poll what is to be done about that ([`Service::poll`]) until `None`, in
+/// that order; [`Service::next_timeout`] says when it must be told the time. It does nothing by itself.
 pub struct Service {
     pub(crate) ctx: Context,
     pub(crate) table: Table,
@@ -79,10 +80,12 @@ pub struct Service {
     pub(crate) unknown: BTreeSet<Key>,
     /// Conversations that the data plane may pass by itself, as far as is known.
     pub(crate) passable: VecDeque<ConversationId>,
+    /// The latest input was [`Input::PlaneIdle`].
+    pub(crate) idle: bool,
 }
 
 impl Service {
-    /// A service without servers: clients' segments are dropped until [`Service::install_ovm`].
+    /// A service without servers: clients' segments are dropped until [`crate::Command::InstallOvm`].
     pub fn new(config: ServiceConfig) -> Self {
         Self {
             ctx: Context::new(config),
@@ -98,11 +101,40 @@ impl Service {
             links: BTreeMap::new(),
             unknown: BTreeSet::new(),
             passable: VecDeque::new(),
+            idle: false,
         }
     }
 
-    /// An IP packet from a client to the PSC. `link` is the frame's source address.
-    pub fn handle_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8]) {
+    /// Takes in what happened at `now`. Only a [`crate::Command`] is ever refused; then nothing was changed.
+    ///
+    /// `now` must not run backwards; if it does, the difference counts as zero.
+    pub fn handle(&mut self, now: Instant, input: Input<'_>) -> Result<(), OperatorError> {
+        self.idle = false;
+        match input {
+            Input::Client { link, passage, packet } => self.handle_tapped_client(now, link, packet, passage),
+            Input::Server { server, passage, packet } => {
+                self.handle_tapped_server(now, server, packet, passage);
+            }
+            Input::Timeout => self.handle_timeout(now),
+            Input::Sign { server, sign } => self.handle_sign(now, server, sign),
+            Input::Running { server, running } => self.handle_running(now, server, running),
+            Input::OwnConnection { server } => self.handle_own_connection(now, server),
+            Input::Evidence { server, evidence } => self.handle_evidence(now, server, evidence),
+            Input::PlanePasses => self.set_plane_passes(),
+            Input::PlaneIdle => self.handle_plane_idle(),
+            Input::PlaneStopped => self.handle_plane_stopped(),
+            Input::Untold => self.handle_untold(),
+            Input::Confirmed { accused, evidence } => self.handle_confirmed(now, accused, evidence),
+            Input::Command(command) => {
+                self.ctx.now = self.ctx.now.max(now);
+                return self.carry_out(command);
+            }
+        }
+        Ok(())
+    }
+
+    /// An IP packet from a client to the PSC.
+    pub(crate) fn handle_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8]) {
         self.begin(now);
         let segment = match wire::parse_with(packet, self.ctx.plane.checksum()) {
             Ok(Parsed::Tcp(segment)) => segment,
@@ -155,10 +187,8 @@ impl Service {
         }
     }
 
-    /// An IP packet that came out of a server's vif. Packets that are not this service's (another
-    /// port, another protocol) are ignored and counted. An unknown id is a deposed or former
-    /// server: dropped and counted.
-    pub fn handle_server(&mut self, now: Instant, server: ServerId, packet: &[u8]) {
+    /// An IP packet that came out of a server's vif.
+    pub(crate) fn handle_server(&mut self, now: Instant, server: ServerId, packet: &[u8]) {
         self.begin(now);
         let Some(slot) = self.ctx.queue.slot_of(server) else {
             self.ctx.counters.fenced += 1;
@@ -212,9 +242,7 @@ impl Service {
         Some(SocketAddr::new(*psc, guest.port()))
     }
 
-    /// Liveness found evidence of kind (a) or (b) against a server. For the OVM: promotion (or
-    /// [`crate::EventKind::NoCandidate`]). For an RVM: eviction.
-    pub fn handle_evidence(&mut self, now: Instant, server: ServerId, evidence: Evidence) {
+    fn handle_evidence(&mut self, now: Instant, server: ServerId, evidence: Evidence) {
         self.begin(now);
         let Some(slot) = self.ctx.queue.slot_of(server) else { return };
         if self.ctx.queue.ovm() == Some(slot) {
@@ -226,8 +254,7 @@ impl Service {
         self.settle();
     }
 
-    /// A server's kernel gave a sign of life. Only the OVM's count; of everybody else's nothing follows.
-    pub fn handle_sign(&mut self, now: Instant, server: ServerId, sign: Sign) {
+    fn handle_sign(&mut self, now: Instant, server: ServerId, sign: Sign) {
         self.begin(now);
         if self.ovm() == Some(server) {
             self.handshakes.note_ovm_heard(&mut self.ctx.counters);
@@ -236,9 +263,7 @@ impl Service {
         self.settle();
     }
 
-    /// A server is (not) running as far as the domain's state tells; one that is not is never
-    /// promoted, and an OVM whose pause was announced is not accused by (c) or (d).
-    pub fn handle_running(&mut self, now: Instant, server: ServerId, running: bool) {
+    fn handle_running(&mut self, now: Instant, server: ServerId, running: bool) {
         self.begin(now);
         if let Some(slot) = self.ctx.queue.slot_of(server)
             && let Some(server) = self.ctx.queue.get_mut(slot)
@@ -251,9 +276,7 @@ impl Service {
         }
     }
 
-    /// An RVM tried to open a connection of its own, which nobody answers, and the operator has not stated that this
-    /// does no harm: it is not promoted unasked any more.
-    pub fn handle_own_connection(&mut self, now: Instant, server: ServerId) {
+    fn handle_own_connection(&mut self, now: Instant, server: ServerId) {
         self.begin(now);
         let ovm = self.ctx.queue.ovm();
         if let Some(slot) = self.ctx.queue.slot_of(server).filter(|slot| Some(*slot) != ovm)
@@ -263,8 +286,7 @@ impl Service {
         }
     }
 
-    /// The time that [`Service::poll_timeout`] named has come (calling early or late is fine).
-    pub fn handle_timeout(&mut self, now: Instant) {
+    fn handle_timeout(&mut self, now: Instant) {
         self.begin(now);
         if now >= self.next_tick {
             self.next_tick = now + TICK;
@@ -290,22 +312,13 @@ impl Service {
         self.settle();
     }
 
-    /// The next effect outside the data path.
-    pub fn poll_effect(&mut self) -> Option<Effect> {
-        self.ctx.outbox.next_effect()
-    }
-
-    /// The next packet to send. Does bounded work per call.
-    pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
+    /// What is to be done next; `None` when there is nothing, until the next input. Does bounded work per call.
+    pub fn poll(&mut self, now: Instant) -> Option<Output> {
         loop {
-            if self.ctx.outbox.is_cutover_untold() {
-                // Found while working here: the caller learns of it first.
-                return None;
+            if let Some(output) = self.ctx.outbox.pop() {
+                return Some(output);
             }
-            if let Some(transmit) = self.ctx.outbox.next_transmit() {
-                return Some(transmit);
-            }
-            let id = self.work.pop_front()?;
+            let Some(id) = self.work.pop_front() else { return self.next_handover() };
             self.begin(now);
             if let Some(conversation) = self.table.get_mut(id) {
                 conversation.queued = false;
@@ -314,9 +327,9 @@ impl Service {
         }
     }
 
-    /// When [`Service::handle_timeout`] must be called next.
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.sweep.is_some() || !self.work.is_empty() || self.ctx.outbox.is_cutover_untold() {
+    /// When [`Input::Timeout`] must be handed over next; at once while there is something to poll.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        if self.sweep.is_some() || !self.work.is_empty() || !self.ctx.outbox.is_empty() {
             return Some(self.ctx.now);
         }
         let timer = self.timers.first().map(|(due, _)| *due);
@@ -330,7 +343,7 @@ impl Service {
 
     pub(crate) fn begin(&mut self, now: Instant) {
         let now = now.max(self.ctx.now);
-        let late = self.poll_timeout().map_or(Duration::ZERO, |due| now.since(due));
+        let late = self.next_timeout().map_or(Duration::ZERO, |due| now.since(due));
         if late >= self.ctx.config.timing.starvation {
             // A starved host stalls everybody: nobody is at fault for that time.
             self.ctx.counters.starvations += 1;

@@ -1,21 +1,43 @@
-//! What an operator may ask of a service, and what a service tells an operator.
+//! Operators: their commands, carried out ([`Command`]), and what a service tells them.
 
 use crate::config::ServiceConfig;
 use crate::conversation::Conversation;
-use crate::event::{EventKind, Evidence, OperatorError, Release, Seeding, ServerId, ServerSpec, StaleReason};
+use crate::event::{EventKind, Evidence, Release, ServerId, StaleReason};
+use crate::input::{Command, OperatorError, Seeding, ServerSpec};
 use crate::key::{MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
 use crate::service::{Purpose, Service};
 use crate::status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceStatus};
-use crate::time::Instant;
 
 impl Service {
-    // ---- operator actions ---------------------------------------------------------------------
+    // ---- commands -----------------------------------------------------------------------------
 
-    /// The OVM of a service that has none, or whose OVM is not running any more and could not be
-    /// replaced (conversations of that one are reset). Its state is the truth by definition.
-    pub fn install_ovm(&mut self, now: Instant, spec: ServerSpec) -> Result<(), OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
+    /// Does what an operator asks for, or says why not.
+    pub(crate) fn carry_out(&mut self, command: Command) -> Result<(), OperatorError> {
+        match command {
+            Command::InstallOvm(spec) => self.install_ovm(spec),
+            Command::Attach { spec, seeding } => self.attach(spec, seeding),
+            Command::Seed { server, seeding } => self.seed(server, seeding),
+            Command::Detach { server } => self.detach(server),
+            Command::Switchover { to } => {
+                let slot = promotion::named_or_best(&self.ctx, to, false)?;
+                self.promote(slot, None, Deposed::Rvm);
+                Ok(())
+            }
+            Command::Failover { to, force } => {
+                let slot = promotion::named_or_best(&self.ctx, to, force)?;
+                self.promote(slot, Some(Evidence::Operator), Deposed::Fenced);
+                Ok(())
+            }
+            Command::Hold { deadline, limit } => self.hold(deadline, limit),
+            Command::Release => {
+                self.release_for(Release::GivenUp);
+                Ok(())
+            }
+        }
+    }
+
+    fn install_ovm(&mut self, spec: ServerSpec) -> Result<(), OperatorError> {
         if self.ctx.queue.ovm_server().is_some_and(|ovm| ovm.running) {
             return Err(OperatorError::OvmInstalled);
         }
@@ -41,9 +63,7 @@ impl Service {
         Ok(())
     }
 
-    /// Adds an RVM at the end of the queue.
-    pub fn attach(&mut self, now: Instant, spec: ServerSpec, seeding: Seeding) -> Result<(), OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
+    fn attach(&mut self, spec: ServerSpec, seeding: Seeding) -> Result<(), OperatorError> {
         let id = spec.id;
         if self.ctx.queue.slot_of(id).is_some() {
             return Err(OperatorError::AlreadyAttached);
@@ -61,9 +81,7 @@ impl Service {
         Ok(())
     }
 
-    /// Seeds an RVM that is attached already.
-    pub fn seed(&mut self, now: Instant, server: ServerId, seeding: Seeding) -> Result<(), OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
+    fn seed(&mut self, server: ServerId, seeding: Seeding) -> Result<(), OperatorError> {
         let slot = self.ctx.queue.slot_of(server).ok_or(OperatorError::UnknownServer)?;
         if self.ctx.queue.ovm() == Some(slot) {
             return Err(OperatorError::IsOvm);
@@ -101,9 +119,7 @@ impl Service {
         }
     }
 
-    /// Takes an RVM out of the queue.
-    pub fn detach(&mut self, now: Instant, server: ServerId) -> Result<(), OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
+    fn detach(&mut self, server: ServerId) -> Result<(), OperatorError> {
         let slot = self.ctx.queue.slot_of(server).ok_or(OperatorError::UnknownServer)?;
         if self.ctx.queue.ovm() == Some(slot) {
             let alone = self.ctx.queue.rvms().next().is_none();
@@ -116,36 +132,9 @@ impl Service {
         Ok(())
     }
 
-    /// Planned: `to` (or the best candidate) becomes the OVM; the old OVM stays as a promotable RVM.
-    pub fn switchover(&mut self, now: Instant, to: Option<ServerId>) -> Result<ServerId, OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
-        let slot = promotion::named_or_best(&self.ctx, to, false)?;
-        self.promote(slot, None, Deposed::Rvm)
-    }
-
-    /// Unplanned by an operator: the OVM is deposed and fenced. `force` promotes `to` even if it is
-    /// not promotable (its uncovered and diverged conversations are reset).
-    pub fn failover(
-        &mut self,
-        now: Instant,
-        to: Option<ServerId>,
-        force: bool,
-    ) -> Result<ServerId, OperatorError> {
-        self.ctx.now = self.ctx.now.max(now);
-        let slot = promotion::named_or_best(&self.ctx, to, force)?;
-        self.promote(slot, Some(Evidence::Operator), Deposed::Fenced)
-    }
-
-    fn promote(
-        &mut self,
-        slot: Slot,
-        evidence: Option<Evidence>,
-        deposed: Deposed,
-    ) -> Result<ServerId, OperatorError> {
-        let id = self.ctx.queue.get(slot).ok_or(OperatorError::UnknownServer)?.id;
+    fn promote(&mut self, slot: Slot, evidence: Option<Evidence>, deposed: Deposed) {
         promotion::cut_over(slot, evidence, deposed, &mut self.ctx);
         self.after_cutover();
-        Ok(id)
     }
 
     // ---- getters ------------------------------------------------------------------------------

@@ -1,28 +1,34 @@
 //! Conversations that a data plane passes between client and OVM by itself (see [`crate::Flow`]), so that the
 //! engine only hears what was said. Which those are, and from when to when.
 //!
-//! The plane is told of one at a time ([`Service::poll_handover`]), at a moment when it has nothing more to tell,
-//! and gives it back by itself with the first segment that moves it on otherwise than in order. All of them end at once when
+//! The plane is told of one at a time ([`Rule::HandOver`]), at a moment when it has nothing more to tell
+//! ([`crate::Input::PlaneIdle`]), and gives it back by itself with the first segment that moves it on otherwise than in order. All of them end at once when
 //! the plane is stopped, as it must be before a cutover: what it passed under the old epoch is heard first.
 
 use core::net::SocketAddr;
 
-use crate::event::{
-    Effect, EventKind, Evidence, Handover, LinkAddress, Passage, Release, ServerId, StaleReason, Uncovered,
-};
+use crate::event::{EventKind, Evidence, LinkAddress, Release, ServerId, StaleReason, Uncovered};
+use crate::input::Passage;
 use crate::key::{ConversationId, Key};
+use crate::output::{Output, Rule};
 use crate::service::Service;
 use crate::time::Instant;
 use crate::wire::{self, Parsed, Segment};
 
 impl Service {
     /// The data plane can pass conversations by itself.
-    pub fn set_plane_passes(&mut self) {
+    pub(crate) fn set_plane_passes(&mut self) {
         self.ctx.plane.set_passes();
     }
 
     /// As [`Service::handle_client`], of a packet that the plane may have passed on.
-    pub fn handle_tapped_client(&mut self, now: Instant, link: LinkAddress, packet: &[u8], passage: Passage) {
+    pub(crate) fn handle_tapped_client(
+        &mut self,
+        now: Instant,
+        link: LinkAddress,
+        packet: &[u8],
+        passage: Passage,
+    ) {
         if passage == Passage::Unattended {
             return self.lose_sight(now, packet, |_, segment| Some((segment.src, segment.dst)));
         }
@@ -32,7 +38,13 @@ impl Service {
     }
 
     /// As [`Service::handle_server`], of a packet that the plane may have passed on.
-    pub fn handle_tapped_server(&mut self, now: Instant, server: ServerId, packet: &[u8], passage: Passage) {
+    pub(crate) fn handle_tapped_server(
+        &mut self,
+        now: Instant,
+        server: ServerId,
+        packet: &[u8],
+        passage: Passage,
+    ) {
         if passage == Passage::Unattended {
             return self.lose_sight(now, packet, |service, segment| {
                 service.psc_of(segment.src).map(|psc| (segment.dst, psc))
@@ -74,19 +86,18 @@ impl Service {
     }
 
     /// The plane passes nothing any more, and the engine has heard all that it had passed.
-    pub fn handle_plane_stopped(&mut self) {
+    pub(crate) fn handle_plane_stopped(&mut self) {
         self.ctx.plane.note_stopped();
     }
 
     /// The plane passed something that it could not tell: no RVM can follow.
-    pub fn handle_untold(&mut self) {
+    pub(crate) fn handle_untold(&mut self) {
         self.ctx.mark_all_stale(StaleReason::MissedBytes);
         self.release_for(Release::Unattended);
     }
 
-    /// The answer to [`Effect::StopPlane`], after [`Service::handle_plane_stopped`]: the evidence is acted upon,
-    /// if the `accused` still is the OVM.
-    pub fn handle_confirmed(&mut self, now: Instant, accused: ServerId, evidence: Evidence) {
+    /// The answer to [`Output::StopPlane`]: the evidence is acted upon if the `accused` still is the OVM.
+    pub(crate) fn handle_confirmed(&mut self, now: Instant, accused: ServerId, evidence: Evidence) {
         self.ctx.now = self.ctx.now.max(now);
         if self.ovm() == Some(accused) {
             self.accuse(evidence);
@@ -94,25 +105,34 @@ impl Service {
         self.settle();
     }
 
-    /// The next conversation that the plane may pass by itself. To be asked only when everything that the plane
-    /// has for the engine was handled: what is older than the [`Flow`] would not fit it.
-    pub fn poll_handover(&mut self) -> Option<Handover> {
-        loop {
+    /// The plane has nothing more to tell, and nothing waits to be done.
+    pub(crate) fn handle_plane_idle(&mut self) {
+        self.idle = true;
+    }
+
+    /// The next conversation that the plane may pass by itself, at a moment when the flow is what the plane last saw.
+    pub(crate) fn next_handover(&mut self) -> Option<Output> {
+        while self.idle {
             let id = self.passable.pop_front()?;
             let Some(conversation) = self.table.get_mut(id) else { continue };
             conversation.is_passable_queued = false;
-            let handover = self.ctx.act(|turn| conversation.hand_over(turn));
-            if handover.is_some() {
-                return handover;
+            if let Some(handover) = self.ctx.act(|turn| conversation.hand_over(turn)) {
+                return Some(Output::Rule(Rule::HandOver(Box::new(handover))));
             }
         }
+        None
+    }
+
+    /// A conversation waits for the plane to be idle ([`crate::Input::PlaneIdle`]).
+    pub fn wants_to_hand_over(&self) -> bool {
+        !self.passable.is_empty()
     }
 
     /// Where the plane passes by itself, it is stopped before anything follows from evidence.
     pub(crate) fn suspect(&mut self, evidence: Evidence) {
         match self.ctx.ovm() {
             Some((_, accused)) if self.ctx.plane.stops().is_some() => {
-                self.ctx.outbox.effect(Effect::StopPlane { accused, evidence });
+                self.ctx.outbox.push(Output::StopPlane { accused, evidence });
             }
             _ => self.accuse(evidence),
         }

@@ -4,8 +4,9 @@ use core::net::IpAddr;
 
 use crate::accounts::Share;
 use crate::conversation::handshake::Embryonic;
-use crate::event::{Destination, EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
+use crate::event::{EventKind, Evidence, LinkAddress, ServerId, StaleReason, Uncovered};
 use crate::key::{Key, Slot};
+use crate::output::Destination;
 use crate::service::Service;
 use crate::wire::{Flags, Icmp, Segment};
 

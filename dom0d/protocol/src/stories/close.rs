@@ -153,7 +153,7 @@ fn what_ended_for_the_client_is_supplied_until_the_new_ovm_has_it() {
 #[test]
 fn nothing_equals_an_ovm_that_still_has_to_take_what_clients_were_promised() {
     let mut story = closed_and_failed();
-    let refused = story.service.attach(story.now, spec(2), Seeding::AssumeIdentical);
+    let refused = story.command(Command::Attach { spec: spec(2), seeding: Seeding::AssumeIdentical });
     assert_eq!(refused, Err(crate::OperatorError::ConversationsOpen(1)));
 }
 
@@ -182,7 +182,7 @@ fn replicas_are_heard_before_a_close_passes_that_was_held_while_the_daemon_was_n
         fin(&mut story, 0, 1);
         story.client.clear();
         story.now = story.now + Duration::from_millis(late);
-        story.service.handle_timeout(story.now);
+        story.tell(Input::Timeout);
         story.drain();
         story.wait(Duration::from_millis(15));
         assert!(story.client.is_empty());
@@ -206,7 +206,7 @@ fn an_unseeded_replica_shares_no_close_and_disputes_none() {
     for seeded in [0, 1] {
         let mut story = Story::new(seeded);
         let unseeded = seeded + 1;
-        story.service.attach(story.now, spec(unseeded), Seeding::Unseeded).unwrap();
+        story.command(Command::Attach { spec: spec(unseeded), seeding: Seeding::Unseeded }).unwrap();
         story.establish(unseeded);
         fin(&mut story, unseeded, 1);
         fin(&mut story, 0, 1);

@@ -1,13 +1,13 @@
 //! Clients are held while a server is made equal to the OVM.
 
 use super::*;
-use crate::{EventKind, OperatorError, Release};
+use crate::Release;
 
 const DRAIN: Duration = Duration::from_secs(5);
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn hold(story: &mut Story) -> Result<(), OperatorError> {
-    let held = story.service.hold(story.now, story.now + DRAIN, LIMIT);
+    let held = story.command(Command::Hold { deadline: story.now + DRAIN, limit: LIMIT });
     story.drain();
     held
 }
@@ -20,7 +20,7 @@ fn released(story: &Story) -> Option<Release> {
 }
 
 fn copied(story: &mut Story, server: u32) -> Result<(), OperatorError> {
-    let attached = story.service.attach(story.now, spec(server), Seeding::Copied);
+    let attached = story.command(Command::Attach { spec: spec(server), seeding: Seeding::Copied });
     story.drain();
     attached
 }
@@ -68,7 +68,7 @@ fn a_copy_counts_only_while_clients_are_held() {
     assert_eq!(copied(&mut story, 1), Err(OperatorError::NotHeld));
     story.events.clear();
     hold(&mut story).unwrap();
-    story.service.release(story.now);
+    story.command(Command::Release).unwrap();
     story.drain();
     assert_eq!(released(&story), Some(Release::GivenUp));
     assert_eq!(copied(&mut story, 1), Err(OperatorError::NotHeld));
@@ -102,13 +102,13 @@ fn a_copy_during_which_clients_came_past_the_engine_counts_for_nothing() {
         ecn: 0,
         payload: b"set",
     };
-    story.service.handle_tapped_client(story.now, LINK, &say.emit(), crate::Passage::Unattended);
+    story.tell(Input::Client { link: LINK, passage: Passage::Unattended, packet: &say.emit() });
     story.drain();
     assert_eq!(released(&story), Some(Release::Unattended));
     assert_eq!(copied(&mut story, 1), Err(OperatorError::NotHeld));
     story.events.clear();
     hold(&mut story).unwrap();
-    story.service.handle_untold();
+    story.tell(Input::Untold);
     story.drain();
     assert_eq!(released(&story), Some(Release::Unattended));
 }
@@ -117,14 +117,14 @@ fn a_copy_during_which_clients_came_past_the_engine_counts_for_nothing() {
 fn a_copy_of_an_ovm_that_was_deposed_counts_for_nothing() {
     let mut story = Story::new(1);
     hold(&mut story).unwrap();
-    story.service.handle_evidence(story.now, ServerId(0), crate::Evidence::DomainGone);
+    story.tell(Input::Evidence { server: ServerId(0), evidence: Evidence::DomainGone });
     story.drain();
     assert_eq!(copied(&mut story, 2), Err(OperatorError::NotHeld));
     assert_eq!(released(&story), Some(Release::OvmChanged));
     // Without anybody's asking, too.
     let mut story = Story::new(1);
     hold(&mut story).unwrap();
-    story.service.switchover(story.now, None).unwrap();
+    story.command(Command::Switchover { to: None }).unwrap();
     story.drain();
     story.wait(Duration::from_millis(200));
     assert_eq!(released(&story), Some(Release::OvmChanged));

@@ -115,7 +115,7 @@ fn half_open(rvms: u32) -> Story {
 #[test]
 fn a_former_ovm_that_repeats_its_syn_ack_is_let_be() {
     let mut story = half_open(1);
-    story.service.switchover(story.now, None).unwrap();
+    story.command(Command::Switchover { to: None }).unwrap();
     story.drain();
     story.syn_ack(0);
     story.silence();

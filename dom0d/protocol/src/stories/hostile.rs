@@ -144,7 +144,7 @@ fn nobody_speaks_in_the_name_of_a_guest() {
             ecn: 0,
             payload: b"",
         };
-        story.service.handle_client(story.now, LINK, &syn.emit());
+        story.tell(Input::Client { link: LINK, passage: Passage::Kept, packet: &syn.emit() });
         story.drain();
     }
     story.silence();
@@ -153,7 +153,7 @@ fn nobody_speaks_in_the_name_of_a_guest() {
 #[test]
 fn a_deposed_server_is_silent_from_the_cutover_itself() {
     let mut story = Story::established(1);
-    story.service.switchover(story.now, Some(ServerId(1))).unwrap();
+    story.command(Command::Switchover { to: Some(ServerId(1)) }).unwrap();
     // Before anything else happens in the conversation.
     let late = Segment {
         src: "10.0.0.10:80".parse().unwrap(),
@@ -167,7 +167,7 @@ fn a_deposed_server_is_silent_from_the_cutover_itself() {
         ecn: 0,
         payload: b"late",
     };
-    story.service.handle_server(story.now, ServerId(0), &late.emit());
+    story.tell(Input::Server { server: ServerId(0), passage: Passage::Kept, packet: &late.emit() });
     story.drain();
     assert!(story.client.iter().all(|heard| heard.payload.is_empty()));
 }
@@ -258,7 +258,11 @@ fn a_tiny_mss_does_not_multiply_packets() {
             ecn: 0,
             payload: b"",
         };
-        story.service.handle_server(story.now, ServerId(server), &syn_ack.emit());
+        story.tell(Input::Server {
+            server: ServerId(server),
+            passage: Passage::Kept,
+            packet: &syn_ack.emit(),
+        });
         story.client_says(Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
         story.servers.iter_mut().for_each(VecDeque::clear);
     }
@@ -323,7 +327,7 @@ fn a_fin_behind_a_held_reset_leaves_no_deadline_that_can_not_be_met() {
     story.server_says(0, close(Flags::RST.with(Flags::ACK)));
     story.server_says(0, close(Flags::FIN.with(Flags::ACK)));
     story.wait(Duration::from_secs(2));
-    assert!(story.service.poll_timeout().is_none_or(|due| due > story.now));
+    assert!(story.service.next_timeout().is_none_or(|due| due > story.now));
     assert_eq!(story.service.status().conversations, 0);
 }
 
@@ -405,7 +409,7 @@ fn what_a_guests_kernel_drops_acknowledges_nothing() {
         }),
     ];
     for packet in broken {
-        story.service.handle_client(story.now, LINK, &packet);
+        story.tell(Input::Client { link: LINK, passage: Passage::Kept, packet: &packet });
         story.drain();
     }
     assert!(story.servers.iter().all(VecDeque::is_empty), "it was handed on: {:?}", story.servers);
@@ -465,7 +469,7 @@ fn what_is_left_of_an_unknown_conversation_makes_nobody_stale() {
 fn an_unknown_conversation_is_refused_where_a_replica_would_lack_it() {
     for (seeding, refused) in [(Seeding::AssumeIdentical, true), (Seeding::Unseeded, false)] {
         let mut story = Story::new(0);
-        story.service.attach(story.now, spec(1), seeding).unwrap();
+        story.command(Command::Attach { spec: spec(1), seeding }).unwrap();
         story.drain();
         story.client_sends(1, b"SET", 2);
         let heard = story.server_hears(0);

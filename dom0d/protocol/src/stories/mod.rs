@@ -19,8 +19,8 @@ use std::collections::VecDeque;
 
 use crate::wire::{self, Flags, Options, Parsed, SackBlocks, Segment};
 use crate::{
-    Destination, Effect, Event, EventKind, Evidence, Instant, LinkAddress, MAX_SERVERS, Seeding, ServerId,
-    ServerSpec, Service, ServiceConfig,
+    Command, Destination, Event, EventKind, Evidence, Handover, Input, Instant, LinkAddress, MAX_SERVERS,
+    OperatorError, Output, Passage, Rule, Seeding, ServerId, ServerSpec, Service, ServiceConfig,
 };
 
 const PSC: &str = "10.0.0.100:80";
@@ -51,7 +51,7 @@ struct Story {
     client: VecDeque<Heard>,
     servers: Vec<VecDeque<Heard>>,
     events: Vec<EventKind>,
-    effects: Vec<Effect>,
+    outputs: Vec<Output>,
     /// How often each server was asked for a sign of life.
     asked: [u32; MAX_SERVERS],
     timestamps: bool,
@@ -100,12 +100,8 @@ impl Story {
     fn configured(rvms: u32, change: impl FnOnce(&mut ServiceConfig)) -> Self {
         let mut config = ServiceConfig::new("story", vec![[10, 0, 0, 100].into()], vec![80]);
         change(&mut config);
-        let mut service = Service::new(config);
+        let service = Service::new(config);
         let now = Instant::from_micros(1_000_000);
-        service.install_ovm(now, spec(0)).unwrap();
-        for server in 1..=rvms {
-            service.attach(now, spec(server), Seeding::AssumeIdentical).unwrap();
-        }
         let servers = vec![VecDeque::new(); MAX_SERVERS];
         let mut story = Self {
             service,
@@ -114,29 +110,50 @@ impl Story {
             client: VecDeque::new(),
             servers,
             events: Vec::new(),
-            effects: Vec::new(),
+            outputs: Vec::new(),
             asked: [0; MAX_SERVERS],
             timestamps: false,
         };
+        story.command(Command::InstallOvm(spec(0))).unwrap();
+        for server in 1..=rvms {
+            story.command(Command::Attach { spec: spec(server), seeding: Seeding::AssumeIdentical }).unwrap();
+        }
         story.drain();
         story.events.clear();
-        story.effects.clear();
+        story.outputs.clear();
         story
     }
 
     fn drain(&mut self) {
-        while let Some(effect) = self.service.poll_effect() {
-            match effect {
-                Effect::Event(Event { kind, .. }) => self.events.push(kind),
-                Effect::Ask(ServerId(server)) => self.asked[server as usize] += 1,
-                effect => self.effects.push(effect),
+        while let Some(output) = self.service.poll(self.now) {
+            match output {
+                Output::Transmit(transmit) => {
+                    for packet in transmit.packets() {
+                        self.hear(transmit.to, &packet);
+                    }
+                }
+                Output::Event(Event { kind, .. }) => self.events.push(kind),
+                Output::Ask(ServerId(server)) => self.asked[server as usize] += 1,
+                output => self.outputs.push(output),
             }
         }
-        while let Some(transmit) = self.service.poll_transmit(self.now) {
-            for packet in transmit.packets() {
-                self.hear(transmit.to, &packet);
-            }
-        }
+    }
+
+    fn tell(&mut self, input: Input<'_>) {
+        self.service.handle(self.now, input).unwrap();
+    }
+
+    fn command(&mut self, command: Command) -> Result<(), OperatorError> {
+        self.service.handle(self.now, Input::Command(command))
+    }
+
+    /// What the plane may pass now, if it has nothing more to tell.
+    fn handover(&mut self) -> Option<Handover> {
+        self.tell(Input::PlaneIdle);
+        self.service.poll(self.now).map(|output| match output {
+            Output::Rule(Rule::HandOver(handover)) => *handover,
+            output => panic!("{output:?}"),
+        })
     }
 
     fn hear(&mut self, to: Destination, packet: &[u8]) {
@@ -168,7 +185,7 @@ impl Story {
         let until = self.now + time;
         while self.now < until {
             self.now = (self.now + Duration::from_millis(1)).min(until);
-            self.service.handle_timeout(self.now);
+            self.tell(Input::Timeout);
             self.drain();
         }
     }
@@ -186,7 +203,7 @@ impl Story {
 
     fn client_says(&mut self, say: Say<'_>) {
         let packet = self.client_packet(&say);
-        self.service.handle_client(self.now, LINK, &packet);
+        self.tell(Input::Client { link: LINK, passage: Passage::Kept, packet: &packet });
         self.drain();
     }
 
@@ -208,7 +225,7 @@ impl Story {
 
     fn server_says(&mut self, server: u32, say: Say<'_>) {
         let packet = self.server_packet(server, &say);
-        self.service.handle_server(self.now, ServerId(server), &packet);
+        self.tell(Input::Server { server: ServerId(server), passage: Passage::Kept, packet: &packet });
         self.drain();
     }
 
@@ -316,7 +333,7 @@ impl Story {
 
     fn fail_ovm(&mut self) {
         let ovm = self.service.ovm().expect("an OVM");
-        self.service.handle_evidence(self.now, ovm, Evidence::DomainGone);
+        self.tell(Input::Evidence { server: ovm, evidence: Evidence::DomainGone });
         self.drain();
     }
 }

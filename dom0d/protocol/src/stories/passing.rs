@@ -1,7 +1,7 @@
 //! What the engine asks of a data plane that passes conversations by itself.
 
 use super::*;
-use crate::{Flow, LagPolicy, Passage, StaleReason};
+use crate::{Flow, LagPolicy, StaleReason};
 
 /// So far may the OVM be ahead.
 const AHEAD: u32 = 500;
@@ -26,10 +26,10 @@ impl Passing {
             config.limits.ahead_bytes = AHEAD;
             change(config);
         });
-        story.service.set_plane_passes();
+        story.tell(Input::PlanePasses);
         story.establish(rvms);
-        let handover = story.service.poll_handover().expect("nothing is in flight");
-        assert_eq!(story.service.poll_handover(), None);
+        let handover = story.handover().expect("nothing is in flight");
+        assert_eq!(story.handover(), None);
         Self { story, flow: handover.flow }
     }
 
@@ -37,12 +37,11 @@ impl Passing {
     fn client_says(&mut self, say: Say<'_>) -> u32 {
         let packet = self.story.client_packet(&say);
         let edge = self.flow.client_to_server(&mut packet.clone(), [10, 0, 0, 10].into()).unwrap();
-        self.story.service.handle_tapped_client(
-            self.story.now,
-            LINK,
-            &packet,
-            Passage::Passed { edge, trusted: true },
-        );
+        self.story.tell(Input::Client {
+            link: LINK,
+            passage: Passage::Passed { edge, trusted: true },
+            packet: &packet,
+        });
         self.follow();
         edge.wrapping_sub(iss(0))
     }
@@ -52,16 +51,16 @@ impl Passing {
         let packet = self.story.server_packet(0, &say);
         let edge = self.flow.server_to_client(&mut packet.clone(), [10, 0, 0, 100].into()).unwrap();
         let passage = Passage::Passed { edge, trusted: true };
-        self.story.service.handle_tapped_server(self.story.now, ServerId(0), &packet, passage);
+        self.story.tell(Input::Server { server: ServerId(0), passage, packet: &packet });
         self.follow();
         edge.wrapping_sub(CLIENT_ISS)
     }
 
     fn follow(&mut self) {
         self.story.drain();
-        for effect in self.story.effects.drain(..) {
-            match effect {
-                Effect::Extend { bounds, .. } => self.flow.bounds = bounds,
+        for output in self.story.outputs.drain(..) {
+            match output {
+                Output::Rule(Rule::Extend { bounds, .. }) => self.flow.bounds = bounds,
                 other => panic!("{other:?}"),
             }
         }
@@ -81,12 +80,14 @@ fn a_download_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
     assert_eq!(story.servers[0], []);
     // The replica says the same, in two parts.
     story.server_sends(1, 1, &answer[..400], 1);
-    assert_eq!(story.effects, [], "it is too far behind still");
+    assert_eq!(story.outputs, [], "it is too far behind still");
     story.server_sends(1, 401, &answer[400..], 1);
     let update = story.server_hears(0);
     assert_eq!((update.seq, update.ack, update.payload.len()), (at(1), iss(0) + 1001, 0));
     assert_eq!(u32::from(update.window), AHEAD);
-    let [Effect::Extend { bounds, .. }] = story.effects[..] else { panic!("{:?}", story.effects) };
+    let [Output::Rule(Rule::Extend { bounds, .. })] = story.outputs[..] else {
+        panic!("{:?}", story.outputs)
+    };
     assert_eq!(bounds.down.wrapping_sub(iss(0)), 1001 + AHEAD);
     assert_eq!(story.servers[0], [], "once is enough");
 }
@@ -105,7 +106,9 @@ fn an_upload_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
     let update = story.client_hears();
     assert_eq!((update.seq, update.ack, update.payload.len()), (iss(0) + 1, at(1001), 0));
     assert_eq!(u32::from(update.window), AHEAD);
-    let [Effect::Extend { bounds, .. }] = story.effects[..] else { panic!("{:?}", story.effects) };
+    let [Output::Rule(Rule::Extend { bounds, .. })] = story.outputs[..] else {
+        panic!("{:?}", story.outputs)
+    };
     assert_eq!(bounds.up.wrapping_sub(CLIENT_ISS), 1001 + AHEAD);
     assert!(story.client.is_empty(), "once is enough");
 }
@@ -123,9 +126,9 @@ fn an_ovm_that_was_stopped_for_one_replica_is_not_blamed_by_the_others() {
     }
     story.wait(Duration::from_millis(400));
     assert!(
-        !story.effects.iter().any(|effect| matches!(effect, Effect::StopPlane { .. })),
+        !story.outputs.iter().any(|output| matches!(output, Output::StopPlane { .. })),
         "{:?}",
-        story.effects
+        story.outputs
     );
 }
 
@@ -144,11 +147,11 @@ fn nobody_waits_for_a_replica_that_is_gone() {
 fn what_went_on_without_the_daemon_is_left_alone_and_no_replica_is_promotable() {
     let Passing { mut story, .. } = Passing::begin();
     let packet = story.server_packet(0, &Say { seq: iss(0) + 500, ack: at(1), ..Say::default() });
-    story.service.handle_tapped_server(story.now, ServerId(0), &packet, Passage::Unattended);
+    story.tell(Input::Server { server: ServerId(0), passage: Passage::Unattended, packet: &packet });
     story.drain();
     assert!(story.client.is_empty() && story.servers[0].is_empty(), "it goes on");
     assert!(story.server_hears(1).flags.has(Flags::RST));
-    assert_eq!(story.effects, [], "the plane keeps it");
+    assert_eq!(story.outputs, [], "the plane keeps it");
     let status = story.service.status();
     assert_eq!(
         (status.conversations, status.servers[1].stale),
@@ -165,9 +168,9 @@ fn what_went_on_without_the_daemon_is_left_alone_and_no_replica_is_promotable() 
 fn the_echo_of_a_repetition_that_the_daemon_sent_on_is_not_taken_for_that_of_the_original() {
     let mut story = Story::new(1);
     story.timestamps = true;
-    story.service.set_plane_passes();
+    story.tell(Input::PlanePasses);
     story.establish(1);
-    let mut flow = story.service.poll_handover().expect("nothing is in flight").flow;
+    let mut flow = story.handover().expect("nothing is in flight").flow;
     let psc = [10, 0, 0, 100].into();
     let say = Say { seq: iss(0) + 1, ack: at(1), payload: b"answer", tsval: 2_000, ..Say::default() };
     flow.server_to_client(&mut story.server_packet(0, &say), psc).unwrap();
@@ -294,7 +297,7 @@ fn what_the_engine_can_not_take_though_it_was_passed_every_replica_lacks_at_once
             |parsed| matches!(parsed, wire::Parsed::Tcp(segment) if !segment.options.authenticated),
         );
         let passage = Passage::Passed { edge: up, trusted: true };
-        story.service.handle_tapped_client(story.now, LINK, &packet, passage);
+        story.tell(Input::Client { link: LINK, passage, packet: &packet });
         story.drain();
         for replica in [1, 2] {
             let stale = story.service.status().servers[replica].stale;
@@ -310,17 +313,17 @@ fn what_the_engine_can_not_take_though_it_was_passed_every_replica_lacks_at_once
             0 => {
                 let mut packet = story.server_packet(0, &say);
                 packet[32] = 0xf0;
-                story.service.handle_tapped_server(story.now, ServerId(0), &packet, passage);
+                story.tell(Input::Server { server: ServerId(0), passage, packet: &packet });
             }
             1 | 2 => {
                 story.peer.set_port(4999);
                 let packet = story.server_packet(0, &say);
                 let say = Say { seq: at(1), ack: iss(0) + 1, ..say };
                 match case {
-                    1 => story.service.handle_tapped_server(story.now, ServerId(0), &packet, passage),
+                    1 => story.tell(Input::Server { server: ServerId(0), passage, packet: &packet }),
                     _ => {
                         let packet = story.client_packet(&say);
-                        story.service.handle_tapped_client(story.now, LINK, &packet, passage);
+                        story.tell(Input::Client { link: LINK, passage, packet: &packet });
                     }
                 }
             }
@@ -328,7 +331,7 @@ fn what_the_engine_can_not_take_though_it_was_passed_every_replica_lacks_at_once
                 // As long as there is nothing in it that anybody could lack.
                 let packet = story.client_packet(&Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
                 let passage = Passage::Passed { edge: up, trusted: true };
-                story.service.handle_tapped_client(story.now, LINK, &packet, passage);
+                story.tell(Input::Client { link: LINK, passage, packet: &packet });
             }
         }
         story.drain();
@@ -359,7 +362,7 @@ fn a_checksum_is_what_its_receiver_takes_it_for() {
         }
         story.servers[1].clear();
         let passage = Passage::Passed { edge: iss(0) + 1001, trusted };
-        story.service.handle_tapped_client(story.now, LINK, &packet, passage);
+        story.tell(Input::Client { link: LINK, passage, packet: &packet });
         story.drain();
         assert_eq!(!story.servers[1].is_empty(), taken, "{check:?} {trusted}");
         // Who looks at it drops it: nobody lacks anything, unless somebody took it all the same.
@@ -391,9 +394,9 @@ fn what_was_passed_is_taken_though_the_engine_is_a_step_behind() {
     // been moved on there, and a later time of the client's is known here already.
     let mut story = Story::new(1);
     story.timestamps = true;
-    story.service.set_plane_passes();
+    story.tell(Input::PlanePasses);
     story.establish(1);
-    assert!(story.service.poll_handover().is_some());
+    assert!(story.handover().is_some());
     let says = [
         Say { seq: at(1), ack: iss(0) + 1, payload: b"a", tsval: 500, tsecr: 1000, ..Say::default() },
         Say { seq: at(2), ack: iss(0) + 100, payload: b"b", tsval: 400, tsecr: 1000, ..Say::default() },
@@ -402,7 +405,7 @@ fn what_was_passed_is_taken_though_the_engine_is_a_step_behind() {
     for say in says {
         let packet = story.client_packet(&say);
         let passage = Passage::Passed { edge: iss(0) + 1001, trusted: true };
-        story.service.handle_tapped_client(story.now, LINK, &packet, passage);
+        story.tell(Input::Client { link: LINK, passage, packet: &packet });
         story.drain();
     }
     let status = story.service.status();

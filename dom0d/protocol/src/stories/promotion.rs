@@ -1,15 +1,15 @@
 //! The OVM is gone; the conversation is not.
 
 use super::*;
-use crate::{NotPromotable, OperatorError};
+use crate::NotPromotable;
 
 #[test]
 fn the_cutover_comes_before_any_packet_and_the_old_ovm_is_silent() {
     let mut story = Story::established(1);
     story.fail_ovm();
     assert_eq!(
-        story.effects,
-        [Effect::Cutover { epoch: 2, from: Some(ServerId(0)), to: ServerId(1) }, Effect::Fence(ServerId(0)),]
+        story.outputs,
+        [Output::Cutover { epoch: 2, from: Some(ServerId(0)), to: ServerId(1) }, Output::Fence(ServerId(0)),]
     );
     story.server_sends(0, 1, b"ghost", 1);
     assert!(story.client.is_empty());
@@ -81,17 +81,17 @@ fn a_new_ovm_that_answers_differently_resets_the_conversation() {
 #[test]
 fn a_stale_replica_is_not_promoted_though_nothing_else_is_left() {
     let mut story = Story::new(0);
-    story.service.attach(story.now, spec(1), Seeding::Unseeded).unwrap();
+    story.command(Command::Attach { spec: spec(1), seeding: Seeding::Unseeded }).unwrap();
     story.open();
     story.fail_ovm();
-    assert!(story.effects.is_empty());
+    assert!(story.outputs.is_empty());
     assert!(
         story
             .events
             .iter()
             .any(|event| matches!(event, EventKind::NoCandidate { because, .. } if because.len() == 1))
     );
-    assert_eq!(story.service.failover(story.now, Some(ServerId(1)), true), Ok(ServerId(1)));
+    assert_eq!(story.command(Command::Failover { to: Some(ServerId(1)), force: true }), Ok(()));
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn silence_of_the_ovm_alone_is_evidence_after_its_limit() {
     story.client_sends(1, b"ask", 1);
     story.server_sends(1, 1, b"", 4);
     story.wait(Duration::from_millis(245));
-    assert!(story.effects.is_empty());
+    assert!(story.outputs.is_empty());
     assert!(story.servers[0].len() >= 2, "the OVM was reminded");
     story.wait(Duration::from_millis(10));
     assert!(story.events.iter().any(|event| matches!(
@@ -116,7 +116,7 @@ fn an_answer_that_the_ovm_does_not_begin_is_evidence_after_its_limit() {
     story.server_sends(0, 1, b"", 4);
     story.server_sends(1, 1, b"answer", 4);
     story.wait(Duration::from_millis(245));
-    assert!(story.effects.is_empty());
+    assert!(story.outputs.is_empty());
     story.wait(Duration::from_millis(10));
     assert!(
         story
@@ -171,7 +171,7 @@ fn a_window_that_stays_shut_where_a_replicas_is_open_is_evidence() {
     story.server_says(1, open);
     story.server_says(0, Say { seq: iss(0) + 1, ack: at(7), window: 0, ..Say::default() });
     story.wait(Duration::from_millis(245));
-    assert!(story.effects.is_empty());
+    assert!(story.outputs.is_empty());
     story.wait(Duration::from_millis(10));
     assert!(
         story
@@ -185,7 +185,7 @@ fn a_window_that_stays_shut_where_a_replicas_is_open_is_evidence() {
 fn a_planned_switchover_and_back_keeps_the_conversation() {
     let mut story = Story::established(1);
     for (to, other, position) in [(1, 0, 1u32), (0, 1, 2)] {
-        assert_eq!(story.service.switchover(story.now, None), Ok(ServerId(to)));
+        assert_eq!(story.command(Command::Switchover { to: None }), Ok(()));
         story.drain();
         story.client.clear();
         story.client_sends(position, b"q", position);
@@ -207,14 +207,14 @@ fn an_ovm_that_was_an_rvm_for_no_time_at_all_goes_on() {
         story.server_sends(server, 1, b"A", 2);
     }
     story.client_says(Say { seq: at(2), ack: iss(0) + 2, ..Say::default() });
-    story.service.switchover(story.now, None).unwrap();
+    story.command(Command::Switchover { to: None }).unwrap();
     story.drain();
     story.client_sends(2, b"r", 2);
     story.server_sends(1, 2, b"B", 3);
     story.client_says(Say { seq: at(3), ack: iss(0) + 3, ..Say::default() });
     // There and back before the conversation is looked at.
-    story.service.switchover(story.now, None).unwrap();
-    story.service.switchover(story.now, None).unwrap();
+    story.command(Command::Switchover { to: None }).unwrap();
+    story.command(Command::Switchover { to: None }).unwrap();
     story.drain();
     story.client.clear();
     story.servers[1].clear();
@@ -230,7 +230,7 @@ fn a_former_ovm_may_acknowledge_what_the_client_itself_sent_it_beyond_a_gap() {
     story.establish(1);
     story.client_sends(2, b"bc", 1);
     assert_eq!(story.server_hears(0).payload, b"bc");
-    story.service.switchover(story.now, None).unwrap();
+    story.command(Command::Switchover { to: None }).unwrap();
     story.drain();
     story.servers[0].clear();
     story.client_sends(1, b"a", 1);
@@ -294,7 +294,7 @@ fn a_new_ovm_whose_window_stays_shut_is_accused() {
     story.server_sends(0, 1, b"", 7);
     let open = Say { seq: iss(2).wrapping_add(1), ack: at(7), window: 5000, ..Say::default() };
     story.server_says(2, open);
-    story.service.failover(story.now, Some(ServerId(1)), false).unwrap();
+    story.command(Command::Failover { to: Some(ServerId(1)), force: false }).unwrap();
     story.drain();
     story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(4), window: 0, ..Say::default() });
     story.wait(Duration::from_millis(260));
@@ -310,10 +310,10 @@ fn an_ovm_that_may_not_have_heard_of_the_clients_acknowledgment_is_not_accused()
     // The acknowledgment was lost; a keepalive repeats it, where strict servers do not look.
     story.client_says(Say { seq: at(3), ack: iss(0) + 5, payload: b"k", ..Say::default() });
     story.wait(Duration::from_millis(400));
-    assert!(story.effects.is_empty(), "{:?}", story.events);
+    assert!(story.outputs.is_empty(), "{:?}", story.events);
     story.client_says(Say { seq: at(4), ack: iss(0) + 5, ..Say::default() });
     story.wait(Duration::from_millis(260));
-    assert!(!story.effects.is_empty());
+    assert!(!story.outputs.is_empty());
 }
 
 /// What it opens goes nowhere: it may hold something else than the OVM by now.
@@ -321,7 +321,7 @@ fn an_ovm_that_may_not_have_heard_of_the_clients_acknowledgment_is_not_accused()
 fn a_replica_that_opens_connections_of_its_own_is_promoted_only_by_an_operator() {
     let mut story = Story::established(1);
     for server in [0, 1] {
-        story.service.handle_own_connection(story.now, ServerId(server));
+        story.tell(Input::OwnConnection { server: ServerId(server) });
     }
     let status = story.service.status();
     let why: Vec<_> = status.servers.iter().map(|server| server.not_promotable).collect();
@@ -333,17 +333,17 @@ fn a_replica_that_opens_connections_of_its_own_is_promoted_only_by_an_operator()
         Some(EventKind::NoCandidate { because, .. }) if *because == [(ServerId(1), NotPromotable::OwnConnections)]
     ));
     assert_eq!(
-        story.service.failover(story.now, Some(ServerId(1)), false),
+        story.command(Command::Failover { to: Some(ServerId(1)), force: false }),
         Err(OperatorError::NotPromotable)
     );
-    assert_eq!(story.service.failover(story.now, Some(ServerId(1)), true), Ok(ServerId(1)));
+    assert_eq!(story.command(Command::Failover { to: Some(ServerId(1)), force: true }), Ok(()));
 }
 
 #[test]
 fn a_service_has_seven_replicas_and_no_more_and_outlives_seven_of_its_servers() {
     let mut story = Story::established(7);
     assert_eq!(
-        story.service.attach(story.now, spec(8), Seeding::Unseeded),
+        story.command(Command::Attach { spec: spec(8), seeding: Seeding::Unseeded }),
         Err(OperatorError::QueueFull(MAX_SERVERS))
     );
     for survivor in 1..=7 {

@@ -16,7 +16,7 @@ impl Story {
     }
 
     fn is_fenced(&self, server: u32) -> bool {
-        self.effects.contains(&Effect::Fence(ServerId(server)))
+        self.outputs.contains(&Output::Fence(ServerId(server)))
     }
 
     /// `server` acknowledges the client's bytes up to `acked`, and answers nothing.
@@ -152,7 +152,7 @@ fn where_it_answers_otherwise_that_conversation_alone_is_lost_to_it() {
 fn evidence_of_its_domain_ends_its_chance() {
     for evidence in [Evidence::DomainGone, Evidence::DomainPaused] {
         let mut story = Story::stalled(1);
-        story.service.handle_evidence(story.now, ServerId(0), evidence);
+        story.tell(Input::Evidence { server: ServerId(0), evidence });
         story.drain();
         let evicted = EventKind::Evicted { server: ServerId(0), reason: StaleReason::MissedBytes };
         assert!(story.has(&evicted) && story.is_fenced(0), "{:?}", story.events);
@@ -207,7 +207,7 @@ fn a_domain_that_stops_and_goes_on_excuses_nobody_else() {
     let mut story = Story::established(2);
     let flap = |story: &mut Story, server: u32| {
         for running in [false, true] {
-            story.service.handle_running(story.now, ServerId(server), running);
+            story.tell(Input::Running { server: ServerId(server), running });
             story.wait(Duration::from_millis(50));
         }
     };

@@ -155,7 +155,7 @@ fn a_replica_that_leaves_before_it_had_everything_is_stale_at_once() {
     story.client_sends(1, b"set", 1);
     story.server_sends(0, 1, b"ok", 4);
     // The new OVM has not got it either: what counts is what the client was told.
-    story.service.failover(story.now, Some(ServerId(1)), false).unwrap();
+    story.command(Command::Failover { to: Some(ServerId(1)), force: false }).unwrap();
     story.drain();
     let leaves = Say { seq: iss(2).wrapping_add(1), ack: at(1), flags: Flags::RST, ..Say::default() };
     story.server_says(2, leaves);

@@ -1,7 +1,7 @@
 //! A service goes on in another process, or says why not.
 
 use super::*;
-use crate::{Bounds, NotPromotable, RestoreError, StaleReason, Uncovered};
+use crate::{Bounds, NotPromotable, RestoreError, StaleReason, Transmit, Uncovered};
 
 /// A conversation in which an RVM lacks both directions, and something arrived beyond a gap.
 fn busy() -> Story {
@@ -24,11 +24,11 @@ fn what_waits_to_be_polled_is_saved_too() {
     let ctx = &mut story.service.ctx;
     let (server, client, psc) = (ServerId(7), CLIENT.parse().unwrap(), PSC.parse().unwrap());
     let mut expected = vec![
-        Effect::Cutover { epoch: u64::MAX, from: None, to: server },
-        Effect::Fence(server),
-        Effect::StopPlane { accused: ServerId(3), evidence: Evidence::NoProgress },
-        Effect::TakeBack { client, psc },
-        Effect::Extend { place: 3, bounds: Bounds { up: 1, down: u32::MAX } },
+        Output::Cutover { epoch: u64::MAX, from: None, to: server },
+        Output::Fence(server),
+        Output::StopPlane { accused: ServerId(3), evidence: Evidence::NoProgress },
+        Output::Rule(Rule::TakeBack { client, psc }),
+        Output::Rule(Rule::Extend { entry: 3, bounds: Bounds { up: 1, down: u32::MAX } }),
     ];
     let events = [
         EventKind::Attached { server, seeded: true },
@@ -63,14 +63,15 @@ fn what_waits_to_be_polled_is_saved_too() {
         EventKind::Unprotected { client: "[fd00::1]:80".parse().unwrap(), reason: Uncovered::TableFull },
         EventKind::Reset { client },
     ];
-    expected.extend(events.map(|kind| Effect::Event(Event { at: Instant::from_micros(u64::MAX), kind })));
-    expected.iter().for_each(|effect| ctx.outbox.effect(effect.clone()));
-    ctx.send(Destination::Client(LINK), b"\x45packet".to_vec(), 1448);
+    expected.extend(events.map(|kind| Output::Event(Event { at: Instant::from_micros(u64::MAX), kind })));
+    expected.push(Output::Transmit(Transmit {
+        to: Destination::Client(LINK),
+        packet: b"\x45packet".to_vec(),
+        segment: 1448,
+    }));
+    expected.iter().for_each(|output| ctx.outbox.push(output.clone()));
     let mut service = restored(&story).unwrap();
-    assert_eq!(std::iter::from_fn(|| service.poll_effect()).collect::<Vec<_>>(), expected);
-    let transmit = service.poll_transmit(story.now).unwrap();
-    assert_eq!((transmit.to, transmit.segment), (Destination::Client(LINK), 1448));
-    assert_eq!(transmit.packet, b"\x45packet");
+    assert_eq!(std::iter::from_fn(|| service.poll(story.now)).collect::<Vec<_>>(), expected);
 }
 
 #[test]

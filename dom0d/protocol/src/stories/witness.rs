@@ -14,7 +14,7 @@ fn wait_alive(story: &mut Story, time: Duration) {
         let before = story.asked;
         story.wait(Duration::from_millis(1));
         if story.asked != before {
-            story.service.handle_sign(story.now, ovm, Sign::Answered);
+            story.tell(Input::Sign { server: ovm, sign: Sign::Answered });
             story.drain();
         }
     }
@@ -64,7 +64,7 @@ fn an_ovm_that_asks_for_the_address_of_a_client_is_alive() {
     story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
     for _ in 0..5 {
         let asks = Sign::Asked { target: story.peer.ip(), link: None };
-        story.service.handle_sign(story.now, ServerId(0), asks);
+        story.tell(Input::Sign { server: ServerId(0), sign: asks });
         story.wait(Duration::from_secs(1));
     }
     assert!(story.servers[1].is_empty(), "nobody else was asked");
@@ -146,7 +146,7 @@ fn an_ovm_that_can_not_reach_the_client_is_not_accused_of_saying_nothing() {
         story.client_sends(1, b"ask", 1);
         story.server_sends(0, 1, b"", 4);
         story.server_sends(1, 1, b"answer", 4);
-        story.service.handle_sign(story.now, ServerId(0), Sign::Asked { target: target.ip(), link });
+        story.tell(Input::Sign { server: ServerId(0), sign: Sign::Asked { target: target.ip(), link } });
         wait_alive(&mut story, Duration::from_millis(600));
         let is_stranger = asked_for == "10.0.0.77:0";
         assert_eq!(is_suspected(&story), is_stranger, "{asked_for}");
@@ -162,20 +162,20 @@ fn an_ovm_that_can_not_reach_the_client_is_not_accused_of_saying_nothing() {
 #[test]
 fn evidence_against_one_server_deposes_no_other() {
     let mut story = Story::new(2);
-    story.service.set_plane_passes();
+    story.tell(Input::PlanePasses);
     story.establish(2);
     story.client_sends(1, b"ask", 1);
     for server in [1, 2] {
         story.server_sends(server, 1, b"", 4);
     }
     story.wait(Duration::from_millis(260));
-    let against = Effect::StopPlane { accused: ServerId(0), evidence: Evidence::UnacknowledgedSegment };
-    assert!(story.effects.contains(&against), "{:?}", story.effects);
+    let against = Output::StopPlane { accused: ServerId(0), evidence: Evidence::UnacknowledgedSegment };
+    assert!(story.outputs.contains(&against), "{:?}", story.outputs);
     // An operator comes first.
-    story.service.handle_plane_stopped();
-    story.service.switchover(story.now, Some(ServerId(1))).unwrap();
+    story.tell(Input::PlaneStopped);
+    story.command(Command::Switchover { to: Some(ServerId(1)) }).unwrap();
     story.drain();
-    story.service.handle_confirmed(story.now, ServerId(0), Evidence::UnacknowledgedSegment);
+    story.tell(Input::Confirmed { accused: ServerId(0), evidence: Evidence::UnacknowledgedSegment });
     story.drain();
     assert_eq!(story.service.ovm(), Some(ServerId(1)));
 }

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::event::{LinkAddress, Sign};
+use crate::event::LinkAddress;
+use crate::input::Sign;
 use crate::suspicion::REMINDERS;
 use crate::time::Instant;
 

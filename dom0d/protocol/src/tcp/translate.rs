@@ -19,7 +19,7 @@ use crate::wire::{self, TCP};
 
 /// What both sides know of one conversation, as the numbers that its segments carry. "Told" is what the
 /// client was told.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
     /// Added to the server's sequence numbers for the client.
     pub seq_delta: u32,

@@ -2,7 +2,8 @@
 //! and the checkers see all of it.
 
 use understudy_protocol::{
-    Destination, Effect, EventKind, Evidence, LinkAddress, ServerId, Service, Sign, StaleReason,
+    Destination, EventKind, Evidence, Input, LinkAddress, OperatorError, Output, Passage, Rule, ServerId,
+    Service, Sign, StaleReason,
 };
 
 use super::{Event, Known, LINK_QUESTION, World, link_address, psc};
@@ -47,7 +48,7 @@ impl World {
         if self.plane_takes_from_client(client, &whole, packet) {
             return;
         }
-        self.service.handle_client(self.instant(), link_address(client), packet);
+        self.tell(Input::Client { link: link_address(client), passage: Passage::Kept, packet });
         self.after_packet();
     }
 
@@ -82,18 +83,18 @@ impl World {
             return;
         }
         self.check_repetition(id, packet);
-        self.service.handle_server(self.instant(), id, packet);
+        self.tell(Input::Server { server: id, passage: Passage::Kept, packet });
         self.after_packet();
-        self.follow_suspicion();
+        self.settle();
     }
 
     /// A server told its link address, as a living kernel does.
     pub(super) fn sign_of(&mut self, guest: usize) {
         let id = self.guests[guest].id;
         self.trace.line(self.now, || format!("{id:?} > its address"));
-        self.service.handle_sign(self.instant(), id, Sign::Answered);
+        self.tell(Input::Sign { server: id, sign: Sign::Answered });
         self.drain();
-        self.follow_suspicion();
+        self.settle();
     }
 
     /// Who writes down what the engine hears may leave out what it can recall.
@@ -120,32 +121,34 @@ impl World {
         }
     }
 
-    /// Drains the engine as its documentation says.
+    /// Tells the engine what it can't refuse.
+    pub(super) fn tell(&mut self, input: Input<'_>) {
+        if let Err(error) = self.service.handle(self.instant(), input) {
+            self.fail("input", format!("what is no command is refused: {error}"));
+        }
+    }
+
+    /// Does what may depose the OVM, as the daemon does it.
+    pub(super) fn cut_over(&mut self, input: Input<'_>) -> Result<(), OperatorError> {
+        let result = understudy_driver::cut_over(self, self.instant(), Some(input));
+        self.drain();
+        result
+    }
+
+    /// The daemon has nothing left to hear.
+    pub(super) fn settle(&mut self) {
+        understudy_driver::settle(self, self.instant());
+        self.drain();
+    }
+
+    /// Drains the engine, and sees to its timer.
     pub(super) fn drain(&mut self) {
         self.restore_sometimes();
-        while let Some(effect) = self.service.poll_effect() {
-            self.effect(effect);
+        while understudy_driver::drain(self, self.instant()) {}
+        if self.failure.is_some() {
+            return;
         }
-        while let Some(transmit) = self.service.poll_transmit(self.instant()) {
-            self.restore_sometimes();
-            // What led to it may have been found while working.
-            while let Some(effect) = self.service.poll_effect() {
-                self.effect(effect);
-            }
-            for packet in transmit.packets() {
-                match transmit.to {
-                    Destination::Client(link) => self.transmit_to_client(link, packet),
-                    Destination::Server(id) => self.transmit_to_server(id, packet),
-                }
-            }
-            if self.failure.is_some() {
-                return;
-            }
-        }
-        while let Some(effect) = self.service.poll_effect() {
-            self.effect(effect);
-        }
-        let Some(at) = self.service.poll_timeout() else {
+        let Some(at) = self.service.next_timeout() else {
             self.timer = None;
             return;
         };
@@ -256,10 +259,25 @@ impl World {
         });
     }
 
-    fn effect(&mut self, effect: Effect) {
-        self.trace.line(self.now, || format!("effect {effect:?}"));
-        match effect {
-            Effect::Cutover { from, to, .. } => {
+    /// Carries out what the engine wants done, as long as no rule is broken.
+    pub(super) fn carry_out_or_fail(&mut self, output: Output) {
+        if self.failure.is_some() {
+            return;
+        }
+        if !matches!(output, Output::Transmit(_)) {
+            self.trace.line(self.now, || format!("output {output:?}"));
+        }
+        match output {
+            Output::Transmit(transmit) => {
+                self.restore_sometimes();
+                for packet in transmit.packets() {
+                    match transmit.to {
+                        Destination::Client(link) => self.transmit_to_client(link, packet),
+                        Destination::Server(id) => self.transmit_to_server(id, packet),
+                    }
+                }
+            }
+            Output::Cutover { from, to, .. } => {
                 self.see(&Seen::Cutover { to });
                 if let Some(plane) = &mut self.plane {
                     plane.activate(Some(to));
@@ -291,32 +309,26 @@ impl World {
                     }
                 }
             }
-            Effect::Fence(id) => {
+            Output::Fence(id) => {
                 let at = self.now + self.knobs.fence_us;
                 self.push(at, Event::Fenced(id));
             }
-            Effect::Ask(id) => {
+            Output::Ask(id) => {
                 self.coverage.hit("engine.asked for a sign");
                 if let Some(guest) = self.guest_of(id) {
                     self.carry_to_server(guest, LINK_QUESTION);
                 }
             }
-            Effect::StopPlane { accused, evidence } => {
+            Output::StopPlane { .. } => {}
+            Output::Rule(rule) => {
+                if matches!(rule, Rule::HandOver(_)) {
+                    self.coverage.hit("plane.handed over");
+                }
                 if let Some(plane) = &mut self.plane {
-                    plane.suspect(accused, evidence);
+                    plane.apply(&rule);
                 }
             }
-            Effect::Extend { place, bounds } => {
-                if let Some(plane) = &mut self.plane {
-                    plane.extend(place, bounds);
-                }
-            }
-            Effect::TakeBack { client, psc } => {
-                if let Some(plane) = &mut self.plane {
-                    plane.take_back(client, psc);
-                }
-            }
-            Effect::Event(event) => {
+            Output::Event(event) => {
                 self.event(&event.kind);
                 self.see(&Seen::Event(&event.kind));
             }
@@ -387,20 +399,20 @@ impl World {
                 continue;
             }
             let id = guest.id;
-            self.service.handle_running(self.instant(), id, state == Known::Running);
+            self.tell(Input::Running { server: id, running: state == Known::Running });
             match state {
                 Known::Gone => evidence.push((id, Evidence::DomainGone)),
                 Known::Paused if !self.fenced[index] => evidence.push((id, Evidence::DomainPaused)),
                 _ => {}
             }
         }
-        for (id, kind) in evidence {
-            self.trace.line(self.now, || format!("daemon: {id:?} {kind:?}"));
-            let now = self.instant();
-            if self.service.ovm() == Some(id) {
-                self.cut_over(|service| service.handle_evidence(now, id, kind));
+        for (server, evidence) in evidence {
+            self.trace.line(self.now, || format!("daemon: {server:?} {evidence:?}"));
+            let input = Input::Evidence { server, evidence };
+            if self.service.ovm() == Some(server) {
+                let _ = self.cut_over(input);
             } else {
-                self.service.handle_evidence(now, id, kind);
+                self.tell(input);
             }
         }
         self.drain();

@@ -2,7 +2,7 @@
 
 use core::net::IpAddr;
 
-use understudy_protocol::{ServerId, Sign};
+use understudy_protocol::{Input, ServerId, Sign};
 
 use super::{Event, World};
 use crate::client::Client;
@@ -58,7 +58,7 @@ impl World {
     /// The OVM asks who has an address that nobody has.
     pub(super) fn asks_in_vain(&mut self, ovm: ServerId, target: IpAddr) {
         self.coverage.hit("guest.asked in vain");
-        self.service.handle_sign(self.instant(), ovm, Sign::Asked { target, link: None });
+        self.tell(Input::Sign { server: ovm, sign: Sign::Asked { target, link: None } });
         self.drain();
     }
 }

@@ -4,7 +4,10 @@
 use core::net::SocketAddr;
 use std::collections::{BTreeMap, VecDeque};
 
-use understudy_protocol::{Aside, Bounds, Evidence, Flow, LinkAddress, Passage, ServerId};
+use understudy_driver::{Driven, Suspicion};
+use understudy_protocol::{
+    Aside, Flow, Input, Instant, LinkAddress, Output, Passage, Rule, ServerId, Service,
+};
 
 use super::{Event, World, link_address};
 use crate::segment::Segment;
@@ -24,12 +27,11 @@ enum From {
 pub(super) struct Plane {
     ovm: Option<ServerId>,
     epoch: u64,
-    /// By client and PSC: the epoch that it is for, and its place.
+    /// By client and PSC: the epoch that it is for, and its entry.
     flows: BTreeMap<(SocketAddr, SocketAddr), (u64, u32, Flow)>,
     ring: VecDeque<(From, Vec<u8>, Passage)>,
     /// When the daemon looks next.
     look: Option<u64>,
-    suspicion: Option<(ServerId, Evidence)>,
 }
 
 impl Plane {
@@ -38,20 +40,21 @@ impl Plane {
         self.epoch += 1;
     }
 
-    pub(super) fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {
-        self.flows.remove(&(client, psc));
-    }
-
-    pub(super) fn extend(&mut self, place: u32, bounds: Bounds) {
-        for (_, at, flow) in self.flows.values_mut() {
-            if *at == place {
-                flow.bounds = bounds;
+    pub(super) fn apply(&mut self, rule: &Rule) {
+        match rule {
+            Rule::HandOver(handover) => {
+                let key = (handover.client, handover.psc);
+                self.flows.insert(key, (self.epoch, handover.entry, handover.flow));
             }
+            Rule::Extend { entry, bounds } => {
+                for (_, at, flow) in self.flows.values_mut() {
+                    if at == entry {
+                        flow.bounds = *bounds;
+                    }
+                }
+            }
+            Rule::TakeBack { client, psc } => drop(self.flows.remove(&(*client, *psc))),
         }
-    }
-
-    pub(super) fn suspect(&mut self, accused: ServerId, evidence: Evidence) {
-        self.suspicion = Some((accused, evidence));
     }
 
     /// Passes a segment if it is what comes next.
@@ -142,54 +145,62 @@ impl World {
         if let Some(plane) = &mut self.plane {
             plane.look = None;
         }
-        self.hear_ring();
-        self.follow_suspicion();
-        while let Some(handover) = self.service.poll_handover() {
-            if let Some(plane) = &mut self.plane {
-                plane
-                    .flows
-                    .insert((handover.client, handover.psc), (plane.epoch, handover.place, handover.flow));
-                self.coverage.hit("plane.handed over");
-            }
-        }
-    }
-
-    fn hear_ring(&mut self) {
-        while let Some((from, packet, passage)) = self.plane.as_mut().and_then(|plane| plane.ring.pop_front())
-        {
-            if let From::Server(id) = from {
-                self.check_repetition(id, &packet);
-            }
-            let now = self.instant();
-            match from {
-                From::Client(link) => self.service.handle_tapped_client(now, link, &packet, passage),
-                From::Server(id) => self.service.handle_tapped_server(now, id, &packet, passage),
-            }
+        while self.hear_ring() {
             self.after_packet();
         }
+        self.settle();
     }
 
-    /// Acts on the engine's own evidence, once the plane has stopped.
-    pub(super) fn follow_suspicion(&mut self) {
-        if let Some((accused, evidence)) = self.plane.as_mut().and_then(|plane| plane.suspicion.take()) {
-            let now = self.instant();
-            self.cut_over(|service| service.handle_confirmed(now, accused, evidence));
+    /// The engine hears the oldest of what the plane has for it, if there is anything.
+    fn hear_ring(&mut self) -> bool {
+        let Some((from, packet, passage)) = self.plane.as_mut().and_then(|plane| plane.ring.pop_front())
+        else {
+            return false;
+        };
+        match from {
+            From::Client(link) => self.tell(Input::Client { link, passage, packet: &packet }),
+            From::Server(server) => {
+                self.check_repetition(server, &packet);
+                self.tell(Input::Server { server, passage, packet: &packet });
+            }
         }
+        true
+    }
+}
+
+impl Driven for World {
+    type Engine = Service;
+
+    fn engine(&mut self) -> &mut Service {
+        &mut self.service
     }
 
-    /// Does what may depose the OVM, as the daemon does it.
-    pub(super) fn cut_over<T>(&mut self, act: impl FnOnce(&mut understudy_protocol::Service) -> T) -> T {
-        if let Some(plane) = &mut self.plane {
-            plane.activate(None);
-            self.hear_ring();
-            self.service.handle_plane_stopped();
-        }
-        let result = act(&mut self.service);
-        self.drain();
-        let ovm = self.service.ovm();
+    fn suspicion(&mut self) -> &mut Option<Suspicion> {
+        &mut self.suspicion
+    }
+
+    fn carry_out(&mut self, output: Output) {
+        self.carry_out_or_fail(output);
+    }
+
+    fn stop(&mut self) -> bool {
+        let Some(plane) = &mut self.plane else { return false };
+        let stops = plane.ovm.is_some();
+        plane.activate(None);
+        stops
+    }
+
+    fn hear_rest(&mut self, _: Instant) -> bool {
+        self.hear_ring()
+    }
+
+    fn resume(&mut self, ovm: Option<ServerId>) {
         if let Some(plane) = self.plane.as_mut().filter(|plane| plane.ovm.is_none()) {
             plane.activate(ovm);
         }
-        result
+    }
+
+    fn is_idle(&self) -> bool {
+        self.plane.as_ref().is_some_and(|plane| plane.ring.is_empty())
     }
 }

@@ -2,7 +2,7 @@
 
 use core::time::Duration;
 
-use understudy_protocol::{OperatorError, Role, Seeding, ServerId};
+use understudy_protocol::{Command, Input, OperatorError, Role, Seeding, ServerId};
 
 use super::{GUESTS, World};
 use crate::fault::{Fault, Join, Target};
@@ -63,23 +63,21 @@ impl World {
                 }
             }
             Fault::Switchover => {
-                let now = self.instant();
-                let result = self.cut_over(|service| service.switchover(now, None));
-                self.action("switchover", result.map(|_| ()));
+                let result = self.cut_over(Input::Command(Command::Switchover { to: None }));
+                self.action("switchover", result);
             }
             Fault::Failover { force } => {
-                let now = self.instant();
-                let result = self.cut_over(|service| service.failover(now, None, force));
+                let result = self.cut_over(Input::Command(Command::Failover { to: None, force }));
                 if force && result.is_ok() {
                     self.excuse.get_or_insert("a forced failover");
                 }
-                self.action("failover", result.map(|_| ()));
+                self.action("failover", result);
             }
             Fault::Attach(join) => self.attach(join),
             Fault::Detach(target) => {
                 if let Some(guest) = self.resolve(target) {
-                    let id = self.guests[guest].id;
-                    let result = self.service.detach(self.instant(), id);
+                    let server = self.guests[guest].id;
+                    let result = self.command(Command::Detach { server });
                     self.action("detach", result);
                 }
             }
@@ -87,6 +85,10 @@ impl World {
         }
         self.excuse_of_loss();
         self.drain();
+    }
+
+    pub(super) fn command(&mut self, command: Command) -> Result<(), OperatorError> {
+        self.service.handle(self.instant(), Input::Command(command))
     }
 
     fn action(&mut self, name: &str, result: Result<(), OperatorError>) {
@@ -118,7 +120,7 @@ impl World {
                 Seeding::Drain { deadline: self.instant() + Duration::from_micros(deadline_us) }
             }
         };
-        let result = self.service.attach(self.instant(), spec, seeding);
+        let result = self.command(Command::Attach { spec, seeding });
         if result.is_err() {
             self.guests[index].health = Health::Gone;
         } else {

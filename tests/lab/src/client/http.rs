@@ -2,8 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ pub(crate) struct Transfer {
 pub(crate) struct Running {
     handle: JoinHandle<Result<Transfer>>,
     progress: Arc<AtomicU64>,
+    /// Why it failed, if it did.
+    failure: Arc<OnceLock<String>>,
 }
 
 impl Running {
@@ -49,8 +51,9 @@ impl Running {
         while self.progress() < bytes {
             ensure!(
                 !self.handle.is_finished(),
-                "the transfer ended after {} bytes, before it came to {bytes}",
-                self.progress()
+                "the transfer ended after {} bytes, before it came to {bytes}: {}",
+                self.progress(),
+                self.failure.get().map_or("it had no more", String::as_str)
             );
             ensure!(
                 Instant::now() < deadline,
@@ -110,8 +113,11 @@ where
 {
     let progress = Arc::new(AtomicU64::new(0));
     let shared = progress.clone();
-    let handle = place.spawn("http", move || work(&shared))?;
-    Ok(Running { handle, progress })
+    let failure = Arc::new(OnceLock::new());
+    let told = failure.clone();
+    let handle =
+        place.spawn("http", move || work(&shared).inspect_err(|error| _ = told.set(format!("{error:#}"))))?;
+    Ok(Running { handle, progress, failure })
 }
 
 /// Opens a connection with this module's limits.

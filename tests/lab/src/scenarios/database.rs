@@ -31,7 +31,7 @@ fn transactions(lab: &str, fault: Fault) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Postgresql])?;
     let target = stage.psc(Service::Postgresql)?;
     let mut session = stage.client().run(move || Session::connect(target))?;
-    let at = transfers(&mut session, || stage.lab.fault(fault, "guest-1"))?;
+    let at = transfers(&mut session, || stage.strike(Service::Postgresql, fault))?;
     let failover = Failover::observe(&stage, Service::Postgresql, fault, at)?;
     let (place, address) = own_address(&stage.ovm(Service::Postgresql)?, Service::Postgresql)?;
     expect_balanced(&mut session)?;
@@ -84,7 +84,7 @@ fn psql(lab: &str) -> Result<()> {
         psql.tell(&format!("INSERT INTO t VALUES ({n});"))?;
         psql.expect("INSERT 0 1")?;
     }
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let at = stage.strike(Service::Postgresql, Fault::Freeze)?;
     for n in 20..40 {
         psql.tell(&format!("INSERT INTO t VALUES ({n});"))?;
         psql.expect("INSERT 0 1")?;

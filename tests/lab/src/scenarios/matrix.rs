@@ -112,7 +112,7 @@ fn idle(lab: &str, fault: Fault, replicas: usize, network: Network) -> Result<()
     let load = Plan::new(target, "idle").start(&stage.client())?;
     load.wait_answers(200, Duration::from_secs(20))?;
     load.hold(Duration::from_secs(10))?;
-    let at = stage.lab.fault(fault, "guest-1")?;
+    let at = stage.strike(Service::Redis, fault)?;
     if matches!(fault, Fault::Hang | Fault::Spin) {
         // Nothing tells these two from an idle guest until somebody asks.
         load.go_on();
@@ -133,7 +133,7 @@ fn pipeline(lab: &str, fault: Fault, replicas: usize, network: Network) -> Resul
     plan.pace = Some(Duration::from_millis(20));
     let load = plan.start(&stage.client())?;
     load.wait_answers(5_000, Duration::from_secs(30))?;
-    let at = stage.lab.fault(fault, "guest-1")?;
+    let at = stage.strike(Service::Redis, fault)?;
     let failover = Failover::observe(&stage, Service::Redis, fault, at)?;
     load.wait_answers(5_000, Duration::from_secs(30))?;
     let outcome = load.finish()?;
@@ -146,7 +146,7 @@ fn large(lab: &str, fault: Fault, replicas: usize, direction: Direction, network
     let stage = stage(lab, replicas, Service::Http, network)?;
     let large = Large::begin(&stage, direction, network.ipv6)?;
     large.wait_part(0.33)?;
-    let at = stage.lab.fault(fault, "guest-1")?;
+    let at = stage.strike(Service::Http, fault)?;
     let failover = Failover::observe(&stage, Service::Http, fault, at)?;
     large.expect_whole(&stage)?;
     failover.expect_plausible()
@@ -157,7 +157,7 @@ fn half_closed(lab: &str, fault: Fault, replicas: usize) -> Result<()> {
     let stage = Stage::up(lab, replicas, &[Service::Postgresql])?;
     let session = HalfClosed::begin(&stage)?;
     session.wait_part(0.2)?;
-    let at = stage.lab.fault(fault, "guest-1")?;
+    let at = stage.strike(Service::Postgresql, fault)?;
     let failover = Failover::observe(&stage, Service::Postgresql, fault, at)?;
     session.expect_whole(&stage)?;
     failover.expect_plausible()
@@ -172,7 +172,7 @@ fn thousand(lab: &str, fault: Fault, replicas: usize) -> Result<()> {
     plan.pace = Some(Duration::from_millis(50));
     let load = plan.start(&stage.client())?;
     load.wait_answers(2_000, Duration::from_secs(30))?;
-    let at = stage.lab.fault(fault, "guest-1")?;
+    let at = stage.strike(Service::Redis, fault)?;
     let failover = Failover::observe(&stage, Service::Redis, fault, at)?;
     load.wait_answers(2_000, Duration::from_secs(30))?;
     let outcome = load.finish()?;

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -180,17 +180,23 @@ fn no_bridge(lab: &str) -> Result<()> {
     }
 }
 
-/// The redis service does not serve, and its problems say why.
+/// The redis service does not serve, and its problems soon say why.
 fn expect_problem(stage: &Stage, saying: &[&str]) -> Result<()> {
-    std::thread::sleep(Duration::from_millis(500));
-    let service = stage.operator.service("redis")?;
-    let mut said = service.problems.join("; ");
-    for known in &service.known {
-        said.push_str(&format!("; {}: {}", known.domain.name, known.reason));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let service = stage.operator.service("redis")?;
+        let mut said = service.problems.join("; ");
+        for known in &service.known {
+            said.push_str(&format!("; {}: {}", known.domain.name, known.reason));
+        }
+        ensure!(!service.serving, "the service serves");
+        let explained = explains("the status", &said, saying);
+        if explained.is_ok() || Instant::now() >= deadline {
+            println!("  {said}");
+            return explained;
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
-    ensure!(!service.serving, "the service serves");
-    println!("  {said}");
-    explains("the status", &said, saying)
 }
 
 /// Without root dom0d says so at once and touches nothing.

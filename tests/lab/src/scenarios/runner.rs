@@ -22,12 +22,17 @@ pub(crate) struct Options {
     /// Print the names and play nothing
     #[arg(long)]
     list: bool,
-    /// Scenarios played at the same time
-    #[arg(long, default_value_t = 1)]
+    /// Scenarios played at the same time: as many as there are CPUs, at most four, unless stated
+    #[arg(long, default_value_t = default_jobs())]
     jobs: usize,
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
+}
+
+/// Most of a scenario's time is waiting, but its clients and guests must get CPU when they need it.
+fn default_jobs() -> usize {
+    std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4))
 }
 
 /// Plays what `options` select; the last line says how many passed and failed.

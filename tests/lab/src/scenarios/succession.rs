@@ -100,7 +100,7 @@ fn transfer(lab: &str, direction: Direction) -> Result<()> {
         expect_promotable(&stage, "http", 1)?;
     }
     large.wait_part(0.7)?;
-    let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
+    let at = stage.strike(Service::Http, Fault::Freeze)?;
     Failover::observe(&stage, Service::Http, Fault::Freeze, at)?;
     large.expect_whole(&stage)?;
     Ok(())

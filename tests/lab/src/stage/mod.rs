@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use crate::client::place::Place;
 use crate::client::redis::load::{Outcome, Plan, Running};
 use crate::client::redis::verify::{Verdict, verify};
-use crate::host::{Daemon, Domain, Fault, Lab, LabConfig, Plane, Service};
+use crate::host::{Daemon, Domain, Fault, FaultInstant, Lab, LabConfig, Plane, Service};
 use failover::Failover;
 use logs::Logs;
 use operator::{Events, Operator};
@@ -150,6 +150,15 @@ impl Stage {
             .and_then(|server| server.domain.as_ref())
             .with_context(|| format!("{} has no OVM", service.name()))?;
         self.lab.domain(&domain.name)
+    }
+
+    /// Strikes whoever serves, once a replica could take over. That need not be guest-1: where a busy machine made the
+    /// OVM stall for longer than the service's limits, dom0d has moved the service, and the OVM follows again.
+    pub(crate) fn strike(&self, service: Service, fault: Fault) -> Result<FaultInstant> {
+        self.until("a replica could take over", ANSWERS, |status| {
+            status.services.iter().any(|known| known.name == service.name() && known.promotable() > 0)
+        })?;
+        self.lab.fault(fault, &self.ovm(service)?.name)
     }
 
     /// Redis clients that write all the time, some of which were answered already.

@@ -38,9 +38,9 @@ use tracing_subscriber::EnvFilter;
 use understudy_api::config::{Config, ConfigError, DEFAULT_PATH};
 
 use crate::control::ControlSocket;
-use crate::datapath::{DataPath, Neighbourhood};
+use crate::datapath::{DataPath, Outboxes};
 use crate::discovery::{Found, Relist};
-use crate::host::{HypervisorKind, fencing};
+use crate::host::{HostKind, fencing};
 use crate::link::anchor;
 use crate::link::changes::Changes;
 use crate::link::frame::Mac;
@@ -122,7 +122,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(lab) = &arguments.lab {
         find_xenstored(lab)?;
     }
-    let hypervisor = arguments.lab.clone().map_or(HypervisorKind::Xen, HypervisorKind::Lab);
+    let hypervisor = arguments.lab.clone().map_or(HostKind::Xen, HostKind::Lab);
     hypervisor.open()?;
     if arguments.check {
         println!("configuration and host are fit for dom0d");
@@ -200,7 +200,7 @@ struct Threads {
 
 async fn run(
     (config, config_path): (Arc<Config>, &Path),
-    hypervisor: &HypervisorKind,
+    hypervisor: &HostKind,
     socket: &Path,
     places: &Places,
 ) -> anyhow::Result<()> {
@@ -301,7 +301,7 @@ fn remember(config: &Config, directory: &Path) -> Memory {
 
 fn start_threads(
     config: &Config,
-    hypervisor: &HypervisorKind,
+    hypervisor: &HostKind,
     events: &Events,
     lost: tokio::sync::mpsc::UnboundedSender<LostInterface>,
     (state, memory): (PathBuf, Memory),
@@ -340,7 +340,7 @@ fn start_threads(
         (inbox, waker.clone()),
         config.liveness_poll,
         memory,
-        Neighbourhood {
+        Outboxes {
             reporter: Reporter::new(events.clone()),
             jobs,
             rules,

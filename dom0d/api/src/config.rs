@@ -13,7 +13,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use understudy_protocol::ServiceConfig;
+use understudy_protocol::{MAX_SERVERS, ServiceConfig};
 use uuid::Uuid;
 
 use check::Problems;
@@ -24,6 +24,9 @@ pub const DEFAULT_PATH: &str = "/etc/understudy/dom0d.toml";
 
 /// Where the control socket is, unless the configuration says otherwise.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/understudy/control.sock";
+
+/// Most replicas of a service: with its OVM, a queue holds [`MAX_SERVERS`] servers.
+pub const MAX_REPLICAS: usize = MAX_SERVERS - 1;
 
 /// A configuration that has been checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +61,7 @@ pub struct Service {
     pub vlan: Option<u16>,
     /// The domain that serves first.
     pub ovm: Selector,
-    /// The domains that replicate it.
+    /// The domains that replicate it: at most [`MAX_REPLICAS`] at a time.
     pub rvms: Vec<Selector>,
     /// How a deposed OVM is silenced, beyond the data path's own fence.
     pub fence: Fence,

@@ -14,7 +14,7 @@ use crate::command::{
     Statement,
 };
 use crate::domain::DomainRef;
-use crate::host::HypervisorError;
+use crate::host::HostError;
 use crate::host::fencing::Job;
 use crate::message::Source;
 use crate::service::{Place, Service};
@@ -270,7 +270,7 @@ impl DataPath {
         }
         let (service, around) = self.split(index);
         let (name, domain) = (service.name().to_owned(), service.servers[&server].domain.clone());
-        let done = Box::new(move |result: Result<(), HypervisorError>| {
+        let done = Box::new(move |result: Result<(), HostError>| {
             drop(reply.send(match result {
                 Ok(()) => Ok(Answer::Done(Done { domain })),
                 Err(error) => Err(CommandError::Hypervisor {

@@ -18,7 +18,7 @@ use understudy_protocol::Instant;
 
 use crate::clock;
 use crate::containment::{Numbered, RuleSet, RulesNews};
-use crate::host::Hypervisor;
+use crate::host::Host;
 use crate::host::fencing::{Job, Outcome};
 use crate::message::{LostInterface, Message, Source};
 use crate::report::{DaemonEvent, Happening, Reporter};
@@ -33,8 +33,8 @@ const MESSAGES: usize = 32;
 /// segment took a third of the thread's time.
 const POLL_WHILE_BUSY: Duration = Duration::from_micros(100);
 
-/// The other threads, as the data path sees them.
-pub(crate) struct Neighbourhood {
+/// What the data path sends to the other threads.
+pub(crate) struct Outboxes {
     /// Where events go.
     pub(crate) reporter: Reporter,
     /// What is to be done to domains.
@@ -52,11 +52,11 @@ pub(crate) struct Neighbourhood {
 /// The state of the thread.
 pub(crate) struct DataPath {
     pub(super) services: Vec<Service>,
-    pub(super) around: Neighbourhood,
+    pub(super) outboxes: Outboxes,
     pub(super) hypervisor_name: &'static str,
     pub(super) problems: BTreeMap<Source, Vec<String>>,
     pub(super) started: Instant,
-    hypervisor: Box<dyn Hypervisor>,
+    hypervisor: Box<dyn Host>,
     messages: mpsc::Receiver<Message>,
     waker: Waker,
     liveness_poll: Duration,
@@ -96,11 +96,11 @@ impl DataPath {
     /// A data path for these services, which have neither places nor servers yet.
     pub(crate) fn new(
         services: Vec<Service>,
-        (hypervisor_name, hypervisor): (&'static str, Box<dyn Hypervisor>),
+        (hypervisor_name, hypervisor): (&'static str, Box<dyn Host>),
         (messages, waker): (mpsc::Receiver<Message>, Waker),
         liveness_poll: Duration,
         memory: Memory,
-        around: Neighbourhood,
+        outboxes: Outboxes,
     ) -> Self {
         let now = clock::now();
         let starvation = services
@@ -111,7 +111,7 @@ impl DataPath {
         Self {
             next_server: services.iter().map(|service| service.first_server).max().unwrap_or(1),
             services,
-            around,
+            outboxes,
             hypervisor_name,
             problems: BTreeMap::new(),
             started: now,
@@ -133,7 +133,7 @@ impl DataPath {
     pub(crate) fn run(mut self) {
         loop {
             let now = clock::now();
-            self.around.heartbeat.store(now.as_micros(), Ordering::Relaxed);
+            self.outboxes.heartbeat.store(now.as_micros(), Ordering::Relaxed);
             if now.since(self.looked) >= self.liveness_poll {
                 self.look(now);
             }
@@ -172,8 +172,8 @@ impl DataPath {
     /// A service, and what it needs of everything else.
     pub(super) fn split(&mut self, index: usize) -> (&mut Service, Surroundings<'_>) {
         let around = Surroundings {
-            reporter: &self.around.reporter,
-            jobs: &self.around.jobs,
+            reporter: &self.outboxes.reporter,
+            jobs: &self.outboxes.jobs,
             next_server: &mut self.next_server,
             doomed: &mut self.doomed,
         };
@@ -200,8 +200,8 @@ impl DataPath {
             Ok(domains) => {
                 for service in &mut self.services {
                     let mut around = Surroundings {
-                        reporter: &self.around.reporter,
-                        jobs: &self.around.jobs,
+                        reporter: &self.outboxes.reporter,
+                        jobs: &self.outboxes.jobs,
                         next_server: &mut self.next_server,
                         doomed: &mut self.doomed,
                     };
@@ -364,7 +364,7 @@ impl DataPath {
         };
         let report = |event| {
             let happening = Happening::Daemon(event);
-            self.around.reporter.report(now, service, happening, |_| None);
+            self.outboxes.reporter.report(now, service, happening, |_| None);
         };
         for message in before.iter().filter(|message| !problems.contains(message)) {
             report(DaemonEvent::Solved { message: message.clone() });
@@ -394,7 +394,7 @@ impl DataPath {
                 tracing::warn!(service = service.name(), error = loss.error, "an interface was lost");
                 let lost = LostInterface { service: index, domain: server.map(Server::life) };
                 // Without placement the daemon is stopping.
-                let _ = self.around.lost.send(lost);
+                let _ = self.outboxes.lost.send(lost);
             }
         }
         if rules_changed {
@@ -405,7 +405,7 @@ impl DataPath {
                 let name = service.name().to_owned();
                 self.memory.services.insert(name, service.memory.clone());
             }
-            let _ = self.around.memory.send(self.memory.clone());
+            let _ = self.outboxes.memory.send(self.memory.clone());
         }
     }
 
@@ -419,7 +419,7 @@ impl DataPath {
             service.rules_sent(self.rules_version);
         }
         let numbered = Numbered { version: self.rules_version, rules };
-        let _ = self.around.rules.send(numbered);
+        let _ = self.outboxes.rules.send(numbered);
     }
 
     fn wait(&mut self, now: Instant) -> Duration {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use understudy_api::config::Fence;
 use understudy_protocol::ServerId;
 
-use super::{Hypervisor, HypervisorError, Shutdown};
+use super::{Host, HostError, Shutdown};
 use crate::domain::DomainId;
 
 /// Waits before an attempt is repeated: the first, and the longest.
@@ -42,7 +42,7 @@ pub(crate) enum Job {
         /// Pause; otherwise resume.
         pause: bool,
         /// Called with what came of it, after that was told.
-        done: Box<dyn FnOnce(Result<(), HypervisorError>) + Send>,
+        done: Box<dyn FnOnce(Result<(), HostError>) + Send>,
     },
 }
 
@@ -92,7 +92,7 @@ struct Pending {
 
 /// Starts the thread; it ends when the sender of jobs is dropped.
 pub(crate) fn spawn(
-    hypervisor: Box<dyn Hypervisor>,
+    hypervisor: Box<dyn Host>,
     tell: impl Fn(Outcome) + Send + 'static,
 ) -> io::Result<(mpsc::Sender<Job>, JoinHandle<()>)> {
     let (sender, jobs) = mpsc::channel();
@@ -102,7 +102,7 @@ pub(crate) fn spawn(
     Ok((sender, thread))
 }
 
-fn work(mut hypervisor: Box<dyn Hypervisor>, jobs: &mpsc::Receiver<Job>, tell: impl Fn(Outcome)) {
+fn work(mut hypervisor: Box<dyn Host>, jobs: &mpsc::Receiver<Job>, tell: impl Fn(Outcome)) {
     let mut pending: Vec<Pending> = Vec::new();
     loop {
         let wait = pending
@@ -140,12 +140,7 @@ fn work(mut hypervisor: Box<dyn Hypervisor>, jobs: &mpsc::Receiver<Job>, tell: i
 }
 
 /// Tries once; `true` if the server is silent.
-fn attempt(
-    hypervisor: &mut dyn Hypervisor,
-    fence: &mut Pending,
-    now: Instant,
-    tell: &impl Fn(Outcome),
-) -> bool {
+fn attempt(hypervisor: &mut dyn Host, fence: &mut Pending, now: Instant, tell: &impl Fn(Outcome)) -> bool {
     let (service, server, by) = (fence.service, fence.server, fence.by);
     let error = match silence(hypervisor, fence.domain, by) {
         Ok(true) => {
@@ -166,7 +161,7 @@ fn attempt(
 }
 
 /// Pauses or destroys, and looks whether it is done.
-fn silence(hypervisor: &mut dyn Hypervisor, domain: DomainId, by: Fence) -> Result<bool, HypervisorError> {
+fn silence(hypervisor: &mut dyn Host, domain: DomainId, by: Fence) -> Result<bool, HostError> {
     match by {
         // The rules at its vif do it; the data path watches over those.
         Fence::Isolate => return Ok(true),
@@ -187,10 +182,10 @@ fn silence(hypervisor: &mut dyn Hypervisor, domain: DomainId, by: Fence) -> Resu
     })
 }
 
-fn is_gone(error: &HypervisorError) -> bool {
+fn is_gone(error: &HostError) -> bool {
     matches!(
         error,
-        HypervisorError::Gone { .. }
-            | HypervisorError::Xen(xen_sys::Error::NoSuchDomain { .. } | xen_sys::Error::DomidReused { .. })
+        HostError::Gone { .. }
+            | HostError::Xen(xen_sys::Error::NoSuchDomain { .. } | xen_sys::Error::DomidReused { .. })
     )
 }

@@ -1,4 +1,4 @@
-//! The namespace lab's hypervisor: a file that lists the domains, a socket that takes orders.
+//! The namespace lab's hypervisor: a file that lists the domains, a socket that takes requests.
 //!
 //! The file is replaced as a whole at each change and seen only by polling, as domain info is on Xen.
 
@@ -12,11 +12,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{DomainState, Hypervisor, HypervisorError, Shutdown};
+use super::{DomainState, Host, HostError, Shutdown};
 use crate::domain::DomainId;
 
-/// Longest wait for the lab's answer to one order.
-const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for the lab's answer to one request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The lab's directory and what its list said last.
 pub(crate) struct Lab {
@@ -60,7 +60,7 @@ enum Code {
 }
 
 #[derive(Serialize)]
-struct Order {
+struct Request {
     op: &'static str,
     domid: u16,
 }
@@ -73,7 +73,7 @@ struct Answer {
 
 impl Lab {
     /// The lab in `dir`, which must be up.
-    pub(crate) fn open(dir: &Path) -> Result<Self, HypervisorError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, HostError> {
         let mut lab = Self {
             list: dir.join("domains.json"),
             socket: dir.join("hypervisor.sock"),
@@ -103,14 +103,14 @@ impl Lab {
         Ok(())
     }
 
-    fn find(&mut self, domain: DomainId) -> Result<Option<&DomainState>, HypervisorError> {
+    fn find(&mut self, domain: DomainId) -> Result<Option<&DomainState>, HostError> {
         let domains = self.domains()?;
         Ok(domains.iter().find(|found| found.domid == domain.domid && found.uuid == domain.uuid))
     }
 
-    fn order(&mut self, op: &'static str, domain: DomainId) -> Result<(), HypervisorError> {
+    fn request(&mut self, op: &'static str, domain: DomainId) -> Result<(), HostError> {
         let domid = domain.domid;
-        let answer = ask(&self.socket, &Order { op, domid }).map_err(|error| HypervisorError::LabSocket {
+        let answer = ask(&self.socket, &Request { op, domid }).map_err(|error| HostError::LabSocket {
             op,
             domid,
             path: self.socket.clone(),
@@ -119,7 +119,7 @@ impl Lab {
         if answer.ok {
             return Ok(());
         }
-        Err(HypervisorError::LabRefused {
+        Err(HostError::LabRefused {
             op,
             domid,
             error: answer.error.unwrap_or_else(|| "no reason given".to_owned()),
@@ -127,11 +127,11 @@ impl Lab {
     }
 }
 
-fn ask(socket: &Path, order: &Order) -> io::Result<Answer> {
+fn ask(socket: &Path, request: &Request) -> io::Result<Answer> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(ORDER_TIMEOUT))?;
-    stream.set_write_timeout(Some(ORDER_TIMEOUT))?;
-    let mut line = serde_json::to_vec(order)?;
+    stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
+    stream.set_write_timeout(Some(REQUEST_TIMEOUT))?;
+    let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     stream.write_all(&line)?;
     let mut answer = String::new();
@@ -152,40 +152,40 @@ fn state(listed: &Listed) -> DomainState {
     }
 }
 
-impl Hypervisor for Lab {
-    fn domains(&mut self) -> Result<&[DomainState], HypervisorError> {
+impl Host for Lab {
+    fn domains(&mut self) -> Result<&[DomainState], HostError> {
         match self.refresh() {
             Ok(()) => Ok(&self.domains),
-            Err(error) => Err(HypervisorError::LabList { path: self.list.clone(), error }),
+            Err(error) => Err(HostError::LabList { path: self.list.clone(), error }),
         }
     }
 
-    fn pause(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+    fn pause(&mut self, domain: DomainId) -> Result<(), HostError> {
         match self.find(domain)? {
             Some(found) if found.paused => Ok(()),
-            Some(_) => self.order("pause", domain),
+            Some(_) => self.request("pause", domain),
             None => Err(gone(domain)),
         }
     }
 
-    fn unpause(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+    fn unpause(&mut self, domain: DomainId) -> Result<(), HostError> {
         match self.find(domain)? {
             Some(found) if !found.paused => Ok(()),
-            Some(_) => self.order("unpause", domain),
+            Some(_) => self.request("unpause", domain),
             None => Err(gone(domain)),
         }
     }
 
-    fn destroy(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+    fn destroy(&mut self, domain: DomainId) -> Result<(), HostError> {
         match self.find(domain)? {
-            Some(_) => self.order("destroy", domain),
+            Some(_) => self.request("destroy", domain),
             None => Ok(()),
         }
     }
 }
 
-fn gone(domain: DomainId) -> HypervisorError {
-    HypervisorError::Gone { domid: domain.domid, uuid: domain.uuid }
+fn gone(domain: DomainId) -> HostError {
+    HostError::Gone { domid: domain.domid, uuid: domain.uuid }
 }
 
 #[cfg(test)]

@@ -39,32 +39,32 @@ pub(crate) enum Shutdown {
 }
 
 /// Access to the hypervisor. Each thread that needs it opens its own.
-pub(crate) trait Hypervisor: Send {
+pub(crate) trait Host: Send {
     /// All domains at this moment. Called every millisecond: must not block.
-    fn domains(&mut self) -> Result<&[DomainState], HypervisorError>;
+    fn domains(&mut self) -> Result<&[DomainState], HostError>;
 
     /// Pauses a domain; done if it is paused already.
-    fn pause(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
+    fn pause(&mut self, domain: DomainId) -> Result<(), HostError>;
 
     /// Lets a paused domain run; done if it runs already.
-    fn unpause(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
+    fn unpause(&mut self, domain: DomainId) -> Result<(), HostError>;
 
     /// Ends a domain; done if it is gone already.
-    fn destroy(&mut self, domain: DomainId) -> Result<(), HypervisorError>;
+    fn destroy(&mut self, domain: DomainId) -> Result<(), HostError>;
 }
 
 /// Which hypervisor runs the domains.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum HypervisorKind {
+pub(crate) enum HostKind {
     /// The real one.
     Xen,
     /// The namespace lab in this directory.
     Lab(PathBuf),
 }
 
-impl HypervisorKind {
+impl HostKind {
     /// A connection of its own for the calling thread.
-    pub(crate) fn open(&self) -> Result<Box<dyn Hypervisor>, HypervisorError> {
+    pub(crate) fn open(&self) -> Result<Box<dyn Host>, HostError> {
         Ok(match self {
             Self::Xen => Box::new(xen::Xen::open()?),
             Self::Lab(dir) => Box::new(lab::Lab::open(dir)?),
@@ -82,7 +82,7 @@ impl HypervisorKind {
 
 /// Why the hypervisor did not do what was asked.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum HypervisorError {
+pub(crate) enum HostError {
     /// Xen refused, or can't be reached.
     #[error(transparent)]
     Xen(#[from] xen_sys::Error),

@@ -2,7 +2,7 @@
 
 use xen_sys::{DomainInfo, ShutdownReason, Xenctrl};
 
-use super::{DomainState, Hypervisor, HypervisorError, Shutdown};
+use super::{DomainState, Host, HostError, Shutdown};
 use crate::domain::DomainId;
 
 /// An open libxenctrl and the last list of domains.
@@ -13,29 +13,29 @@ pub(crate) struct Xen {
 
 impl Xen {
     /// Opens the library of the running hypervisor's version.
-    pub(crate) fn open() -> Result<Self, HypervisorError> {
+    pub(crate) fn open() -> Result<Self, HostError> {
         Ok(Self { control: Xenctrl::open()?, domains: Vec::new() })
     }
 
-    fn find(&self, domain: DomainId) -> Result<Option<DomainInfo>, HypervisorError> {
+    fn find(&self, domain: DomainId) -> Result<Option<DomainInfo>, HostError> {
         let found = self.control.domain(domain.domid)?;
         Ok(found.filter(|found| found.uuid == domain.uuid))
     }
 
-    fn existing(&self, domain: DomainId) -> Result<DomainInfo, HypervisorError> {
-        self.find(domain)?.ok_or(HypervisorError::Gone { domid: domain.domid, uuid: domain.uuid })
+    fn existing(&self, domain: DomainId) -> Result<DomainInfo, HostError> {
+        self.find(domain)?.ok_or(HostError::Gone { domid: domain.domid, uuid: domain.uuid })
     }
 }
 
-impl Hypervisor for Xen {
-    fn domains(&mut self) -> Result<&[DomainState], HypervisorError> {
+impl Host for Xen {
+    fn domains(&mut self) -> Result<&[DomainState], HostError> {
         self.domains.clear();
         let listed = self.control.domains()?;
         self.domains.extend(listed.iter().map(state));
         Ok(&self.domains)
     }
 
-    fn pause(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+    fn pause(&mut self, domain: DomainId) -> Result<(), HostError> {
         // Xen counts pauses: one of ours on top of another would outlive a single `xl unpause`.
         if !self.existing(domain)?.paused {
             self.control.pause(domain.domid, domain.uuid)?;
@@ -43,14 +43,14 @@ impl Hypervisor for Xen {
         Ok(())
     }
 
-    fn unpause(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+    fn unpause(&mut self, domain: DomainId) -> Result<(), HostError> {
         if self.existing(domain)?.paused {
             self.control.unpause(domain.domid, domain.uuid)?;
         }
         Ok(())
     }
 
-    fn destroy(&mut self, domain: DomainId) -> Result<(), HypervisorError> {
+    fn destroy(&mut self, domain: DomainId) -> Result<(), HostError> {
         match self.find(domain)? {
             Some(found) if !found.dying => Ok(self.control.destroy(domain.domid, domain.uuid)?),
             _ => Ok(()),

@@ -2,23 +2,32 @@
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use super::device::Device;
 use super::frame::Mac;
 use crate::domain::DomainRef;
+
+/// The vif that a domain serves through.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Vif {
+    /// Its interface in dom0.
+    pub(crate) name: String,
+    /// The guest's MAC.
+    pub(crate) mac: Mac,
+    /// The guest's addresses: at most one per family.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// In bytes.
+    pub(crate) mtu: u16,
+}
 
 /// A domain that a service can use, as placement hands it over.
 #[derive(Clone, Debug)]
 pub(crate) struct Arrival {
     /// As operators know it.
     pub(crate) domain: DomainRef,
-    /// Its interface in dom0.
-    pub(crate) vif: String,
-    /// The guest's MAC.
-    pub(crate) mac: Mac,
-    /// The guest's addresses: at most one per family.
-    pub(crate) addresses: Vec<IpAddr>,
-    /// MTU of the vif in bytes.
-    pub(crate) mtu: u16,
+    /// What it serves through.
+    pub(crate) vif: Vif,
 }
 
 /// A vif of a domain of the service, whether the domain can be used or not.

@@ -29,7 +29,7 @@ impl Placement {
         for domain in gone {
             let given = self.given.remove(&(index, domain));
             if let Some(Given { state: GivenState::Open { arrival, .. }, .. }) = given {
-                self.detach(index, &arrival.vif);
+                self.detach(index, &arrival.vif.name);
             }
             self.tell(Message::Departed { service: index, domain });
         }
@@ -67,8 +67,8 @@ impl Placement {
             let GivenState::Open { arrival: open, .. } = &given.state else {
                 continue;
             };
-            let mut addresses = open.addresses.iter();
-            let Some(shared) = addresses.find(|address| arrival.addresses.contains(address)) else {
+            let mut addresses = open.vif.addresses.iter();
+            let Some(shared) = addresses.find(|address| arrival.vif.addresses.contains(address)) else {
                 continue;
             };
             let other_service = &self.config.services[*other].engine;
@@ -97,15 +97,16 @@ impl Placement {
         arrival: Arrival,
         links: &[Link],
     ) -> Result<(), String> {
-        let link = links.iter().find(|link| link.name == arrival.vif);
+        let link = links.iter().find(|link| link.name == arrival.vif.name);
         let link_index = link.map_or(0, |link| link.index);
         if let Some(Given { state: GivenState::Open { arrival: open, index }, .. }) = self.given.get(&key) {
-            let same_vif = *index == link_index && open.vif == arrival.vif;
-            if same_vif && open.addresses == arrival.addresses && open.mac == arrival.mac {
+            let (open, new) = (&open.vif, &arrival.vif);
+            let is_same = (&open.name, open.mac, &open.addresses) == (&new.name, new.mac, &new.addresses);
+            if is_same && *index == link_index {
                 return Ok(());
             }
-            let left = (open.vif != arrival.vif).then(|| open.vif.clone());
-            if open.addresses != arrival.addresses {
+            let left = (open.name != new.name).then(|| open.name.clone());
+            if open.addresses != new.addresses {
                 // Not the server it was: it leaves and comes as another.
                 self.tell(Message::Departed { service: key.0, domain: key.1 });
             }
@@ -114,14 +115,14 @@ impl Placement {
             }
         }
         let filter = match &mut self.programs[key.0] {
-            None => server_filter(&arrival.addresses, &service.engine.ports),
+            None => server_filter(&arrival.vif.addresses, &service.engine.ports),
             Some(programs) => {
-                let attached = tokio::task::block_in_place(|| programs.attach_vif(&arrival.vif));
+                let attached = tokio::task::block_in_place(|| programs.attach_vif(&arrival.vif.name));
                 attached.map_err(|error| error.to_string())?;
-                odd_server_filter(&arrival.addresses)
+                odd_server_filter(&arrival.vif.addresses)
             }
         };
-        let (vif, vlan, buffer) = (arrival.vif.clone(), service.vlan, self.config.capture_buffer);
+        let (vif, vlan, buffer) = (arrival.vif.name.clone(), service.vlan, self.config.capture_buffer);
         let opened = blocking(move || Device::open(&vif, vlan, &filter, buffer)).await?;
         let device = opened.map_err(|error| format!("its vif can't be captured: {error}"))?;
         let came_from = self.given.get(&key).and_then(|given| given.came_from);

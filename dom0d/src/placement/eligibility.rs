@@ -7,7 +7,7 @@ use understudy_api::config;
 
 use crate::discovery::{Domain, INCOMING, Vif, XENBUS_CONNECTED, is_incoming, sent_away};
 use crate::link::anchor::{Link, LinkKind};
-use crate::link::vif::Arrival;
+use crate::link::vif::{self, Arrival};
 
 /// The domain's place in the service's configuration: 0 for the OVM, then the RVMs in their order;
 /// `None` if it does not belong to the service.
@@ -117,10 +117,12 @@ pub(crate) fn usable(
     let mtu = link.map_or(1500, |link| link.mtu);
     Ok(Arrival {
         domain: domain.reference(),
-        vif: vif.name.clone(),
-        mac: vif.mac,
-        addresses,
-        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        vif: vif::Vif {
+            name: vif.name.clone(),
+            mac: vif.mac,
+            addresses,
+            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        },
     })
 }
 
@@ -324,9 +326,9 @@ mod tests {
     fn a_domain_on_the_bridge_with_an_address_is_usable() {
         let links = links();
         let arrival = usable(&service(""), &domain("a"), &links[0], &links, |_| false).unwrap();
-        assert_eq!(arrival.vif, "vif1.0");
-        assert_eq!(arrival.addresses, ["10.77.0.11".parse::<IpAddr>().unwrap()]);
-        assert_eq!(arrival.mtu, 1500);
+        assert_eq!(arrival.vif.name, "vif1.0");
+        assert_eq!(arrival.vif.addresses, ["10.77.0.11".parse::<IpAddr>().unwrap()]);
+        assert_eq!(arrival.vif.mtu, 1500);
     }
 
     #[test]
@@ -340,7 +342,7 @@ mod tests {
             links.push(link(9, "vif1.1", LinkKind::Other, master));
             let result = usable(&service(""), &two, &links[0], &links, |_| false);
             assert_eq!(result.is_ok(), is_fine, "{result:?}");
-            assert!(result.is_ok_and(|arrival| arrival.vif == "vif1.0") || !is_fine);
+            assert!(result.is_ok_and(|arrival| arrival.vif.name == "vif1.0") || !is_fine);
             assert!(usable(&service(""), &two, &links[0], &links, |vif| vif == "vif1.1").is_ok());
         }
         let mut elsewhere = domain("a");
@@ -354,7 +356,7 @@ mod tests {
         let service = service("addresses = { \"a\" = \"10.77.0.99\" }");
         for name in ["a", "a--migratedaway"] {
             let arrival = usable(&service, &domain(name), &links[0], &links, |_| false).unwrap();
-            assert_eq!(arrival.addresses, ["10.77.0.99".parse::<IpAddr>().unwrap()]);
+            assert_eq!(arrival.vif.addresses, ["10.77.0.99".parse::<IpAddr>().unwrap()]);
         }
     }
 

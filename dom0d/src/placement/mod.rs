@@ -257,7 +257,7 @@ impl Placement {
             Some(Given { state: GivenState::Open { arrival, index }, moving_since: None, .. }) => {
                 // No interface has this number, so it is opened again.
                 *index = 0;
-                Some(arrival.vif.clone())
+                Some(arrival.vif.name.clone())
             }
             _ => None,
         }

@@ -33,7 +33,7 @@ impl Placement {
                     let lives_on = if is_back { !is_listed } else { new.received };
                     is_other && lives_on && !is_incoming(&new.name) && sent_away(&new.name).is_none()
                 })?;
-                let vif = new.vifs.iter().find(|vif| vif.mac == arrival.mac)?;
+                let vif = new.vifs.iter().find(|vif| vif.mac == arrival.vif.mac)?;
                 Some(((service, life), new.reference(), vif.name.clone()))
             })
             .collect();

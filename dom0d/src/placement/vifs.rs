@@ -92,7 +92,7 @@ impl Placement {
             let is_as_opened = !is_ingress
                 || self.given.iter().any(|((service, _), given)| {
                     matches!(&given.state, GivenState::Open { arrival, index: number }
-                        if *service == index && arrival.vif == interface && *number == link.index)
+                        if *service == index && arrival.vif.name == interface && *number == link.index)
                 });
             if !is_as_opened {
                 continue;
@@ -127,7 +127,7 @@ impl Placement {
                 let given = self.given.iter_mut().filter(|((service, _), _)| *service == index);
                 for (_, given) in given {
                     if let GivenState::Open { arrival, index } = &mut given.state
-                        && arrival.vif == interface
+                        && arrival.vif.name == interface
                     {
                         // No interface has this number, so it is opened again.
                         *index = 0;

@@ -15,7 +15,8 @@ use understudy_bpf::{Copied, Packet, RingEnd, Settings, Source, Tap};
 use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId};
 
 use super::Origin;
-use crate::link::frame::{Mac, is_unicast};
+use crate::link::frame::is_unicast;
+use crate::link::vif::Vif;
 
 /// How often the ring is looked at while something comes in: what the kernel passed wakes nobody.
 const LOOK: Duration = Duration::from_micros(250);
@@ -119,19 +120,13 @@ impl FastPath {
     }
 
     /// Tells the programs of a server, or of its new interface. `false` if all slots are taken.
-    pub(super) fn add_server(
-        &mut self,
-        server: ServerId,
-        index: u32,
-        mac: Mac,
-        addresses: &[IpAddr],
-    ) -> bool {
+    pub(super) fn add_server(&mut self, server: ServerId, index: u32, vif: &Vif) -> bool {
         let Some(slot) = self.slot_of(server).or_else(|| self.slots.iter().position(Option::is_none)) else {
             self.counters.no_slot += 1;
             return false;
         };
-        let mut entry = Server { ifindex: index, mac, ..Server::default() };
-        for address in addresses {
+        let mut entry = Server { ifindex: index, mac: vif.mac, ..Server::default() };
+        for address in &vif.addresses {
             match address {
                 IpAddr::V4(v4) => (entry.has_v4, entry.v4) = (1, v4.octets()),
                 IpAddr::V6(v6) => (entry.has_v6, entry.v6) = (1, v6.octets()),

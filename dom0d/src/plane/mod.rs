@@ -16,7 +16,7 @@ mod ports;
 mod presence;
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::{Deref, Range};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -32,9 +32,9 @@ use self::packet::{destination_address, opens, source_address};
 use self::ports::Ports;
 use self::presence::Presence;
 use crate::link::device::{Device, mac_text};
-use crate::link::frame::{self, Content, Frame, Mac, is_unicast};
+use crate::link::frame::{self, Content, Frame, is_unicast};
 use crate::link::psc::Psc;
-use crate::link::vif::Interface;
+use crate::link::vif::{Interface, Vif};
 
 pub(crate) use self::fast::{FastPath, Left};
 
@@ -151,13 +151,12 @@ impl Plane {
         self.presence.begin(now);
     }
 
-    /// A server's vif, the guest's MAC and its addresses. Replaces the interface of a server that is there already. One
-    /// that the fast path has no slot for is not in the plane ([`Ports::has_server`]).
-    pub(crate) fn add_server(&mut self, server: ServerId, vif: Interface, mac: Mac, addresses: &[IpAddr]) {
-        let has_slot =
-            self.fast.as_mut().is_none_or(|fast| fast.add_server(server, vif.index, mac, addresses));
-        if has_slot {
-            self.ports.add_server(server, vif.device, mac, addresses);
+    /// A server's vif, open. Replaces the interface of a server that is there already. One that the fast path has no slot
+    /// for is not in the plane ([`Ports::has_server`]).
+    pub(crate) fn add_server(&mut self, server: ServerId, interface: Interface, vif: &Vif) {
+        let (index, fast) = (interface.index, self.fast.as_mut());
+        if fast.is_none_or(|fast| fast.add_server(server, index, vif)) {
+            self.ports.add_server(server, interface.device, vif);
         }
     }
 

@@ -12,6 +12,7 @@ use understudy_protocol::ServerId;
 
 use crate::link::device::{Device, Lost, SendError};
 use crate::link::frame::{self, Mac};
+use crate::link::vif::Vif;
 
 /// Bytes taken from the anchor and from the OVM before the others have their turn: one super-packet, which
 /// makes some forty segments for each server.
@@ -102,9 +103,10 @@ impl Ports {
     }
 
     /// Opens a server's vif, in place of the one that it had.
-    pub(super) fn add_server(&mut self, server: ServerId, vif: Device, mac: Mac, addresses: &[IpAddr]) {
+    pub(super) fn add_server(&mut self, server: ServerId, device: Device, vif: &Vif) {
         self.note_lost();
-        self.servers.insert(server, Server { port: Port::new(vif), mac, addresses: addresses.to_vec() });
+        let (port, mac, addresses) = (Port::new(device), vif.mac, vif.addresses.clone());
+        self.servers.insert(server, Server { port, mac, addresses });
     }
 
     /// Whether a server's vif is open.

@@ -39,7 +39,7 @@ impl Service {
         let life = DomainId::from(&arrival.domain);
         self.unusable.remove(&life);
         if let Some(id) = self.find_life(life) {
-            self.plane.add_server(id, vif, arrival.mac, &arrival.addresses);
+            self.plane.add_server(id, vif, &arrival.vif);
             self.server_mut(id, |server| server.vif_opened(arrival));
             self.rules_changed = true;
             return;
@@ -51,7 +51,7 @@ impl Service {
         } else {
             Place::Preparing(rules_version)
         };
-        self.plane.add_server(id, vif, arrival.mac, &arrival.addresses);
+        self.plane.add_server(id, vif, &arrival.vif);
         self.remember_name(id, &arrival.domain);
         self.servers.insert(id, Server::new(arrival, place));
         self.rules_changed = true;

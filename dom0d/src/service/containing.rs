@@ -58,7 +58,7 @@ impl Service {
             vif.parts.push(Part {
                 service: self.index,
                 is_ovm,
-                addresses: server.map(|server| server.addresses.clone()).unwrap_or_default(),
+                addresses: server.map(|server| server.vif.addresses.clone()).unwrap_or_default(),
                 ports: self.config.engine.ports.clone(),
                 psc: self.config.engine.psc.clone(),
                 psc_mac: self.config.psc_mac,
@@ -76,8 +76,8 @@ impl Service {
         // Of those that another process had, and of one that was moved, nothing else may be known yet.
         let ovm = self.engine.ovm();
         for (&id, server) in &self.servers {
-            if server.is_contained() && !server.gone && !self.vifs.contains_key(&server.vif) {
-                add(&server.vif, (server.mac, None), Some(server), ovm == Some(id));
+            if server.is_contained() && !server.gone && !self.vifs.contains_key(&server.vif.name) {
+                add(&server.vif.name, (server.vif.mac, None), Some(server), ovm == Some(id));
             }
         }
     }

@@ -37,8 +37,8 @@ impl Service {
         let hold = u64::from(*around.next_server);
         let told = Hold {
             hold,
-            from: CopyEnd { domain: from.domain.clone(), addresses: from.addresses.clone() },
-            to: CopyEnd { domain: to.domain.clone(), addresses: to.addresses.clone() },
+            from: CopyEnd { domain: from.domain.clone(), addresses: from.vif.addresses.clone() },
+            to: CopyEnd { domain: to.domain.clone(), addresses: to.vif.addresses.clone() },
         };
         self.engine.command(now, Command::Hold { deadline: now + drain, limit })?;
         *around.next_server += 1;

@@ -55,7 +55,7 @@ impl Service {
                 if let Some(server) = server.filter(|server| server.moving) {
                     found.push(format!(
                         "the OVM {who} is being migrated: its vif {} is not connected yet",
-                        server.vif
+                        server.vif.name
                     ));
                 } else if !self.plane.ports.has_server(id) {
                     found.push(format!(

@@ -1,29 +1,20 @@
 //! One domain that belongs to a service: what dom0d knows of it, and its place relative to the queue.
 
-use std::net::IpAddr;
-
 use serde::{Deserialize, Serialize};
 use understudy_protocol::{Evidence, Instant, ServerId, ServerSpec};
 
 use crate::discovery::sent_away;
 use crate::domain::{DomainId, DomainRef};
 use crate::host::liveness::{Excuse, Watch};
-use crate::link::frame::Mac;
-use crate::link::vif::Arrival;
+use crate::link::vif::{Arrival, Vif};
 
 /// One life of one domain, in one service; a migration within the host does not end it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Server {
     /// As operators know it.
     pub(crate) domain: DomainRef,
-    /// Its interface in dom0.
-    pub(crate) vif: String,
-    /// The guest's MAC.
-    pub(crate) mac: Mac,
-    /// The guest's addresses: at most one per family.
-    pub(crate) addresses: Vec<IpAddr>,
-    /// MTU of the vif in bytes.
-    pub(crate) mtu: u16,
+    /// What it serves through.
+    pub(crate) vif: Vif,
     /// Where it stands.
     pub(crate) place: Place,
     /// What the hypervisor said of it.
@@ -69,9 +60,6 @@ impl Server {
         Self {
             domain: arrival.domain.clone(),
             vif: arrival.vif.clone(),
-            mac: arrival.mac,
-            addresses: arrival.addresses.clone(),
-            mtu: arrival.mtu,
             place,
             watch: Watch::default(),
             // Until the hypervisor is asked, a millisecond from now.
@@ -87,26 +75,19 @@ impl Server {
 
     /// What it was given as.
     pub(crate) fn arrival(&self) -> Arrival {
-        Arrival {
-            domain: self.domain.clone(),
-            vif: self.vif.clone(),
-            mac: self.mac,
-            addresses: self.addresses.clone(),
-            mtu: self.mtu,
-        }
+        Arrival { domain: self.domain.clone(), vif: self.vif.clone() }
     }
 
     /// Its domain lives on under another number, behind another vif.
     pub(crate) fn move_to(&mut self, domain: DomainRef, vif: String) {
         self.domain = domain;
-        self.vif = vif;
+        self.vif.name = vif;
         self.moving = true;
     }
 
     /// Its vif was opened again.
     pub(crate) fn vif_opened(&mut self, arrival: &Arrival) {
-        self.vif.clone_from(&arrival.vif);
-        self.mac = arrival.mac;
+        self.vif = arrival.vif.clone();
         self.moving = false;
         self.gone = false;
     }
@@ -118,7 +99,7 @@ impl Server {
 
     /// As the engine is told of it.
     pub(crate) fn spec(&self, id: ServerId) -> ServerSpec {
-        ServerSpec { id, addresses: self.addresses.clone(), mtu: self.mtu }
+        ServerSpec { id, addresses: self.vif.addresses.clone(), mtu: self.vif.mtu }
     }
 
     /// What excuses it for not running.

@@ -8,7 +8,7 @@ use understudy_protocol::{Limits, Mask, ServiceConfig, Timing};
 use uuid::Uuid;
 
 use super::file::{MaskPreset, OneOrMany, RawMask, RawPrefix, RawService, RawTiming};
-use super::{Problem, Selector, Service, psc_mac};
+use super::{MAX_REPLICAS, Problem, Selector, Service, psc_mac};
 
 /// Longest wait that a configuration may name: a day.
 const LONGEST_WAIT_MS: u64 = 86_400_000;
@@ -203,6 +203,10 @@ impl Problems {
                 self.at("rvms", format!("{text} is named twice"));
             }
             rvms.push(selector);
+        }
+        let named = rvms.iter().filter(|selector| !selector.is_pattern()).count();
+        if named > MAX_REPLICAS {
+            self.at("rvms", format!("names {named} domains; a service has at most {MAX_REPLICAS} replicas"));
         }
         rvms
     }

@@ -194,6 +194,10 @@ fn what_can_not_work_is_refused() {
         ("rvms = [\"redis-1\"]", "rvms: redis-1 is the service's `ovm` too"),
         ("rvms = [\"a\", \"a\"]", "rvms: a is named twice"),
         ("rvms = [\"\"]", "rvms: is empty"),
+        (
+            "rvms = [\"a\", \"b\", \"c\", \"d\", \"e\", \"f\", \"g\", \"h\", \"spare-*\"]",
+            "rvms: names 8 domains; a service has at most 7 replicas",
+        ),
         ("psc_mac = \"01:00:00:00:00:01\"", "psc_mac: "),
         ("psc_mac = \"02:00:00:00:01\"", "psc_mac: "),
         ("bridge = \"a-very-long-bridge-name\"", "bridge: "),

@@ -10,7 +10,7 @@ use crate::application::{KEYS, Session, Shared, op, request};
 use crate::prng::{Prng, splitmix};
 use crate::stack::{Stack, StackKnobs};
 
-/// One thing a connection does.
+/// One step of a connection's plan.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     /// A request with a payload of this size.
@@ -20,7 +20,7 @@ pub(crate) enum Step {
     Shared { key: u8, size: usize },
     /// Asks for this many bytes.
     Download { size: usize },
-    /// Nothing, for a while, once all answers are in.
+    /// Waits for a while, once all answers are in.
     Pause { us: u64 },
 }
 
@@ -29,7 +29,7 @@ pub(crate) enum Step {
 pub(crate) enum Ending {
     /// The client closes when it has all answers.
     Close,
-    /// The client closes its half right after the last request and reads on.
+    /// The client closes its half right after the last request and continues to read.
     HalfClose,
     /// The client asks the server to close.
     Quit,
@@ -39,7 +39,7 @@ pub(crate) enum Ending {
     Stay,
 }
 
-/// One connection, as data.
+/// The plan of one connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) start_us: u64,
@@ -48,27 +48,27 @@ pub(crate) struct Plan {
     /// Requests sent ahead of their answers.
     pub(crate) pipeline: usize,
     pub(crate) ending: Ending,
-    /// The client stops reading for this long after each so many bytes.
+    /// The client stops reading for a time after each such number of bytes.
     pub(crate) slow_reading: Option<(usize, u64)>,
     /// Largest piece written to the socket at once.
     pub(crate) write_size: usize,
-    /// The local port is that of the client's connection before.
+    /// The local port is that of the client's previous connection.
     pub(crate) reuse_port: bool,
 }
 
-/// What a client does, as data.
+/// The plan of a client.
 #[derive(Clone, Debug)]
 pub(crate) struct ClientKnobs {
     pub(crate) stack: StackKnobs,
     pub(crate) plans: Vec<Plan>,
 }
 
-/// How a connection came out.
+/// The result of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// Every answer was right, and the end was orderly.
     Completed,
-    /// All that was to be read was right, then the client reset the connection as planned.
+    /// Everything that the client read was right; then it reset the connection as planned.
     Aborted,
     /// Reset by the other side.
     Reset,
@@ -216,7 +216,7 @@ impl Client {
         self.stack.receive(packet);
     }
 
-    /// Every connection came to its end (those that stay open: have all their answers).
+    /// Every connection has ended, or has all its answers if it stays open.
     pub(crate) fn finished(&self) -> bool {
         self.connections
             .iter()
@@ -224,7 +224,7 @@ impl Client {
             .all(|(c, plan)| c.outcome.is_some() || (plan.ending == Ending::Stay && c.idle()))
     }
 
-    /// A connection has said all it may and waits for a log that another connection uses.
+    /// A connection waits for a log that another connection uses.
     pub(crate) fn waits_for_turn(&self, index: usize, agreement: &Agreement) -> bool {
         let connection = &self.connections[index];
         let next = self.knobs.plans[index].steps.get(connection.step);
@@ -243,12 +243,12 @@ impl Client {
         ))
     }
 
-    /// This host's stack let a connection down.
+    /// This host's stack has stopped serving a connection.
     pub(crate) fn forgot(&self, now: u64, index: usize) -> bool {
         self.ends(index).is_some_and(|(own, psc)| self.stack.forgot(now, Some(psc), own.port()))
     }
 
-    /// Runs what is due and gives the packets that leave.
+    /// Runs what is due and returns the packets that leave.
     pub(crate) fn poll(&mut self, now: u64, agreement: &mut Agreement) -> Vec<Vec<u8>> {
         let mut sent = self.stack.poll(now);
         // The stack may free buffer or learn of an end only by sending, hence several rounds.

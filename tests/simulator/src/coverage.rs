@@ -10,7 +10,7 @@ pub struct Coverage {
     counts: BTreeMap<String, u64>,
 }
 
-/// What a few hundred seeds must have hit.
+/// Names that a few hundred seeds must have hit.
 const EXPECTED: &[&str] = &[
     "action.attach",
     "action.attach refused",
@@ -96,7 +96,7 @@ impl Coverage {
         self.counts.get(name).copied().unwrap_or(0)
     }
 
-    /// What should have been exercised and was not.
+    /// Names that should have been exercised and were not.
     pub fn missing(&self, hostile: bool) -> Vec<&'static str> {
         let expected = if hostile { EXPECTED_HOSTILE } else { EXPECTED };
         expected.iter().copied().filter(|name| !self.counts.contains_key(*name)).collect()

@@ -1,5 +1,5 @@
-//! Makes one smoltcp stack look like many kinds of host: other initial sequence numbers (so that
-//! they wrap in mid-transfer), options left out of the SYN, checksums left to the device.
+//! Makes one smoltcp stack look like many kinds of host: initial sequence numbers that wrap in mid-transfer,
+//! options left out of the SYN, checksums left to the device.
 //!
 //! Sits between a stack and its device and is invisible to both ends.
 
@@ -87,8 +87,8 @@ fn for_each_option(options: &mut [u8], mut each: impl FnMut(u8, &mut [u8])) {
     }
 }
 
-/// As Linux reads options (tcp_parse_options): one whose length is not its kind's counts for nothing, and behind one that
-/// leaves the header nothing counts. smoltcp would drop the segment.
+/// Reads options as Linux does (tcp_parse_options): ignores an option whose length is wrong for its kind, and everything
+/// behind an option that exceeds the header. smoltcp would drop the segment.
 fn overlook_odd_options(options: &mut [u8]) {
     let mut at = 0;
     while at < options.len() {
@@ -189,8 +189,8 @@ impl Disguise {
         }
     }
 
-    /// smoltcp may take a connection for idle that has bytes in flight, and send a keepalive whose
-    /// byte contradicts the last of them. No other stack does: that byte goes.
+    /// smoltcp may consider a connection idle that has bytes in flight, and send a keepalive whose byte
+    /// contradicts the last of them. No other stack does: that byte is removed.
     fn is_false_keepalive(&mut self, packet: &[u8], at: &Layout) -> bool {
         let tcp = TcpPacket::new_unchecked(&packet[at.tcp..]);
         let key = (at.dst, tcp.dst_port(), tcp.src_port());
@@ -200,7 +200,7 @@ impl Disguise {
         if tcp.syn() {
             (*sent, *acknowledged) = (end, seq);
         }
-        // The application's own writes do not end in a zero byte.
+        // The application's writes never end in a zero byte.
         let keepalive = tcp.payload() == [0] && *sent == end && !tcp.fin();
         if (end.wrapping_sub(*sent) as i32) > 0 {
             *sent = end;

@@ -1,4 +1,4 @@
-//! What can go wrong, and when.
+//! Faults and operators' actions, and when they strike.
 
 use understudy_protocol::CandidatePolicy;
 
@@ -9,9 +9,9 @@ use crate::forge::Twist;
 pub(crate) enum When {
     /// At this time.
     At(u64),
-    /// When dom0 has seen so many packets: lands in the middle of things.
+    /// When dom0 has seen this many packets.
     Packets(u64),
-    /// So long after the promotion with this number (from 1).
+    /// At this time after the promotion with this number, counted from 1.
     AfterPromotion(u64, u64),
 }
 
@@ -35,21 +35,21 @@ pub(crate) enum Fault {
     Thaw(Target),
     /// The domain is gone.
     Crash(Target),
-    /// The service's process is stuck, its kernel acknowledges.
+    /// The service's process is stuck; its kernel acknowledges.
     Hang(Target),
-    /// Nothing comes out of the domain, the toolstack calls it running.
+    /// Nothing comes out of the domain, but the toolstack says that it runs.
     Spin(Target),
     /// The service's process dies; its connections are reset, or closed if `orderly`.
     Kill { target: Target, orderly: bool },
-    /// The service takes so much longer over everything.
+    /// The service takes this much longer for everything.
     Slow { target: Target, us: u64 },
     /// The next answer has a wrong byte.
     WrongAnswer(Target),
-    /// So many random packets come out of the vif.
+    /// This many random packets come out of the vif.
     Garbage { target: Target, packets: u32 },
-    /// So many segments of its own conversations, mutated, come out of the vif.
+    /// This many mutated segments of its own conversations come out of the vif.
     Mutated { target: Target, packets: u32 },
-    /// So many segments of its own conversations, twisted in this way, come out of the vif.
+    /// This many segments of its own conversations, twisted in this way, come out of the vif.
     Twisted { target: Target, twist: Twist, packets: u32 },
     /// Resets at the exact sequence number of its conversations.
     ResetAll(Target),
@@ -59,9 +59,9 @@ pub(crate) enum Fault {
     CutClient { client: usize, us: u64 },
     /// dom0 gets no CPU: all its inputs wait.
     StarveDom0 { us: u64 },
-    /// Planned.
+    /// A switchover.
     Switchover,
-    /// By an operator.
+    /// An operator's failover.
     Failover { force: bool },
     /// An RVM leaves the queue.
     Detach(Target),

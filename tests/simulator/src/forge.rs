@@ -1,5 +1,4 @@
-//! Packets that no honest stack would send: noise, mutations of real segments, resets out of
-//! nothing.
+//! Forges packets that no honest stack sends: noise, mutations of real segments, resets.
 
 use core::net::SocketAddr;
 
@@ -12,34 +11,34 @@ use smoltcp::wire::{
 use crate::disguise::complete_checksum;
 use crate::prng::Prng;
 
-/// How a segment is made what no honest stack sends.
+/// How a segment is twisted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Twist {
-    /// Some bytes of its TCP header are others.
+    /// Changes some bytes of its TCP header.
     Header,
-    /// An option more, of a length that its kind does not have, or that leaves the header.
+    /// Adds an option whose length is wrong for its kind, or exceeds the header.
     Option,
-    /// Another checksum of the IPv4 header, if it has one.
+    /// Changes the checksum of the IPv4 header, if there is one.
     BadIpChecksum,
-    /// Another checksum of the segment.
+    /// Changes the checksum of the segment.
     BadChecksum,
-    /// Acknowledges what nobody said.
+    /// Acknowledges bytes that nobody sent.
     AckAhead,
-    /// Acknowledges less than it has.
+    /// Acknowledges less than was received.
     AckBehind,
-    /// Another combination of flags.
+    /// Changes the flags.
     Flags,
-    /// No room, or another window.
+    /// Changes the window, perhaps to 0.
     Window,
-    /// From another place of the stream.
+    /// Changes the sequence number.
     Sequence,
-    /// Other bytes.
+    /// Changes the payload.
     Contradiction,
-    /// It has no hops left.
+    /// Sets the hop limit to 0.
     HopLimit,
-    /// A part of it.
+    /// Cuts the packet off.
     Truncated,
-    /// A RST at its place.
+    /// Makes it a RST.
     Reset,
 }
 
@@ -165,7 +164,7 @@ pub(crate) fn mutated(rng: &mut Prng, packet: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// The segment, twisted; as it was if it is none.
+/// The twisted segment; unchanged if the packet is no segment.
 pub(crate) fn twisted(rng: &mut Prng, packet: &[u8], twist: Twist) -> Vec<u8> {
     let mut packet = packet.to_vec();
     // A device fills in what the stack left to it.
@@ -222,7 +221,7 @@ pub(crate) fn twisted(rng: &mut Prng, packet: &[u8], twist: Twist) -> Vec<u8> {
     packet
 }
 
-/// What Linux does not mind: it takes no notice of such an option, and of those behind it.
+/// An option that Linux ignores, with those behind it.
 fn add_option(rng: &mut Prng, packet: &mut Vec<u8>, header: usize) {
     let odd: [&[u8]; 14] = [
         &[2, 3, 0],

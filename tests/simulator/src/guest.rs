@@ -1,4 +1,4 @@
-//! A server domain: a stack, the service in it, and the states of ill health a domain can be in.
+//! A server domain: a stack, the service in it, and the domain's health.
 
 use core::net::{IpAddr, SocketAddr};
 use std::collections::VecDeque;
@@ -21,11 +21,11 @@ const BACKLOG: usize = 2;
 /// Sockets that wait for the process to accept, in any state.
 const SOCKETS: usize = 64;
 
-/// What a server does, as data.
+/// A server's properties.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestKnobs {
     pub(crate) stack: StackKnobs,
-    /// Time the service takes over what it read, drawn anew each time.
+    /// How long the service thinks about what it read, drawn each time.
     pub(crate) think_us: (u64, u64),
     /// Largest piece that the service reads at once.
     pub(crate) read_size: usize,
@@ -33,13 +33,13 @@ pub(crate) struct GuestKnobs {
     pub(crate) write_size: usize,
 }
 
-/// How a domain is.
+/// A domain's health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Health {
     Running,
     /// Paused: nothing in it runs, and the toolstack says so.
     Frozen,
-    /// It gets no further but the toolstack calls it running.
+    /// It makes no progress, but the toolstack says that it runs.
     Spinning,
     /// The stack lives, the service's process is stuck.
     Hung,
@@ -52,9 +52,9 @@ pub(crate) enum Health {
 struct Connection {
     handle: SocketHandle,
     session: Session,
-    /// What it asks for is not shared with others.
+    /// Its requests use no shared state.
     hostile: bool,
-    /// Read and being thought over: when it is done, and the bytes (empty means end of input).
+    /// Bytes that the service thinks about, and when it is done (no bytes: end of input).
     thinking: VecDeque<(u64, Vec<u8>)>,
     unsent: Vec<u8>,
     /// How much of `unsent` the stack took.
@@ -78,7 +78,7 @@ pub(crate) struct Guest {
     pub(crate) slow_us: u64,
     /// The next answer byte is wrong.
     pub(crate) wrong_answer: bool,
-    /// Packets that the ring of a frozen domain dropped for want of room.
+    /// Packets that found no room in the ring of a frozen domain.
     pub(crate) ring_drops: u64,
 }
 
@@ -110,12 +110,12 @@ impl Guest {
         self.knobs.stack.receive_buffer
     }
 
-    /// As domain state tells it.
+    /// Whether the domain's state says that it runs.
     pub(crate) fn paused(&self) -> bool {
         self.health == Health::Frozen
     }
 
-    /// What arrives is dealt with.
+    /// Whether it handles packets that arrive.
     pub(crate) fn stack_runs(&self) -> bool {
         matches!(self.health, Health::Running | Health::Hung | Health::Killed)
     }
@@ -130,7 +130,7 @@ impl Guest {
         }
     }
 
-    /// This domain's stack let its connection with a client down (with any, if none is named).
+    /// This domain's stack has stopped serving its connection with a client (with any, if none is named).
     pub(crate) fn forgot(&self, now: u64, client: Option<SocketAddr>) -> bool {
         self.stack.forgot(now, client, self.port)
     }
@@ -140,7 +140,7 @@ impl Guest {
         self.stack.is_half_open()
     }
 
-    /// The service has answered more than the stack sends, for no reason to be seen.
+    /// The service has answered more than the stack sends, for no visible reason.
     pub(crate) fn holds_back(&self, now: u64) -> bool {
         self.stack.holds_back(now, 50_000)
     }
@@ -174,7 +174,7 @@ impl Guest {
         }
     }
 
-    /// Runs what is due and gives the packets that leave the domain.
+    /// Runs what is due and returns the packets that leave the domain.
     pub(crate) fn poll(&mut self, now: u64) -> Vec<Vec<u8>> {
         if !self.stack_runs() {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! Everything a run depends on, as data drawn from its seed.
+//! Everything that a run depends on, drawn from its seed.
 
 use core::time::Duration;
 
@@ -31,7 +31,7 @@ pub(crate) enum Theme {
     Operator,
     /// Anything.
     Everything,
-    /// Clients that believe in nothing, and RVMs like that; see [`Knobs::draw_hostile`].
+    /// Hostile clients, and hostile RVMs; see [`Knobs::draw_hostile`].
     Hostile,
 }
 
@@ -40,7 +40,7 @@ pub(crate) enum Theme {
 pub(crate) struct Knobs {
     pub(crate) theme: Theme,
     pub(crate) clients: Vec<ClientKnobs>,
-    /// What the last of them do beside what their plans say.
+    /// What the hostile clients, which come last, do beside their plans.
     pub(crate) hostile: Vec<Hostility>,
     pub(crate) client_links: Vec<LinkKnobs>,
     /// The OVM first.
@@ -57,13 +57,13 @@ pub(crate) struct Knobs {
     pub(crate) fence_us: u64,
     /// How late the daemon's timers are at most.
     pub(crate) timer_lateness_us: u64,
-    /// How often, in a million, what follows an input is left to an engine restored from what the other saved.
+    /// How often, in a million inputs, the engine is saved and replaced by one restored from that.
     pub(crate) restores_per_million: u32,
 }
 
 impl Knobs {
     pub(crate) fn draw(seed: u64) -> Self {
-        // Of their own, so that a seed's other choices are what they were.
+        // From a stream of their own, so that a seed's other choices stay the same.
         let mut restores = Prng::fork(seed, "restores", 0);
         let mut rng = Prng::fork(seed, "knobs", 0);
         let rng = &mut rng;
@@ -129,8 +129,8 @@ impl Knobs {
         }
     }
 
-    /// What a seed stands for with hostile clients, and in some runs hostile RVMs. Nothing else is wrong with servers and
-    /// their links, but that the OVM may fail once: who suffers, suffers from the hostile.
+    /// The knobs of a seed with hostile clients, and in some runs hostile RVMs. Otherwise servers and links are healthy, except
+    /// that the OVM may fail once: any other harm is done by the hostile.
     pub(crate) fn draw_hostile(seed: u64) -> Self {
         let mut knobs = Self::draw(seed);
         let mut rng = Prng::fork(seed, "hostile", 0);
@@ -262,7 +262,7 @@ fn client_link(rng: &mut Prng, clean: bool) -> LinkKnobs {
     link
 }
 
-/// Corruption behind a checksum that is yet to be filled in would go unnoticed by anybody.
+/// Corruption behind a checksum that is not filled in yet would go unnoticed.
 fn checksummed(stack: &StackKnobs, mut link: LinkKnobs) -> LinkKnobs {
     if stack.disguise.partial_checksums {
         link.corruption = 0;
@@ -355,7 +355,7 @@ fn blow(rng: &mut Prng) -> Fault {
     }
 }
 
-/// What an RVM does to annoy.
+/// An RVM's misbehaviour.
 fn annoyance(rng: &mut Prng) -> Fault {
     let target = Target::Rvm(rng.between(0, 2) as usize);
     match rng.between(0, 11) {

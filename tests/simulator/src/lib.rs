@@ -1,7 +1,7 @@
 //! Understudy's simulator: the protocol engine between real TCP stacks, in virtual time.
 //!
-//! A run is a function of its seed: hosts, links, traffic and faults are drawn from it ([`run`]),
-//! and the checkers compare what an observer at dom0's devices sees with the rules of the design.
+//! A run is a function of its seed: hosts, links, traffic and faults are drawn from it ([`run`]). Checkers compare what an
+//! observer at dom0's devices sees with the rules of `ARCHITECTURE.md`.
 
 mod application;
 mod checkers;
@@ -26,12 +26,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use coverage::Coverage;
 
-/// How one run came out.
+/// The result of one run.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// The run's seed.
     pub seed: u64,
-    /// The rule that was broken and how, if one was.
+    /// The broken rule and how it was broken, if any was.
     pub failure: Option<String>,
     /// What the run exercised.
     pub coverage: Coverage,
@@ -41,7 +41,7 @@ pub struct Report {
     pub ended_at_us: u64,
 }
 
-/// The knobs that a seed stands for, printed.
+/// The knobs that a seed stands for, as text.
 pub fn knobs(seed: u64, hostile: bool) -> String {
     let draw = if hostile { knobs::Knobs::draw_hostile } else { knobs::Knobs::draw };
     format!("{:#?}", draw(seed))
@@ -52,9 +52,9 @@ pub fn knobs(seed: u64, hostile: bool) -> String {
 pub enum Path {
     /// All through the engine.
     Daemon,
-    /// By themselves where the engine lets them, as on the `bpf` plane; it hears copies.
+    /// The plane passes conversations where the engine lets it, as on the `bpf` plane, and the engine hears copies.
     Kernel,
-    /// Without the engine, and nothing fails: to tell the simulator's own faults apart.
+    /// Without the engine and without faults, to find the simulator's own mistakes.
     Bare,
 }
 
@@ -68,7 +68,7 @@ pub fn run_hostile(seed: u64, verbose: bool, path: Path) -> Report {
     run_with(knobs::Knobs::draw_hostile(seed), seed, verbose, path)
 }
 
-/// As [`run`], with one engine from the beginning to the end: it never goes on from what another saved.
+/// As [`run`], with one engine from beginning to end, which is never restored from a saved state.
 pub fn run_unbroken(seed: u64, path: Path) -> Report {
     let knobs = knobs::Knobs { restores_per_million: 0, ..knobs::Knobs::draw(seed) };
     run_with(knobs, seed, false, path)

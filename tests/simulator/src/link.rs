@@ -39,7 +39,7 @@ impl Link {
         self.was_cut = true;
     }
 
-    /// Nothing passes, or passed, until then.
+    /// Nothing passes until then.
     pub(crate) fn cut_until(&self) -> u64 {
         self.cut_until
     }

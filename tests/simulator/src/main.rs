@@ -1,4 +1,4 @@
-//! `simulator`: runs seeds and says which fail, with the line that replays each.
+//! `simulator`: runs seeds, and prints those that fail with the command that replays them.
 
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -11,16 +11,16 @@ use simulator::{Coverage, Path, run, run_hostile, run_unbroken};
 /// Runs Understudy's protocol engine between real TCP stacks, in virtual time.
 #[derive(Parser)]
 struct Arguments {
-    /// One seed.
+    /// Run this seed.
     #[arg(long)]
     seed: Option<u64>,
-    /// A range of seeds, FROM..TO.
+    /// Run a range of seeds, FROM..TO.
     #[arg(long, value_parser = range)]
     seeds: Option<(u64, u64)>,
-    /// So many seeds that nobody has tried before (they come from the time).
+    /// Run this many fresh seeds, which come from the time.
     #[arg(long)]
     fresh: Option<u64>,
-    /// Threads.
+    /// Threads that run seeds.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
     /// Print each packet and event (with --seed).
@@ -29,22 +29,22 @@ struct Arguments {
     /// Print the knobs that the seed stands for (with --seed).
     #[arg(long)]
     knobs: bool,
-    /// Run each seed twice and compare; the second time nothing is restored from what was saved.
+    /// Run each seed twice and compare; the second run never restores the engine from a saved state.
     #[arg(long)]
     twice: bool,
-    /// Leave the engine out: what fails then is the simulator's own fault.
+    /// Leave the engine out: a failure is then the simulator's own.
     #[arg(long)]
     bare: bool,
-    /// With a data plane that passes conversations by itself.
+    /// Let a data plane pass conversations by itself, as the kernel does.
     #[arg(long)]
     kernel: bool,
-    /// With hostile clients and hostile replicas.
+    /// Add hostile clients and hostile replicas.
     #[arg(long, conflicts_with_all = ["twice", "bare"])]
     hostile: bool,
-    /// Succeed with at most so many failures; each is printed all the same.
+    /// Succeed with at most this many failures; each is printed nevertheless.
     #[arg(long, default_value_t = 0)]
     tolerate: usize,
-    /// Go on after so many failures.
+    /// Stop after this many failures.
     #[arg(long, default_value_t = 10)]
     failures: usize,
 }

@@ -1,5 +1,5 @@
-//! What somebody sees who watches dom0's devices and knows TCP, and nothing of the engine: each
-//! conversation's streams as the client and every server have them. The checkers compare these.
+//! Observes dom0's devices, knowing TCP and nothing of the engine: follows each conversation's streams as the
+//! client and every server have them. The checkers compare these.
 
 use core::net::SocketAddr;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,7 +12,7 @@ use crate::segment::Segment;
 /// How long a conversation that is over is remembered.
 const LINGER_US: u64 = 59_000_000;
 
-/// Longest stream that is followed; positions beyond come from hostile segments only.
+/// Longest stream that is followed. Positions beyond come from hostile segments only.
 const STREAM_LIMIT: i64 = 16 << 20;
 
 /// One thing that happens at dom0.
@@ -27,11 +27,11 @@ pub(crate) enum Seen<'a> {
     ToServer(ServerId, &'a Segment<'a>),
     /// The engine promoted.
     Cutover { to: ServerId },
-    /// The engine says.
+    /// The engine reports an event.
     Event(&'a EventKind),
-    /// The engine's state, now and then.
+    /// The engine's status, from time to time.
     Status(&'a ServiceStatus),
-    /// Something was done to this server, or to its link.
+    /// A fault struck this server or its link.
     Blemish(ServerId),
 }
 
@@ -105,7 +105,7 @@ impl Stream {
         gaps
     }
 
-    /// Adds bytes; what was known stays.
+    /// Adds bytes; known bytes stay.
     pub(crate) fn put(&mut self, position: i64, bytes: &[u8]) {
         let Some((start, bytes)) = clip(position, bytes) else {
             return;
@@ -134,14 +134,14 @@ fn clip(position: i64, bytes: &[u8]) -> Option<(usize, &[u8])> {
     (start + bytes.len() as i64 <= STREAM_LIMIT).then_some((start as usize, bytes))
 }
 
-/// A server's part in a conversation.
+/// A server's counterpart of a conversation.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Leg {
     pub(crate) iss: Option<u32>,
     pub(crate) window_scale: u8,
     /// The answers that came out of the server.
     pub(crate) produced: Stream,
-    /// It sent two different bytes for one position, or what no TCP would.
+    /// It sent two different bytes for one position, or something that no TCP sends.
     pub(crate) contradicts_itself: bool,
     pub(crate) fin: Option<i64>,
     pub(crate) reset: bool,
@@ -151,9 +151,9 @@ pub(crate) struct Leg {
     pub(crate) closed_at: Option<u64>,
     /// Client bytes handed to it end here.
     pub(crate) handed: u64,
-    /// Furthest right edge of the window that it announced, as a position of client bytes.
+    /// Furthest right edge of its windows, as a position of client bytes.
     pub(crate) window_edge: i64,
-    /// The last window that it announced was shut.
+    /// Its last window was zero.
     pub(crate) window_shut: bool,
     /// Client bytes that it acknowledged end here; a FIN counts one.
     pub(crate) acked: i64,
@@ -200,10 +200,10 @@ pub(crate) struct Conversation {
     over_at: Option<u64>,
     /// When one of its streams last grew.
     pub(crate) moved_at: u64,
-    /// The client was last told that there is no room.
+    /// When the client was last told a window of zero.
     pub(crate) window_shut: bool,
     pub(crate) legs: BTreeMap<ServerId, Leg>,
-    /// What former OVMs had said when they were deposed.
+    /// What former OVMs had sent when they were deposed.
     pub(crate) recorded: Vec<Leg>,
 }
 
@@ -241,7 +241,7 @@ impl Conversation {
         self.last_up.0 < self.last_down.1 && self.last_down.0 < self.last_up.1
     }
 
-    /// Whether a server has all that the client sent and has said all that the client was sent.
+    /// Whether a server has everything that the client sent, and has sent everything that the client was sent.
     pub(crate) fn kept_up(&self, server: ServerId) -> bool {
         self.legs.get(&server).is_some_and(|leg| {
             leg.handed >= self.received.contiguous() && leg.produced.contiguous() >= self.sent.contiguous()
@@ -273,7 +273,7 @@ pub(crate) struct Observer {
     pub(crate) servers: BTreeMap<ServerId, Vec<SocketAddr>>,
     /// Since when each life is in the queue.
     pub(crate) attached: BTreeMap<ServerId, u64>,
-    /// Servers that sent segments which no TCP would: what they said is not known.
+    /// Servers that sent segments that no TCP sends: their streams are unknown.
     pub(crate) liars: BTreeSet<ServerId>,
     pub(crate) ovm: Option<ServerId>,
     pub(crate) epoch: u64,
@@ -309,18 +309,17 @@ impl Observer {
         self.index_of(client, server).map(|i| &self.conversations[i])
     }
 
-    /// The conversations that no SYN of theirs followed, were it one that everybody else ignored.
+    /// The newest conversation of each pair of addresses, without a SYN that everybody ignored.
     pub(crate) fn latest(&self) -> impl Iterator<Item = &Conversation> {
         self.newest.values().map(|&index| &self.conversations[index])
     }
 
-    /// A client that was refused does not know it yet: what it says is passed as it is, and is the OVM's to
-    /// refuse.
+    /// Whether a client that was refused does not know it yet: its segments are passed unchanged, and the OVM refuses them.
     pub(crate) fn is_refused(&self, conversation: &Conversation, server: ServerId) -> bool {
         conversation.reset_to_client && self.ovm == Some(server)
     }
 
-    /// What happens concerns a hostile client alone.
+    /// Whether this concerns a hostile client alone.
     pub(crate) fn is_of_hostile(seen: &Seen<'_>) -> bool {
         match seen {
             Seen::FromClient(segment) | Seen::ToServer(_, segment) => is_hostile(segment.src.ip()),
@@ -329,7 +328,7 @@ impl Observer {
         }
     }
 
-    /// What happens concerns a conversation that was over long ago: nobody need remember it.
+    /// Whether this concerns a conversation that ended long ago, which nobody needs to remember.
     pub(crate) fn is_long_over(&self, seen: &Seen<'_>, at: u64) -> bool {
         let conversation = match seen {
             Seen::ToClient(segment) => self.conversation_of(segment.dst, segment.src),
@@ -433,7 +432,7 @@ impl Observer {
             conversation.client_tsvals.push(tsval);
         }
         if segment.rst {
-            // Far from everything that was said, it is a guess, and nobody believes it.
+            // Far from everything that was sent it is a guess, which no TCP believes.
             conversation.client_reset |= conversation.client_position(segment.seq).abs() < STREAM_LIMIT;
             return;
         }

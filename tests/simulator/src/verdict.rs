@@ -1,4 +1,4 @@
-//! The end of a run: what every client got, and what the servers hold.
+//! Judges the end of a run: what every client got, and what the servers hold.
 
 use understudy_protocol::{Role, ServerId, ServerStatus};
 
@@ -18,11 +18,11 @@ pub(crate) fn judge(world: &mut World) -> Verdict {
     bytes(world)
 }
 
-/// Every answer was right, whatever happened; and nobody was cut off without a reason.
+/// Checks that every answer was right, whatever happened, and that no client was cut off without a reason.
 fn connections(world: &mut World) -> Verdict {
     let clients = core::mem::take(&mut world.clients);
     let result = clients.iter().enumerate().try_for_each(|(c, client)| {
-        // What hostile clients get is what they deserve.
+        // What hostile clients get does not matter.
         let judged = if c < world.honest() { client.connections.len() } else { 0 };
         (0..judged).try_for_each(|n| connection(world, c, client, n))
     });
@@ -68,7 +68,7 @@ fn connection(world: &mut World, c: usize, client: &Client, n: usize) -> Verdict
     }
 }
 
-/// A dead service's kernel resets what it had only half opened; no replica knows of it.
+/// Whether a dead service's kernel reset a handshake, of which no replica knows.
 fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static str> {
     let (own, psc) = client.ends(index)?;
     let conversation = world.observer.conversation_of(own, psc)?;
@@ -87,14 +87,14 @@ fn why_reset(world: &World, client: &Client, index: usize) -> Option<&'static st
     if !world.died.is_empty() && conversation.legs.iter().filter(closed).count() > 1 {
         return Some("two dead services closed it alike");
     }
-    // With no conversation left to dispute anything, refused SYNs are evidence of nothing.
+    // Without a conversation that disputes a close, refused SYNs are no evidence.
     let refused = world.died.iter().any(|dead| conversation.legs.get(dead).is_some_and(|leg| leg.reset));
     (refused && conversation.view.is_none()).then_some("a dead service refused")
 }
 
-/// A dead service's kernel closed this conversation, and no other so soon that replicas could dispute it before
-/// this one's hold ended, which takes half a hold: only several are evidence. Others it could not close yet, or
-/// the link lost their FINs.
+/// Whether a dead service's kernel closed this conversation, and no other early enough that replicas could dispute both
+/// closes before this one's hold ended (half a hold): only several closes are evidence. Other conversations could not be closed
+/// yet, or the link lost their FINs.
 fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> bool {
     let Some(leg) = conversation.legs.get(&dead) else { return false };
     let passed =
@@ -104,7 +104,7 @@ fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> 
         let end = c.legs.get(&dead).and_then(|leg| leg.fin);
         let shared = c.legs.iter().any(|(id, leg)| *id != dead && leg.fin.is_some() && leg.fin == end);
         if c.client_reset || shared || !world.disputable.contains(&(c.client, c.isn)) {
-            // The client had left as well, or it was no death that closed this one, or replicas were behind.
+            // The client had closed, too, or this close had another cause, or replicas were behind.
             return false;
         }
         let closed = c.legs.get(&dead).and_then(|leg| leg.closed_at).zip(leg.closed_at);
@@ -113,23 +113,23 @@ fn is_lone_close(world: &World, dead: ServerId, conversation: &Conversation) -> 
     passed && world.observer.conversations.iter().filter(together).count() <= 1
 }
 
-/// Reasons for a connection to hang that no evidence can show, or that are not the engine's.
+/// Why a connection may hang although no evidence could show it, or for reasons outside the engine.
 fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&'static str> {
     if forgotten(world, client, index) {
         return Some("smoltcp forgot to retransmit");
     }
     if client.waits_for_turn(index, &world.agreement) {
-        // The one that it waits for is judged.
+        // The connection that it waits for is judged instead.
         return Some("another connection is stuck");
     }
     let ovm = world.service.ovm().and_then(|id| world.guest_of(id))?;
     let (own, psc) = client.ends(index)?;
     let conversation = world.observer.conversation_of(own, psc);
     if conversation.is_some_and(|c| c.reset_to_client && world.refused.contains(&(own, c.isn))) {
-        // The client did not hear of it, and the OVM says nothing at all: RVMs know of no such conversation.
+        // The client did not learn of the promotion, and the OVM sends nothing: RVMs know no such conversation.
         return Some("the service died during the handshake");
     }
-    // A new OVM gets nobody's next bytes before it has said all that clients were told.
+    // A new OVM gets no new bytes before it has sent everything that clients were sent.
     let all = world.service.conversations(0, usize::MAX);
     let waits = all.iter().any(|c| (c.client, c.psc) == (own, psc) && c.recuperating);
     if waits && world.guests[ovm].forgot(world.now, None) {
@@ -137,7 +137,7 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     }
     let lossy = |links: &[LinkKnobs], index: usize| links.get(index).is_some_and(|link| !link.faithful());
     let moves = conversation.is_some_and(|c| world.now < c.moved_at + 2 * LONGEST_RTO_US);
-    // What smoltcp sends again beyond the client's window is lost each time as well.
+    // What smoltcp retransmits beyond the client's window is lost each time.
     let id = world.guests[ovm].id;
     let leg = conversation.and_then(|c| c.legs.get(&id));
     let overran = leg.is_some_and(|leg| leg.overran);
@@ -153,16 +153,16 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     }
     let is_promotable = |server: &ServerStatus| server.not_promotable.is_none();
     if world.lost_behind_lossy && !world.service.status().servers.iter().any(is_promotable) {
-        // Clients do not wait for one that hardly moves (rule 2.4); then there is no witness of a hang.
+        // Clients do not wait for a slow replica (rule 4); then there is no witness of a hang.
         return Some("its last replica was evicted, behind a link that loses packets");
     }
-    // The client can't say so much that RVMs could answer it; or windows that never have room for a segment
-    // tell nothing when they are shut.
+    // The client can't send enough for RVMs to answer; or windows that never have room for a segment show nothing
+    // when they are zero.
     let tiny = world.guests[ovm].receive_buffer() < usize::from(world.guests[ovm].mtu());
     let shut = conversation.is_some_and(|c| c.window_shut);
     match world.guests[ovm].health {
         Health::Hung => (tiny || shut).then_some("the OVM hung with its window shut"),
-        // smoltcp takes a window back that it had offered, which the client is not told.
+        // smoltcp shrinks a window that it had offered; the client is not told.
         Health::Spinning => {
             (tiny && leg.is_some_and(|leg| leg.window_shut)).then_some("the OVM spun with a tiny window shut")
         }
@@ -170,7 +170,7 @@ fn why_stuck(world: &World, c: usize, client: &Client, index: usize) -> Option<&
     }
 }
 
-/// The connection is stuck since a TCP stack at one of its ends does nothing.
+/// Whether the connection is stuck because a TCP stack at one of its ends does nothing.
 fn forgotten(world: &World, client: &Client, index: usize) -> bool {
     let now = world.now;
     let ovm = world.service.ovm().and_then(|id| world.guest_of(id));
@@ -180,7 +180,7 @@ fn forgotten(world: &World, client: &Client, index: usize) -> bool {
     client.forgot(now, index) || ovm.is_some_and(|g| world.guests[g].forgot(now, Some(own)))
 }
 
-/// Every acknowledged request is in the state of the server that serves, and of each that could.
+/// Checks that every acknowledged request is in the state of the server that serves, and of each that could.
 fn servers(world: &mut World) -> Verdict {
     if world.lies_served || world.forgetful_served {
         return Ok(());
@@ -188,7 +188,7 @@ fn servers(world: &mut World) -> Verdict {
     let status = world.service.status();
     for server in &status.servers {
         let serves = server.role != Role::Rvm;
-        // One that is behind is given what it lacks should it be promoted.
+        // A replica that is behind gets what it lacks if it is promoted.
         if !serves && (server.not_promotable.is_some() || server.behind_bytes > 0) {
             continue;
         }
@@ -219,7 +219,7 @@ fn servers(world: &mut World) -> Verdict {
     Ok(())
 }
 
-/// Every byte that whoever was the OVM acknowledged is with each replica that could take over.
+/// Checks that each replica that could take over has every byte that an OVM acknowledged.
 fn bytes(world: &mut World) -> Verdict {
     if world.lies_served || world.forgetful_served || world.untrue_served {
         return Ok(());
@@ -234,11 +234,11 @@ fn bytes(world: &mut World) -> Verdict {
         let attached = world.observer.attached.get(&id).copied().unwrap_or(0);
         for conversation in world.observer.latest().filter(|c| c.began > attached) {
             let leg = conversation.legs.get(&id);
-            // One that closed by itself need not hear the rest.
+            // A replica that closed by itself does not need the rest.
             if leg.is_some_and(|leg| leg.reset || leg.fin.is_some()) {
                 continue;
             }
-            // A FIN is no byte.
+            // A FIN is no byte of data.
             let has = leg.map_or(0, |leg| leg.acked) + 1;
             if has < conversation.ovm_acked {
                 return Err((
@@ -256,7 +256,7 @@ fn bytes(world: &mut World) -> Verdict {
     Ok(())
 }
 
-/// Keys of conversations in which a server diverged: there it is held to no order any more (rule 2.3).
+/// Keys of conversations in which a server diverged: the order does not apply to it there (rule 3).
 fn unordered_keys(world: &World, server: ServerId) -> [bool; KEYS] {
     let mut keys = [false; KEYS];
     let diverged = |c: &&Conversation| c.diverged(server);

@@ -1,6 +1,6 @@
-//! One run: hosts and links, what happens to them in virtual time, and when it is over.
+//! One run: hosts and links, what happens to them in virtual time, and when the run ends.
 //!
-//! `dom0` has the engine in it, `strikes` what goes wrong, `excuses` the harm that may come of that.
+//! `dom0` drives the engine, `strikes` makes faults, `excuses` knows the harm that they may do by design.
 
 mod dom0;
 mod excuses;
@@ -30,9 +30,9 @@ use crate::trace::Trace;
 use crate::{Path, verdict};
 
 const PORT: u16 = 6379;
-/// Most servers in one run, those that went included.
+/// Most servers in one run, former ones included.
 const GUESTS: usize = 10;
-/// A run that takes more steps than this does not end.
+/// After this many steps a run counts as endless.
 const STEPS: u64 = 3_000_000;
 /// Virtual time after which connections that have not ended are stuck. smoltcp backs off up to
 /// 60 s, so a few losses in a row take long.
@@ -40,7 +40,7 @@ const PATIENCE_US: u64 = 400_000_000;
 /// Virtual time that servers are given to settle before their states are compared.
 const SETTLE_US: u64 = 15_000_000;
 
-/// Who has this guest's address? And the answer: ARP and neighbour discovery are no IP packets here.
+/// An ARP or ND question for a guest's address, or its answer; here these are no IP packets.
 const LINK_QUESTION: Vec<u8> = Vec::new();
 const LINK_ANSWER: Vec<u8> = Vec::new();
 
@@ -66,7 +66,7 @@ enum Event {
     Look,
     Fenced(ServerId),
     Strike(usize),
-    /// A hostile client's segment out of nothing: whose, and which.
+    /// A hostile client sends a forged segment: which client, which segment.
     Shoot(usize, usize),
 }
 
@@ -120,17 +120,17 @@ pub(crate) struct World {
     /// What hostile clients choose, and how many shots they have left.
     hostile: Prng,
     shots: usize,
-    /// Why a connection may come to harm, if it may.
+    /// Why connections may be harmed by design, if they may.
     pub(crate) excuse: Option<&'static str>,
-    /// Servers that may have lost conversations, or lose them when they serve; and why.
+    /// Servers that may have lost conversations, or may lose them when they serve, and why.
     impaired: BTreeMap<ServerId, &'static str>,
-    /// Servers whose answers are not what the service would say, and whether one of them served.
+    /// Servers whose answers are wrong, and whether one of them served.
     untrue: BTreeSet<ServerId>,
     /// Servers that reset their conversations, and whether one served before dom0 had heard of it.
     pub(crate) resetters: BTreeSet<ServerId>,
     pub(crate) forgetful_served: bool,
     pub(crate) untrue_served: bool,
-    /// A server whose segments are not what a TCP would send served: then nobody can know what was said.
+    /// A server served whose segments no TCP sends: then the streams are unknown.
     pub(crate) lies_served: bool,
     last_status: u64,
     /// Handshakes that nobody but the OVM knew of when its service died.
@@ -141,14 +141,14 @@ pub(crate) struct World {
     pub(crate) killed: BTreeSet<ServerId>,
     /// Servers whose service died while they served.
     pub(crate) died: BTreeSet<ServerId>,
-    /// A replica was evicted that a link kept back.
+    /// A replica was evicted because its link was slow.
     pub(crate) lost_behind_lossy: bool,
     /// How far each server was behind when the run was last about to end.
     standing: Vec<u64>,
     /// Faults, actions and promotions so far.
     story: String,
     bare: bool,
-    /// Passes conversations by itself, if there is one that does.
+    /// The plane that passes conversations by itself, if there is one.
     plane: Option<plane::Plane>,
 }
 
@@ -178,8 +178,8 @@ fn link_address(index: usize) -> LinkAddress {
 }
 
 impl World {
-    /// [`Path::Bare`] leaves the engine out: clients talk to the first server, and nothing fails. What goes
-    /// wrong then is the simulator's own fault.
+    /// [`Path::Bare`] leaves the engine out: clients talk to the first server, and there are no faults. A failure is then
+    /// the simulator's own.
     pub(crate) fn new(seed: u64, mut knobs: Knobs, trace: Trace, path: Path) -> Self {
         let bare = path == Path::Bare;
         if bare {
@@ -190,7 +190,7 @@ impl World {
         let mut config = ServiceConfig::new("sim", psc(), vec![PORT]);
         config.limits = knobs.limits;
         if path == Path::Kernel {
-            // Of their own, so that a seed's other choices are the same on all paths.
+            // From streams of their own, so that a seed's other choices are the same on all paths.
             let mut rng = Prng::fork(seed, "ahead", 0);
             if rng.percent(50) {
                 config.limits.ahead_bytes = rng.log_between(16 << 10, 1 << 20) as u32;
@@ -201,7 +201,7 @@ impl World {
         config.on_lag = knobs.on_lag;
         config.seed = seed;
         let licence = Licence {
-            // What the kernel passes overtakes what waits for the daemon.
+            // Passed segments overtake those that wait for the daemon.
             servers_in_order: path != Path::Kernel
                 && knobs.guest_links.iter().all(crate::link::LinkKnobs::faithful),
             lag_limit_us: knobs.timing.lag_limit.as_micros() as u64,
@@ -353,7 +353,7 @@ impl World {
         self.queue.insert((at.max(self.now), self.queued), event);
     }
 
-    /// Adds to the story that a failure is reported with.
+    /// Adds to the trace that a failure is reported with.
     fn note(&mut self, what: String) {
         self.story.push_str(&format!("; {}.{:06} {what}", self.now / 1_000_000, self.now % 1_000_000));
     }
@@ -401,7 +401,7 @@ impl World {
         self.failure.clone()
     }
 
-    /// The OVM lacks something still, and gets on with it, or could not reach dom0 all the time.
+    /// Whether the OVM still lacks something and makes progress, or could not reach dom0 at times.
     fn is_settling(&mut self) -> bool {
         let status = self.service.status();
         let catches_up = |s: &ServerStatus| s.role != Role::Rvm && s.behind_bytes > 0;
@@ -413,7 +413,7 @@ impl World {
         behind && (moved || cut) && self.now < PATIENCE_US
     }
 
-    /// Where everybody stands, at the end of a trace.
+    /// The state of every host, for the end of a trace.
     fn describe(&mut self) {
         let status = self.service.status();
         if status.counters.get("ahead_bytes").is_some_and(|times| *times > 0) {

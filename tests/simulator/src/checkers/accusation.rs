@@ -1,4 +1,4 @@
-//! No false accusation: only a server that something was done to is suspected.
+//! Rule 11, a client is no witness: only a server that a fault of the run struck is suspected.
 
 use std::collections::BTreeSet;
 
@@ -25,8 +25,8 @@ impl Checker for Accusation {
             Seen::Event(EventKind::Suspected { server, evidence })
                 if *evidence != Evidence::Operator && !self.blemished.contains(server) =>
             {
-                // What a liar says of itself may look like an answer that the OVM does not begin, or like a conversation
-                // that goes on.
+                // A lying replica's segments may look like an answer that the OVM does not begin, or like a conversation
+                // that continues.
                 let by_witnesses = matches!(evidence, Evidence::NoProgress | Evidence::UnsharedClose);
                 if by_witnesses && !observer.liars.is_empty() {
                     return Ok(());

@@ -1,4 +1,4 @@
-//! Rule 2.6, bounded: what the engine holds stays within its limits.
+//! Rule 6, bounded: what the engine holds stays within its limits.
 
 use super::{Checker, Licence};
 use crate::observer::{Observer, Seen};

@@ -1,5 +1,5 @@
-//! Timestamps (RFC 7323): time never runs backwards for a client over a promotion, and nobody is
-//! echoed a timestamp that he never sent.
+//! Rule 2, for timestamps (RFC 7323): a client's peer clock never runs backwards over a promotion, and no
+//! host is echoed a timestamp that it never sent.
 
 use std::collections::BTreeMap;
 
@@ -54,7 +54,7 @@ impl Checker for Clock {
                     return Ok(());
                 }
                 if segment.syn && conversation.reset_to_client {
-                    // For a client that is still waiting for a SYN-ACK, time begins anew.
+                    // A client that still waits for a SYN-ACK knows no clock yet.
                     self.latest.remove(&index);
                 }
                 let latest = self.latest.entry(index).or_insert(Latest {

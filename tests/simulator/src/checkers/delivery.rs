@@ -1,5 +1,5 @@
 //! The daemon plays the client faithfully: servers get the client's bytes, within their window, and
-//! no acknowledgement of what they have not said or the client has not got.
+//! no acknowledgement of bytes that they have not sent or the client has not got.
 
 use super::Checker;
 use crate::observer::{Observer, Seen};
@@ -70,7 +70,7 @@ impl Checker for Delivery {
             ));
         }
         let is_ovm = observer.ovm == Some(*server);
-        // What an OVM said to a silent client is the daemon's to supply. The FIN counts one.
+        // The daemon supplies what an OVM sent to a silent client. The FIN counts one.
         let ovm = observer.ovm.and_then(|ovm| conversation.legs.get(&ovm));
         let mut kept = conversation.sent.contiguous();
         // One OVM's bytes close another's gaps.

@@ -1,4 +1,4 @@
-//! Rule 2.5, no stale hero: an unasked promotion goes to a server that has missed nothing, as far as
+//! Rule 5, no stale hero: an unasked promotion goes to a server that has missed nothing, as far as
 //! the engine itself has said.
 
 use std::collections::BTreeMap;
@@ -40,7 +40,7 @@ impl Checker for StaleHero {
                 self.barred.insert(*server, format!("deposed: {evidence:?}"));
             }
             Seen::Event(EventKind::NoCandidate { server: Some(server), .. }) => {
-                // It stays the OVM, and the truth.
+                // It stays the OVM, whose state counts.
                 self.barred.remove(server);
             }
             Seen::Event(EventKind::CutOver { to, evidence, .. }) => {

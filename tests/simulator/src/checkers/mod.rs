@@ -1,4 +1,4 @@
-//! The rules of the design that can be checked from outside, one per file.
+//! The rules of `ARCHITECTURE.md` that an observer at dom0's devices can check, one per file.
 
 mod accusation;
 mod bounded;
@@ -22,7 +22,7 @@ pub(crate) trait Checker {
     fn see(&mut self, observer: &Observer, at: u64, seen: &Seen<'_>) -> Result<(), String>;
 }
 
-/// Facts about the run's making that widen what is allowed.
+/// Facts about a run that widen what the checkers allow.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Licence {
     /// dom0 gets the servers' frames in the order sent, each once, and sends clients theirs in that order.
@@ -33,7 +33,7 @@ pub(crate) struct Licence {
     pub(crate) retained_limit: u64,
     /// Replicas' windows equal the OVM's.
     pub(crate) equal_windows: bool,
-    /// Whatever goes wrong is a client's doing, unless a server is blemished.
+    /// Only clients misbehave, and servers that are blemished.
     pub(crate) hostile: bool,
 }
 

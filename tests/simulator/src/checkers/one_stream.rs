@@ -1,4 +1,4 @@
-//! Rule 2.2, one stream: a client never sees two bytes for one position, nor an acknowledgement of
+//! Rule 2, one stream: a client never sees two bytes for one position, nor an acknowledgement of
 //! what dom0 never had.
 
 use super::Checker;
@@ -19,7 +19,7 @@ impl Checker for OneStream {
             return Ok(());
         };
         if conversation.reset_to_client || conversation.client_reset {
-            // Whatever follows finds nobody there.
+            // The client's connection is gone.
             return Ok(());
         }
         let who = segment.dst;

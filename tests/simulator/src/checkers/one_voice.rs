@@ -1,4 +1,4 @@
-//! Rule 2.1, one voice: what a client is sent for the first time in an epoch comes from the server
+//! Rule 1, one voice: what a client is sent for the first time in an epoch comes from the server
 //! that serves in that epoch, or was recorded from a former one while that served.
 
 use super::Checker;

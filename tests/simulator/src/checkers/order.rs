@@ -1,4 +1,4 @@
-//! Rule 2.3, cause before effect: client bytes that dom0 got after it had sent an answer are handed
+//! Rule 3, cause before effect: client bytes that dom0 got after it had sent an answer are handed
 //! to a server only when that server itself has said as much.
 
 use std::collections::BTreeSet;
@@ -11,7 +11,7 @@ use crate::observer::{Observer, Seen};
 
 pub(crate) struct CauseBeforeEffect {
     lag_limit_us: u64,
-    /// Servers that left the queue or lost their claim: the order no longer concerns them.
+    /// Servers that left the queue or became stale: the order does not apply to them.
     excused: BTreeSet<ServerId>,
 }
 

@@ -1,4 +1,4 @@
-//! A client can't hurt: no replica that nothing was done to goes stale or is evicted, whatever clients send.
+//! Rule 11, for replicas: whatever clients send, no replica becomes stale or is evicted unless a fault of the run struck it.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! What a client was promised stays promised: acknowledgements and the window's right edge never
-//! move back over a promotion.
+//! Rule 2, for windows: acknowledgements to a client and its window's right edge never move back over
+//! a promotion.
 
 use std::collections::BTreeMap;
 

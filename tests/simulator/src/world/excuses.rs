@@ -1,4 +1,4 @@
-//! Why connections may come to harm by design, as far as that is known when something strikes.
+//! Which faults may harm connections by design, as far as that is known when they strike.
 
 use super::World;
 use crate::fault::Fault;
@@ -6,7 +6,7 @@ use crate::guest::Health;
 use crate::observer::Conversation;
 
 impl World {
-    /// Replicas that could take over, and that nothing was done to.
+    /// Promotable replicas that no fault struck.
     fn healthy_replicas(&self) -> Vec<usize> {
         self.promotable_replicas()
             .into_iter()
@@ -20,8 +20,8 @@ impl World {
         promotable.filter_map(|s| self.guest_of(s.server)).collect()
     }
 
-    /// The last healthy replica may go while the OVM's fault is not seen yet, or the majority that it
-    /// takes to see it.
+    /// Whether the last healthy replica, or the majority that evidence needs, may be lost before the OVM's fault
+    /// is found.
     pub(super) fn excuse_of_loss(&mut self) {
         let ovm = self.service.ovm().and_then(|id| self.guest_of(id));
         let Some(health) = ovm.map(|g| self.guests[g].health).filter(|h| *h != Health::Running) else {
@@ -35,8 +35,8 @@ impl World {
         }
     }
 
-    /// Whether a fault of the OVM may harm connections by design: nobody healthy is there to take over,
-    /// or what the fault shows is no evidence.
+    /// Whether a fault of the OVM may harm connections by design: no healthy replica can take over, or the fault
+    /// leaves no evidence.
     pub(super) fn excuse_of_blow(&mut self, fault: Fault) {
         if let (Fault::Kill { .. }, Some(ovm)) = (fault, self.service.ovm()) {
             self.died.insert(ovm);
@@ -50,7 +50,7 @@ impl World {
             let half_open = |c: &&Conversation| !c.established;
             self.refused
                 .extend(self.observer.conversations.iter().filter(half_open).map(|c| (c.client, c.isn)));
-            // A close is disputed by RVMs that have kept up within the hold, in several conversations.
+            // Evidence (e) needs RVMs that have kept up to dispute closes in several conversations, within the hold.
             let mut prompt = false;
             for g in healthy {
                 let (guest, link) = (&self.knobs.guests[g], &self.knobs.guest_links.get(g));

@@ -1,4 +1,4 @@
-//! What hostile clients do in a run; see [`crate::hostile`].
+//! Adds hostile clients to a run; see [`crate::hostile`].
 
 use core::net::IpAddr;
 

@@ -1,4 +1,4 @@
-//! What strikes in a run: faults of domains, links and clients, and what operators do.
+//! Makes the faults of domains, links and clients happen, and the operators' actions.
 
 use core::time::Duration;
 
@@ -13,12 +13,12 @@ use crate::observer::Seen;
 use crate::prng::Prng;
 
 impl World {
-    /// Something was done to a server: from now on it may be suspected.
+    /// A fault struck this server: from now on it may be suspected.
     pub(super) fn blemish(&mut self, id: ServerId) {
         self.see(&Seen::Blemish(id));
     }
 
-    /// The server may have lost conversations, or lose them when it serves.
+    /// Notes that the server may have lost conversations, or may lose them when it serves.
     fn impair(&mut self, id: ServerId, why: &'static str) {
         self.impaired.entry(id).or_insert(why);
         self.blemish(id);
@@ -56,7 +56,7 @@ impl World {
             Fault::StarveDom0 { us } => {
                 self.starved_until = self.now + us;
                 self.coverage.hit("fault.starve dom0");
-                // A starved host is slow for everybody; who is accused then is no matter here.
+                // A starved host is slow for everybody; who is accused then does not matter here.
                 for guest in 0..self.guests.len() {
                     let id = self.guests[guest].id;
                     self.blemish(id);

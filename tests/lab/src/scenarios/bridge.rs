@@ -1,5 +1,5 @@
-//! The bridge is not ours alone: others lie about who they are on it, come and go, have it forget what it has
-//! learned, and take vifs away. Clients of the PSC notice nothing.
+//! Others share the bridge: they claim to be the PSC, come and go, make the bridge forget what it learned, and remove vifs.
+//! Clients of the PSC notice nothing.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -29,7 +29,7 @@ const STRANGER: Port = Port { domid: 900 };
 const ROUNDS: u32 = 12;
 const AT_ONCE: u32 = 6;
 
-/// Who says that it is the PSC.
+/// Who claims to be the PSC.
 #[derive(Clone, Copy, Debug)]
 enum Liar {
     /// Another domain on the bridge.
@@ -53,7 +53,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     all
 }
 
-/// The vif of a domain that is nothing but that: its other end is in dom0 too, without addresses.
+/// The vif of a domain that has nothing else: its other end is in dom0, too, without addresses.
 #[derive(Clone, Copy, Debug)]
 struct Port {
     domid: u32,
@@ -103,7 +103,7 @@ impl Psc {
         }
     }
 
-    /// Where the bridge sends what is for it: to the anchor, whatever anybody says.
+    /// Checks that the bridge sends the PSC's frames to the anchor, whatever anybody claims.
     fn expect_at_home(&self, dom0: &Host) -> Result<()> {
         let [mac, hex] = [":", ""].map(|between| self.mac.map(|byte| format!("{byte:02x}")).join(between));
         let anchor = format!("usa{hex}");
@@ -125,7 +125,7 @@ fn forwarding(dom0: &Host, mac: &str) -> Result<Vec<Value>> {
     Ok(entries.into_iter().filter(|entry| entry["mac"] == mac).collect())
 }
 
-/// Frames in the PSC's name, some thousand a second, until told otherwise; gives how many.
+/// Sends frames in the PSC's name, some thousand a second, until told to stop; returns how many.
 fn lie(wire: &Wire, frames: &[Vec<u8>], done: &AtomicBool) -> Result<u64> {
     let mut sent = 0;
     while !done.load(Ordering::Relaxed) {
@@ -137,8 +137,8 @@ fn lie(wire: &Wire, frames: &[Vec<u8>], done: &AtomicBool) -> Result<u64> {
     Ok(sent)
 }
 
-/// Under load over both families, frames come with the PSC's MAC as their source, and then with its addresses and MAC
-/// as what they announce. The bridge goes on sending what is for the PSC to its anchor, and the OVM can freeze.
+/// Under load over both families, somebody sends frames from the PSC's MAC, then announces its addresses and MAC. The bridge
+/// keeps sending the PSC's frames to the anchor, and a failover succeeds.
 fn spoofed(lab: &str, liar: Liar) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let (dom0, psc) = (stage.lab.dom0(), Psc::of(&stage)?);
@@ -195,8 +195,8 @@ fn spoofed(lab: &str, liar: Liar) -> Result<()> {
     stage.expect_unharmed(&over_v6.finish()?)
 }
 
-/// Dozens of other domains come, talk to everybody in many names, and go, and the bridge is made to forget what it has
-/// learned, while a pipeline and large downloads run; then the OVM freezes.
+/// Dozens of other domains come, send to everybody from many MACs, and go, and the bridge is made to forget what it learned,
+/// while a pipeline and large downloads run; then the OVM freezes.
 fn churn(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis, Service::Http])?;
     let psc = Psc::of(&stage)?;
@@ -230,8 +230,8 @@ fn churn(lab: &str) -> Result<()> {
     stage.expect_unharmed(&load.finish()?)
 }
 
-/// An operator has the bridge forget everything, what was written into its table by hand included: dom0d is told, and ties
-/// the PSC's MAC to its anchor again.
+/// An operator makes the bridge forget everything, static entries included: the kernel tells dom0d, which ties the PSC's MAC
+/// to its anchor again.
 fn flushed(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let (dom0, psc) = (stage.lab.dom0(), Psc::of(&stage)?);
@@ -275,8 +275,8 @@ fn come_and_go(dom0: &Host) -> Result<u64> {
     Ok(sent)
 }
 
-/// The vif of the OVM is deleted under a load and a download, while its domain runs on as if nothing were: a replica
-/// takes over, the domain is fenced, and the next replica can follow.
+/// The OVM's vif is deleted under a load and a download, while its domain continues to run: a replica takes over, the domain
+/// is fenced, and the next replica can follow.
 fn ovm_unplugged(lab: &str) -> Result<()> {
     // In both services the same one takes over, and no stall of a busy machine moves only one of them.
     let options = "candidate = \"queue\"\ntiming = { unacked_limit_ms = 5000, progress_limit_ms = 5000 }";
@@ -305,7 +305,7 @@ fn ovm_unplugged(lab: &str) -> Result<()> {
     stage.expect_unharmed(&load.finish()?)
 }
 
-/// Its services can't be heard any more, but must not go on by themselves either.
+/// Nobody can hear its services any more, but they must not run on by themselves either.
 fn expect_stopped(lab: &Lab, name: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     while lab.domain(name).is_ok_and(|domain| !domain.state.contains("paused")) {
@@ -315,8 +315,8 @@ fn expect_stopped(lab: &Lab, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A replica's vif is deleted under a load: it is out, clients notice nothing, and the other one takes over when it is
-/// needed.
+/// A replica's vif is deleted under a load: it leaves the queue, clients notice nothing, and the other replica takes over
+/// when it is needed.
 fn replica_unplugged(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 2, &[Service::Redis])?;
     let load = stage.load("unplugged")?;

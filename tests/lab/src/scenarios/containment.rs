@@ -1,6 +1,6 @@
-//! Contained before it breathes: nothing of a replica or of a deposed server reaches anybody, and no guest speaks in the
-//! PSC's name or is spoken to beside it, in whatever state its vif is and whoever takes away what keeps it so. Clients
-//! notice nothing of all that.
+//! Contained before it breathes (rule 13): no frame of a replica or of a deposed server reaches anybody, no guest speaks in the
+//! PSC's name, and none is reached beside the PSC, whatever state its vif is in and whoever removes the fences. Clients notice
+//! nothing.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use crate::host::{BRIDGE, Domain, Fault, Host, Lab, Plane, Service};
 use crate::stage::failover::Failover;
 use crate::stage::{Stage, own_address, with_plane};
 
-/// What rules or programs may take to be there again, on a machine that is busy: alone, it is a tenth of a second.
+/// How long dom0d may take to restore rules or programs on a busy machine. On an idle one it takes a tenth of a second.
 const NOTICED: Duration = Duration::from_secs(2);
 
 /// A MAC that nobody has.
@@ -89,7 +89,7 @@ impl Own {
     }
 }
 
-/// Everything by which a guest could have others believe that it is the PSC.
+/// Every frame by which a guest could claim to be the PSC.
 fn lies(own: Own, psc: Psc) -> Vec<(&'static str, Vec<u8>)> {
     let reply = arp_announcement(own.mac, psc.v4);
     let by_own = discovery(136, own.mac, own.v6, psc.v6);
@@ -114,14 +114,14 @@ fn lies(own: Own, psc: Psc) -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// Whether a frame says something about the PSC in a guest's name, or in nobody's.
+/// Whether a frame claims the PSC for a guest's MAC, or for nobody's.
 fn is_lie(frame: &[u8], own: Own, psc: Psc) -> bool {
     let has = |bytes: &[u8]| frame.windows(bytes.len()).any(|part| part == bytes);
     let source = frame.get(6..12);
     (source == Some(&own.mac) || source == Some(&NOBODY)) && (has(&psc.v4.octets()) || has(&psc.v6.octets()))
 }
 
-/// What the client takes for the PSC's MACs.
+/// The PSC's MACs in the client's neighbour table.
 fn believed(client: &Host) -> Result<Vec<String>> {
     let output = client.run(&["ip", "-j", "neigh", "show"])?;
     let all: Vec<Value> = serde_json::from_slice(&output.stdout).context("ip neigh")?;
@@ -135,7 +135,7 @@ fn counter(stage: &Stage, name: &str) -> Result<u64> {
     Ok(stage.operator.service("redis")?.plane_counters.get(name).copied().unwrap_or_default())
 }
 
-/// Waits until something was counted, which is told once a second.
+/// Waits until a counter has grown; counters are updated once a second.
 fn wait_counted(stage: &Stage, name: &str, least: u64) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
@@ -149,7 +149,7 @@ fn wait_counted(stage: &Stage, name: &str, least: u64) -> Result<()> {
     }
 }
 
-/// A guest says in every way there is that it is the PSC; nobody hears it.
+/// A guest claims in every way to be the PSC; nobody hears it.
 fn claims(lab: &str, liar: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let (psc, guest) = (Psc::of(&stage)?, stage.lab.domain(liar)?);
@@ -226,7 +226,7 @@ fn listen(
     Ok(Ear { heard, done, thread })
 }
 
-/// A guest that never keeps still: its own segments of the service, claims to the PSC's address, frames of no protocol.
+/// A guest that sends all the time: its own segments of the service, claims to the PSC's address, frames of no protocol.
 struct Babble {
     sent: Arc<AtomicU64>,
     done: Arc<AtomicBool>,
@@ -260,7 +260,7 @@ impl Babble {
         Ok(Self { sent, done, thread })
     }
 
-    /// Once enough was sent to be heard, however busy the machine is.
+    /// Waits until it has sent enough to be heard, however busy the machine is.
     fn end(self) -> Result<()> {
         let sent = || self.sent.load(Ordering::Relaxed);
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -326,7 +326,7 @@ fn expect_as_before(stage: &Stage, promotable: usize) -> Result<()> {
     Ok(())
 }
 
-/// The handshake and the SET of a client at a server's own address; gives what the server answered.
+/// A client's handshake and SET at a server's own address; returns the server's answer.
 fn converse_directly(client: &Place, own: Own, port: u16) -> Result<bool> {
     const ME: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 225);
     client.run(move || {
@@ -362,8 +362,8 @@ fn converse_directly(client: &Place, own: Own, port: u16) -> Result<bool> {
     })
 }
 
-/// A whole conversation with the OVM's own address: it does not come to be, of the client as of dom0 itself; other ports
-/// are nobody's business.
+/// Neither a client nor dom0 itself can open a connection to the OVM's own address at the service's port; other ports are not
+/// touched.
 fn direct_conversation(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = stage.load("direct")?;
@@ -394,7 +394,7 @@ fn direct_conversation(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// Where the operator has it so, the server's own address can be spoken to.
+/// With `direct = "allow"`, clients reach the server's own address.
 fn direct_allowed(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), |config| {
         config.replace("attach =", "direct = \"allow\"\nattach =")
@@ -410,7 +410,7 @@ fn direct_allowed(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// Has a backend's node of a vif in xenstore say what a netfront's state would make of it.
+/// Sets a vif's backend node in xenstore to the state that follows from a netfront's.
 fn set_backend_state(lab: &Lab, guest: &Domain, state: u32) -> Result<()> {
     let path = format!("/local/domain/0/backend/vif/{}/0/state", guest.domid);
     write_nodes(lab, &[(path, state.to_string())])
@@ -427,7 +427,7 @@ fn write_nodes(lab: &Lab, nodes: &[(String, String)]) -> Result<()> {
     Ok(())
 }
 
-/// A guest's netfront closes and connects again and again, while the guest babbles; nobody hears it.
+/// A replica's netfront closes and connects again and again, while the guest sends; nobody hears it.
 fn toggle(stage: &Stage, guest: &Domain) -> Result<()> {
     let psc = Psc::of(stage)?;
     let ear = ear_for(stage, guest)?;
@@ -455,7 +455,7 @@ fn toggling_replica(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// The same of an OVM that was deposed, and fenced by isolation.
+/// The same for a deposed OVM that is fenced by isolation.
 fn toggling_isolated(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), isolating)?;
     let load = stage.load("toggles")?;
@@ -469,7 +469,7 @@ fn isolating(config: String) -> String {
     config.replace("attach =", "fence = \"isolate\"\nattach =")
 }
 
-/// The operator deposes guest-1; gives once that is fenced so.
+/// The operator deposes guest-1; returns once it is fenced in this way.
 fn depose(stage: &Stage, by: &str) -> Result<()> {
     let now_us = now_ns() / 1_000;
     stage.operator.order(&["failover", "redis"])?;
@@ -479,8 +479,7 @@ fn depose(stage: &Stage, by: &str) -> Result<()> {
     Ok(())
 }
 
-/// Somebody takes the rules away, under load and while a replica babbles: they are there again within a second, and said
-/// to have been gone.
+/// Somebody removes the rules, under load and while a replica sends: dom0d restores them within a second, and reports it.
 fn rules_taken(lab: &str, script: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = stage.load("rules")?;
@@ -514,8 +513,8 @@ fn rules_taken(lab: &str, script: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// Somebody takes a program of the fast plane from its interface, under load: it is there again at once, and nobody is
-/// blamed for what went unheard.
+/// Somebody detaches a program of the fast path, under load: dom0d restores it at once, and accuses nobody for the segments
+/// that it missed.
 fn program_taken(lab: &str, of_anchor: bool, script: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis]), &|line| println!("  {line}"))?;
     let config = with_plane(&lab.default_config(), Plane::Bpf);
@@ -552,7 +551,7 @@ fn program_taken(lab: &str, of_anchor: bool, script: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// Gives a guest another vif, a port of this bridge, of which xenstore tells as it does of the first.
+/// Gives a guest another vif, a port of this bridge, with its nodes in xenstore.
 fn plug_second(stage: &Stage, guest: &Domain, bridge: &str) -> Result<()> {
     let dom0 = stage.lab.dom0();
     let vif = format!("vif{}.1", guest.domid);
@@ -582,8 +581,7 @@ fn plug_second(stage: &Stage, guest: &Domain, bridge: &str) -> Result<()> {
     write_nodes(&stage.lab, &[(format!("{backend}/state"), "4".to_owned())])
 }
 
-/// A replica's second vif is contained like the first, from before it comes up; the OVM's is free, but not to speak for
-/// the PSC.
+/// A replica's second vif is contained like the first, and before it is up; the OVM's is free, except to claim the PSC.
 fn second_vif(lab: &str, bridge: &'static str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = stage.load("second")?;
@@ -628,7 +626,7 @@ fn second_vif(lab: &str, bridge: &'static str) -> Result<()> {
     stage.expect_unharmed(&load.finish()?)
 }
 
-/// A replica's second vif that is no port of a bridge but routed: dom0 itself hears it only once the domain serves.
+/// A replica's second vif is routed and no port of a bridge: dom0 itself hears it only once the domain serves.
 fn second_vif_routed(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = stage.load("routed")?;
@@ -657,7 +655,7 @@ fn second_vif_routed(lab: &str) -> Result<()> {
     stage.expect_unharmed(&load.finish()?)
 }
 
-/// A vif with its backend in a driver domain can't be contained: the domain is no replica, and it is said why.
+/// A vif with its backend in a driver domain can't be contained: the domain does not become a replica, and the status says why.
 fn second_vif_refused(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 2, &[Service::Redis])?;
     let load = stage.load("elsewhere")?;
@@ -689,7 +687,7 @@ fn second_vif_refused(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// What the operator lets replicas send arrives, and is answered; what is next to it does not.
+/// What `allow` names arrives and is answered; other traffic of a replica does not.
 fn allow(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), |config| {
         config.replace(
@@ -778,7 +776,7 @@ fn fence_destroy(lab: &str) -> Result<()> {
     failover.expect_plausible()
 }
 
-/// A deposed OVM's domain runs on, and nobody hears it.
+/// A deposed OVM's domain continues to run, and nobody hears it.
 fn fence_isolate(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), isolating)?;
     let load = stage.load("isolate")?;

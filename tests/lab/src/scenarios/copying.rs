@@ -1,5 +1,5 @@
-//! A domain that lacks what the others hold is made equal while clients write all the time: they wait for the copy, and
-//! after the next failover nothing is missing. Whatever ends the copy lets them in again.
+//! `attach --copy` makes a domain equal to the OVM while clients write all the time: they wait for the copy, and after the next
+//! failover nothing is missing. However the copy ends, clients are let in again.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};

@@ -1,5 +1,5 @@
-//! dom0d's own life: it leaves nothing behind, its successor adopts or removes what a killed one
-//! left, it has no twin, and xenstored may come and go.
+//! dom0d's own life: it leaves nothing behind, its successor adopts or removes what a killed dom0d
+//! left, a second dom0d is refused, and xenstored may restart.
 
 use std::iter;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -61,7 +61,7 @@ pub(super) fn traces(lab: &Lab) -> Result<String> {
     Ok(all)
 }
 
-/// After SIGTERM there is no rule, address or interface more than before the start.
+/// After SIGTERM the rules, addresses and interfaces are those from before the start.
 fn clean_shutdown(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis, Service::Http]), &|line| println!("  {line}"))?;
     let before = traces(&lab)?;
@@ -83,14 +83,13 @@ fn clean_shutdown(lab: &str) -> Result<()> {
 enum End {
     /// As `systemctl disable --now` ends it.
     Stopped,
-    /// It was killed, and whoever uninstalls it starts it once more for that, and stops it at once.
+    /// It was killed; to uninstall it, the operator starts it once more and stops it at once.
     Killed,
-    /// The same, and by then one service is not in its configuration any more and the other one is on the other plane.
+    /// The same, with a configuration that lacks one service and has the other on the other plane.
     Reconfigured,
 }
 
-/// Under load dom0d goes for good, and all that it brought goes with it; what others have put on the same interfaces
-/// stays.
+/// dom0d is uninstalled under load: everything that it made goes, and what others put on the same interfaces stays.
 fn uninstalled(lab: &str, end: End) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis, Service::Http]), &|line| println!("  {line}"))?;
     let vif = lab.domain("guest-3")?.vif;
@@ -118,9 +117,8 @@ fn uninstalled(lab: &str, end: End) -> Result<()> {
     Ok(())
 }
 
-/// What is in dom0, filters of interfaces, xenstore and the files of dom0d's directory included. What it remembers of
-/// promotions stays, as the lock does until dom0 ends: whoever installs it again must not go back to an OVM that
-/// was deposed.
+/// The state of dom0, with filters of interfaces, xenstore and the files of dom0d's directory. Two files may stay: the lock
+/// until dom0 ends, and the memory of promotions, so that a new installation does not return to a deposed OVM.
 fn everything(lab: &Lab) -> Result<String> {
     let mut all = traces(lab)?;
     let directory = lab.directory().display();
@@ -135,8 +133,8 @@ fn everything(lab: &Lab) -> Result<String> {
     Ok(all)
 }
 
-/// kill -9 under load on the plane that ends with dom0d, and a restart: one set of rules and interfaces, and a service that can fail
-/// over as before. What is left behind goes with the successor's clean shutdown.
+/// kill -9 under load on the plane pcap, and a restart: there is one set of rules and interfaces, and the service can fail
+/// over as before. The successor's clean shutdown removes the leftovers.
 fn killed(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| {
         println!("  {line}");
@@ -190,8 +188,8 @@ fn killed(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// dom0d does not run for two seconds in the middle of a large transfer: that stalls sooner or later, goes on, and the
-/// replica lacks nothing, for it finishes the transfer.
+/// dom0d is stopped for two seconds during a large transfer: the transfer may stall, continues, and the replica lacks
+/// nothing, for it finishes the transfer.
 fn suspended(lab: &str, direction: Direction) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Http])?;
     let large = Large::begin(&stage, direction, false)?;
@@ -211,9 +209,9 @@ fn suspended(lab: &str, direction: Direction) -> Result<()> {
     Ok(())
 }
 
-/// dom0d is killed and nobody starts it again, on the plane that outlives it: after its grace open connections go on
-/// over a lossy link, though their OVM is not the one that they began with; others begin and end. A dom0d
-/// that comes back serves, and says that the replica missed something.
+/// dom0d is killed on the plane bpf and not started again. After its grace, open connections continue over a lossy link,
+/// though their OVM is not the one that they began with; others begin and end. The next dom0d serves, and says that the
+/// replica missed something.
 fn away(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
     let grace = "daemon_grace_ms = 300\nrvms = ";
@@ -290,7 +288,7 @@ fn xenstored(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// An announced pause of the OVM is no fault: connections wait, and go on after the resume.
+/// An announced pause of the OVM is no fault: connections wait, and continue after the resume.
 fn announced_pause(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let load = stage.load("pause")?;
@@ -305,7 +303,7 @@ fn announced_pause(lab: &str) -> Result<()> {
     stage.expect_unharmed(&outcome)
 }
 
-/// What a toolstack asks the OVM moves the service first, though the guest clears the node at once.
+/// A toolstack's shutdown request to the OVM moves the service first, though the guest clears the node at once.
 fn shutdown_request(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), |config| {
         config.replace("[[service]]\n", "[[service]]\non_shutdown_request = \"switchover\"\n")
@@ -351,8 +349,8 @@ fn comes_later(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// While dom0d replaces its rules again and again, nothing passes of what a replica sends: one frame of a
-/// server's that reached its client would have it reset the connection there.
+/// While dom0d replaces its rules again and again, no frame of a replica passes: one that reached its client would make the
+/// client reset the connection.
 fn rules_without_a_gap(lab: &str) -> Result<()> {
     const PORT: u16 = 9_999;
     let stage = Stage::up(lab, 2, &[Service::Redis])?;

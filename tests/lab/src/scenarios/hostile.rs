@@ -37,7 +37,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 /// Malformed, truncated and contradictory segments in the name of an honest connection, and then a
-/// failover: the honest connection and its replica are as if nothing had been.
+/// failover: the honest connection and its replica are unharmed.
 fn garbage(lab: &str, ipv6: bool) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let target = stage.psc_of_family(Service::Redis, ipv6)?;
@@ -91,8 +91,8 @@ fn garbage_of_ovm(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// Writes in segments that a kernel drops, or that may be read in more than one way: each is acknowledged by nobody, or it
-/// is on every replica.
+/// Writes in segments that a kernel drops or that can be read in more than one way: either nobody acknowledges the write, or
+/// every replica has it.
 fn bent(lab: &str, plane: Plane) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| with_plane(&config, plane))?;
     let (psc, psc_mac) = (stage.psc(Service::Redis)?, stage.psc_mac(Service::Redis)?);
@@ -147,8 +147,8 @@ fn bent(lab: &str, plane: Plane) -> Result<()> {
     failover.expect_plausible()
 }
 
-/// A client fetches what takes several windows, and acknowledges only with what the OVM's kernel drops: to nobody are these
-/// acknowledgments, and nobody is accused for the answer that does not go on.
+/// A client fetches several windows of data, and acknowledges only with segments that the OVM's kernel drops: nobody takes
+/// them for acknowledgments, and nobody is accused because the answer stops.
 fn broken_acknowledgments(lab: &str, plane: Plane) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| with_plane(&config, plane))?;
     let (psc, psc_mac) = (stage.psc(Service::Redis)?, stage.psc_mac(Service::Redis)?);
@@ -222,8 +222,8 @@ fn flood(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// A client's handshake makes room for others', and then it completes its own and writes: that one is refused, and
-/// costs nobody a replica.
+/// A flood pushes a client's handshake out of the table; then the client completes it and writes. Its connection is refused,
+/// and no replica is lost.
 fn pushed_out(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 1, &[Service::Redis]);
     let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nembryonic = 2048\n"))?;
@@ -264,8 +264,8 @@ fn pushed_out(lab: &str) -> Result<()> {
     stage.survives_freeze(stage.load("honest")?)
 }
 
-/// Bytes that never become whole, in many connections, fill the memory of nobody else's: they find no room, and no
-/// replica goes for them.
+/// Bytes behind gaps, in many connections, take no memory from other connections: they are dropped, and no replica is
+/// evicted for them.
 fn out_of_order(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 2, &[Service::Redis]);
     let limits = "conversation_bytes = 1048576\nretained_bytes = 8388608\nout_of_order_bytes = 2097152";
@@ -307,9 +307,8 @@ fn leave_gap(wire: &Wire, target: SocketAddr) -> Result<Session> {
     Ok(session)
 }
 
-/// Nobody reads the rings while SYNs come that would fill them several times over: those of clients that nobody knows
-/// take their share and no more. Open conversations go on, a download as far as its window reaches, and no
-/// replica lacks anything of either: one after the other serves.
+/// Nobody reads the rings while a flood of SYNs arrives that would fill them several times: it gets its share and no more.
+/// Open conversations continue, a download as far as its window reaches, and replicas lack nothing: each serves in turn.
 fn flood_while_suspended(lab: &str) -> Result<()> {
     let services = [Service::Redis, Service::Http];
     let lab = Lab::up(Stage::plan(lab, 2, &services), &|line| println!("  {line}"))?;
@@ -361,7 +360,7 @@ fn flood_while_suspended(lab: &str) -> Result<()> {
     stage.expect_unharmed(&load.finish()?)
 }
 
-/// Floods these, while the load must go on.
+/// Floods the service, while the load must continue.
 fn flood_all(stage: &Stage, targets: Vec<(SocketAddr, Mac)>, load: &Running) -> Result<()> {
     // A ring is 32 MiB, and the record of such a SYN 2 KiB.
     const SYNS: usize = 40_000;
@@ -380,8 +379,8 @@ fn flood_all(stage: &Stage, targets: Vec<(SocketAddr, Mac)>, load: &Running) -> 
     load.wait_answers(300, Duration::from_secs(10))
 }
 
-/// The table holds 16 conversations and 24 come: the 8 latecomers are served all the same, visibly
-/// unprotected; the first 16 survive a promotion that an operator then forces.
+/// The table holds 16 conversations and 24 come: the last 8 are served, visibly unprotected; the first 16 survive a promotion
+/// that an operator forces.
 fn full_table(lab: &str) -> Result<()> {
     let plan = Stage::plan(lab, 1, &[Service::Redis]);
     let stage = Stage::up_with(plan, |config| format!("{config}\n[service.limits]\nconversations = 16\n"))?;

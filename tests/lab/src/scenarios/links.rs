@@ -15,7 +15,7 @@ use crate::stage::{Stage, with_plane};
 const IMPAIRMENTS: [&str; 4] = ["loss", "reordering", "duplication", "all"];
 const SIDES: [&str; 2] = ["client", "guest-2"];
 
-/// Large enough for many thousand segments; the rate over a lossy link is the client kernel's affair.
+/// Large enough for many thousand segments; the rate over a lossy link depends on the client's kernel.
 const BYTES: u64 = 60_000_000;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -52,8 +52,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     all
 }
 
-/// One of two replicas is behind a link of 40 Mbit/s: it goes when it has kept the client waiting, and the other
-/// one stays.
+/// One of two replicas is behind a link of 40 Mbit/s: it is evicted when it has kept the client waiting, and the other
+/// replica stays.
 fn narrow(lab: &str, plane: Plane, direction: Direction) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Http]), |config| {
         with_plane(&config, plane).replace("rvms = ", "timing = { lag_limit_ms = 4000 }\nrvms = ")

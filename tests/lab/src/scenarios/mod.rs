@@ -32,16 +32,16 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-/// Told by an error how it went wrong.
+/// Fails by an error that says what was seen.
 type Story = Box<dyn Fn(&str) -> Result<()>>;
 
 /// One story: gets a lab's name, builds what it needs under it, and fails by an error.
 pub(crate) struct Scenario {
-    /// Unique; slashes group.
+    /// Unique; slashes form groups.
     pub(crate) name: String,
-    /// After this long it has failed.
+    /// The scenario fails if it takes longer.
     pub(crate) limit: Duration,
-    /// Why it can't be played on this machine, if it can't.
+    /// Why this machine can't play it, if it can't.
     pub(crate) obstacle: fn() -> Result<Option<&'static str>>,
     play: Story,
 }

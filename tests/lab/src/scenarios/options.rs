@@ -1,5 +1,5 @@
-//! What an operator may decide, each decision in force: a pause that is excused for a while, a number of promotions that is
-//! not exceeded, clients that wait for a slow replica.
+//! Options of the configuration take effect: a pause is excused for a while, a number of promotions is not exceeded, clients
+//! wait for a slow replica.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::host::{Fault, LabConfig, Link, Service};
 use crate::stage::Stage;
 use crate::stage::failover::Failover;
 
-/// Excused.
+/// How long a pause is excused, in milliseconds.
 const GRACE_MS: u64 = 2_000;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -23,7 +23,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-/// A pause that nobody announced is no fault while its grace lasts; one that lasts longer is.
+/// An unannounced pause is a fault only once it has lasted longer than the grace.
 fn pause_grace(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 1, &[Service::Redis]), |config| {
         config.replace("attach =", &format!("pause_grace_ms = {GRACE_MS}\nattach ="))
@@ -45,7 +45,7 @@ fn pause_grace(lab: &str) -> Result<()> {
     failover.expect_plausible()
 }
 
-/// One unplanned promotion is allowed, and so the second OVM's fault promotes nobody; an operator's word does.
+/// One unplanned promotion is allowed, so the second OVM's fault promotes nobody; an operator's command does.
 fn promotion_limit(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| {
         config.replace("attach =", "limits = { promotions = 1 }\nattach =")

@@ -1,5 +1,5 @@
-//! A service that asks another one: nginx hands requests on to a backend. A replica's nginx gets no answer there, which is
-//! seen and said; what is let through, or said to do no harm, changes nothing.
+//! A service that opens connections itself: nginx passes requests to a backend. A replica's nginx gets no answer there, and
+//! dom0d says so. Connections that the operator allows or tolerates change nothing.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -25,7 +25,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-/// What an own connection is to the operator.
+/// What the operator decided about a replica's own connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Means {
     Refused,

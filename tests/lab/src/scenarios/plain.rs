@@ -1,5 +1,5 @@
-//! The clients against one server over a plain bridge, without dom0d: they find nothing wrong where
-//! nothing is, and they do find what is.
+//! The lab's clients against one server over a plain bridge, without dom0d: they report no error where
+//! there is none, and every error where there is one.
 
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
@@ -68,7 +68,7 @@ fn everything_right(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// The impaired link is the clients' kernels' affair: slower, never wrong.
+/// An impaired link makes clients slower, and nothing wrong.
 fn loss(lab: &str) -> Result<()> {
     let lab = up(lab, &[Service::Redis])?;
     let link = Link { loss: 0.01, duplicate: 0.01, reorder: 0.01, ..Link::default() };

@@ -1,4 +1,4 @@
-//! dom0 reboots, and forgets all that is in memory: who served last serves again, and in doubt nobody does.
+//! Memory outlives reboots (rule 14): after a reboot of dom0 the domain that served last serves again, and in doubt nobody does.
 
 use std::fs;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::host::{Fault, Lab, Service};
 use crate::stage::Stage;
 use crate::stage::failover::Failover;
 
-/// How long what may not happen is waited for.
+/// How long to wait for something that must not happen.
 const QUIET: Duration = Duration::from_secs(2);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -59,7 +59,7 @@ fn rebooted(lab: &str, failover: bool) -> Result<(Lab, String)> {
     Ok((lab, config))
 }
 
-/// As a domain with a disk comes up: with what was on it.
+/// Creates a domain with this on its disk.
 fn boot(lab: &Lab, domain: &str, n: &str) -> Result<()> {
     lab.create(domain)?;
     redis(lab, domain, &["SET", "n", n]).map(drop)
@@ -112,7 +112,7 @@ fn comes_last(lab: &str) -> Result<()> {
     serves(&stage, "guest-2", "6")
 }
 
-/// No question is asked, and a replica's state is not what the configuration says of a first start.
+/// The OVM serves again without an operator, and the replica is not seeded: `assume-identical` is for the first start.
 fn without_a_failover(lab: &str) -> Result<()> {
     let (lab, config) = rebooted(lab, false)?;
     boot(&lab, "guest-2", "0")?;
@@ -120,7 +120,7 @@ fn without_a_failover(lab: &str) -> Result<()> {
     serves(&Stage::take_unready(lab, &config)?, "guest-1", "1")
 }
 
-/// What dom0d remembers can't be believed: it says so, and an operator's word is enough.
+/// dom0d's memory is unusable: it says so, and an operator's command is enough.
 fn in_doubt(lab: &str, saying: &str, damage: impl Fn(&str) -> String) -> Result<()> {
     let (lab, config) = rebooted(lab, true)?;
     let memory = lab.directory().join("state/memory.json");
@@ -138,7 +138,7 @@ fn in_doubt(lab: &str, saying: &str, damage: impl Fn(&str) -> String) -> Result<
     serves(&stage, "guest-2", "6")
 }
 
-/// A full disk is said, and serving goes on.
+/// A memory that can't be written is reported, and serving continues.
 fn full(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis]), &|line| println!("  {line}"))?;
     // No file can be made where there is a directory.

@@ -1,5 +1,5 @@
-//! What an operator gets wrong is refused with words that say what, on which service or domain, and
-//! what to do; and nothing is lost by it.
+//! An operator's mistake is refused with a message that says what is wrong, on which service or domain,
+//! and what to do. Nothing is lost by it.
 
 use std::fs;
 use std::process::Command;
@@ -29,7 +29,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-/// Attaches that can't be, and names that nobody has, under load.
+/// Impossible attaches and unknown names, under load.
 fn orders(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 2, &[Service::Redis])?;
     let load = Plan::new(stage.psc(Service::Redis)?, "refused").start(&stage.client())?;
@@ -66,7 +66,7 @@ fn nothing_left(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// Files that are wrong are refused by `check-config` and by dom0d alike, naming key and place.
+/// `check-config` and dom0d both refuse an invalid file, and name the key and the line.
 fn configuration(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 1, &[Service::Redis, Service::Http]), &|line| {
         println!("  {line}");

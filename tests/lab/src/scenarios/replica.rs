@@ -47,7 +47,7 @@ const TROUBLES: [(Trouble, &str); 10] = [
 ];
 
 impl Trouble {
-    /// Whether it is a fault for which an OVM is deposed: what its answers are is an OVM's affair.
+    /// Whether an OVM is deposed for it. An OVM may answer what it likes.
     fn deposes(self) -> bool {
         matches!(
             self,
@@ -171,7 +171,7 @@ fn make(stage: &Stage, trouble: Trouble, guest: &str) -> Result<()> {
     }
 }
 
-/// Changes the replica's data behind our back: every counter and list of it starts elsewhere.
+/// Changes the replica's data without the OVM's: its counters and lists start elsewhere.
 fn answer_wrong(guest: &Domain) -> Result<()> {
     let (place, address) = own_address(guest, Service::Redis)?;
     place.run(move || {
@@ -274,8 +274,8 @@ pub(super) fn garbage(guest: &Domain, behind: u32) -> Result<()> {
     })
 }
 
-/// In a large download the OVM is stopped for a replica that says nothing any more, and the other two go on beyond it: that
-/// is no fault of the OVM's.
+/// In a large download the OVM's window ends for a replica that has fallen silent, and the other two answer beyond it: the
+/// OVM is not accused for that.
 fn hangs_in_download(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 3, &[Service::Http])?;
     let large = Large::begin(&stage, Direction::Download, false)?;
@@ -292,7 +292,7 @@ fn hangs_in_download(lab: &str) -> Result<()> {
 }
 
 /// Clients never wait for a replica that is a hundred times slower than the OVM: the same load is as
-/// quick with it as without it. It is lagging or evicted by then, and never hidden.
+/// quick with it as without it. The replica is lagging or evicted, and the status says so.
 fn slow(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     let target = stage.psc(Service::Redis)?;
@@ -321,8 +321,8 @@ fn is_promotable(service: &understudy_api::Service, guest: &str) -> bool {
     service.servers.iter().find(is_named).is_some_and(|server| server.promotable)
 }
 
-/// Nobody reads the rings while a replica floods: it fills its own, and clients go on in theirs. What was lost of it are
-/// its own answers, which it repeats; the other replica is as good as before.
+/// Nobody reads the rings while a replica floods: it fills its own ring, and clients continue in theirs. It loses only its own
+/// answers, which it repeats; the other replica is unharmed.
 fn own_ring(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis]), &|line| println!("  {line}"))?;
     let config =
@@ -346,7 +346,7 @@ fn own_ring(lab: &str) -> Result<()> {
     stage.survives_freeze(load)
 }
 
-/// Evicted under load, its memory released, while the clients and the other replica go on.
+/// A replica is evicted under load and its memory released, while the clients and the other replica continue.
 fn evicted(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 2, &[Service::Redis])?;
     let load = Plan::new(stage.psc(Service::Redis)?, "evict").start(&stage.client())?;

@@ -1,5 +1,5 @@
-//! A domain that serves two services: what befalls it befalls both, at once and by one piece of evidence, and what an
-//! operator announces of it to one is known to both.
+//! A domain serves two services: its fault reaches both at once and by one piece of evidence, and an operator's announcement
+//! to one is known to both.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ pub(super) fn expect_one_reason(
     Ok(one.clone())
 }
 
-/// guest-1 serves both, and is lost; of one service's death it is the other that loses it by the fence.
+/// guest-1 serves both and is lost. If only one service died, the other loses guest-1 by the fence.
 fn lost(lab: &str, fault: Fault) -> Result<()> {
     let stage = Stage::up(lab, 2, &BOTH)?;
     let load = stage.load("shared")?;
@@ -56,7 +56,7 @@ fn lost(lab: &str, fault: Fault) -> Result<()> {
     stage.expect_unharmed(&load.finish()?)
 }
 
-/// An operator pauses guest-1 in the name of one service: that is announced to the other as well, and so is its end.
+/// An operator pauses guest-1 for one service: the other service learns of the pause and of its end.
 fn announced(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &BOTH)?;
     let load = stage.load("announced")?;

@@ -134,7 +134,7 @@ fn seeded_again(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// Attached while connections are open: with a drain the open ones end first, then it is seeded.
+/// A domain is attached while connections are open: with a drain they end first, then it is seeded.
 fn drain(lab: &str) -> Result<()> {
     let stage = Stage::up(lab, 1, &[Service::Redis])?;
     stage.operator.order(&["detach", "redis", "guest-2"])?;

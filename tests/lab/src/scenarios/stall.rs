@@ -11,10 +11,10 @@ use crate::host::{Fault, Plane, Service};
 use crate::stage::failover::Failover;
 use crate::stage::{Stage, with_plane};
 
-/// A fork, an fsync, a stolen vCPU.
+/// As long as a fork, an fsync or a stolen vCPU may take.
 const STALL: Duration = Duration::from_millis(700);
 
-/// Until who has stalled has caught up, on a busy machine.
+/// How long a stalled server may take to catch up, on a busy machine.
 const RECOVERY: Duration = Duration::from_secs(8);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -66,7 +66,7 @@ fn stalls(lab: &str, plane: Plane, fault: Fault) -> Result<()> {
     Ok(())
 }
 
-/// One that never goes on is fenced, and that costs nobody anything either.
+/// An OVM that never continues is fenced, and clients notice nothing.
 fn for_good(lab: &str) -> Result<()> {
     let stage = Stage::up_with(Stage::plan(lab, 2, &[Service::Redis]), |config| {
         config.replace("rvms = ", "timing = { recover_limit_ms = 1500 }\nrvms = ")

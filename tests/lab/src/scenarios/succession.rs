@@ -1,5 +1,5 @@
-//! A dom0d that is killed at any instant, or replaced by an upgrade, on the plane that outlives it: clients notice
-//! nothing, and its successor's replicas lack nothing.
+//! dom0d is killed at any moment, or replaced by an upgrade, on the plane bpf (rule 8): clients notice nothing, and its
+//! successor's replicas lack nothing.
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
@@ -65,7 +65,7 @@ fn expect_promotable(stage: &Stage, service: &str, replicas: usize) -> Result<()
     })
 }
 
-/// Under load of two services, again and again; then the OVM freezes. In the end nothing is left of any of them.
+/// dom0d is killed again and again under load of two services; then the OVM freezes. In the end nothing of any dom0d is left.
 fn under_load(lab: &str) -> Result<()> {
     let services = [Service::Redis, Service::Http];
     let lab = Lab::up(Stage::plan(lab, 2, &services), &|line| println!("  {line}"))?;

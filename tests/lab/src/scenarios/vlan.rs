@@ -1,5 +1,5 @@
-//! Whose VLAN is another: neither side of a service hears of it, and it is counted. That a service works in one is among
-//! the failovers.
+//! Frames of other VLANs reach neither side of a service, and are counted. That a service works in a VLAN is among the
+//! failovers (`matrix`).
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::client::sniff::Wire;
 use crate::host::{LabConfig, Service, Vlan};
 use crate::stage::{Stage, own_address};
 
-/// A lab's VLAN, tags that are not of its service, and one that is.
+/// A lab's VLAN, tags that its service refuses, and one that it takes.
 struct Tags {
     vlan: Option<Vlan>,
     others: &'static [&'static [u8]],
@@ -128,7 +128,7 @@ fn knock(client: &Place, tag: &'static [u8], port: u16, (psc, psc_mac): (SocketA
     })
 }
 
-/// A guest that says that it has the PSC's address: in the VLAN as without one, nobody on the bridge hears of it.
+/// A guest claims the PSC's address, in the VLAN and without a tag: nobody on the bridge hears it.
 fn nobody_elses(lab: &str) -> Result<()> {
     let stage = up(lab, IN_A_VLAN.vlan)?;
     let load = stage.load("nobody")?;

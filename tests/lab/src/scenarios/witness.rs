@@ -1,5 +1,5 @@
-//! A client is no witness: what it alone controls, its address, its silence, its handshakes, deposes nobody; nor does
-//! what a replica says by its own clock.
+//! A client is no witness (rule 11): its address, its silence and its handshakes depose nobody. Nor does unsolicited data of a
+//! replica.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -29,7 +29,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 /// Longer than a SYN may stay unanswered before replicas are asked about it.
 const UNANSWERED: Duration = Duration::from_secs(3);
 
-/// Nobody uses the service but these; then somebody does, and its OVM dies.
+/// Attacks an idle service. Afterwards honest clients use it, and its OVM dies.
 fn idle_under(
     lab: &str,
     attack: impl Fn(&Wire, [u8; 6], SocketAddr) -> Result<()> + Send + 'static,
@@ -73,14 +73,14 @@ fn expect_nobody_suspected(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// Where the services that speak by their own clock listen.
+/// The port of the services that send unsolicited data.
 const TICKS: u16 = 7_000;
 
-/// How much later the first server's clock is than the replicas'.
+/// How much later the first server sends than the replicas.
 const LATER: Duration = Duration::from_millis(500);
 
-/// A service that sends a line each second to whoever is connected, and echoes lines. Replicas are half a second
-/// earlier with the former; nobody is at fault for that, until somebody freezes.
+/// A service sends a line each second to every client, and echoes lines. Replicas send half a second earlier than the OVM:
+/// nobody is accused until the OVM freezes.
 fn own_clock(lab: &str) -> Result<()> {
     let lab = Lab::up(Stage::plan(lab, 2, &[Service::Redis]), &|line| println!("  {line}"))?;
     let tickers = ["guest-1", "guest-2", "guest-3"]
@@ -106,7 +106,7 @@ fn own_clock(lab: &str) -> Result<()> {
     Ok(())
 }
 
-/// Reads so many lines of the clock, none of which may be missing or come twice.
+/// Reads this many unsolicited lines, none of which may be missing or come twice.
 fn listen(target: SocketAddr, speaks: bool, lines: usize) -> Result<()> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -125,14 +125,14 @@ fn listen(target: SocketAddr, speaks: bool, lines: usize) -> Result<()> {
     Ok(())
 }
 
-/// A service in one domain that speaks by its own clock, as long as this value lives.
+/// A service in one domain that sends unsolicited data as long as this value lives.
 struct Ticker {
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
 impl Ticker {
-    /// It ticks this much after each full second.
+    /// It sends this much after each full second.
     fn start(lab: &Lab, domain: &str, later: Duration) -> Result<Self> {
         let place = Place::new(lab.domain(domain)?.host.netns);
         let over = Arc::new(AtomicBool::new(false));

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* Client side: egress of the anchor, where the bridge sends what is for the PSC's MAC. */
+/* Client side: egress of the anchor, to which the bridge sends frames for the PSC's MAC. */
 #pragma once
 
 static __always_inline int from_client(struct __sk_buff *skb)
@@ -61,7 +61,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 			trusted = is_trusted(skb, &segment, scratch);
 		if (outcome == PASSES && trusted >= 0) {
 			flags |= trusted ? FORWARDED | TRUSTED : FORWARDED;
-			/* At once: the next one may be with another CPU while this one is copied. */
+			/* At once: another CPU may have the next segment while this one is copied. */
 			known->ts_recent = next.ts_recent;
 			known->up_nxt = next.up_nxt;
 			known->client_acked = next.client_acked;
@@ -75,7 +75,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 		}
 	}
 	if (!(flags & FORWARDED) && slot < SLOTS && is_unattended(service, known)) {
-		/* Whether a SYN begins anew is the server's to say. */
+		/* Whether a SYN opens a new connection is the server's decision. */
 		struct conversation *same = known && !(scratch->old[13] & SYN) ? known : 0;
 
 		if (translate_alone(skb, &segment, scratch, same, 1) == PASSES) {
@@ -85,7 +85,7 @@ static __always_inline int from_client(struct __sk_buff *skb)
 			count(COUNT_UNATTENDED);
 		}
 	}
-	/* Strangers, floods of SYNs among them, use half of the ring at most. */
+	/* Unknown conversations, such as a SYN flood, may use half of the ring. */
 	if (!known && !(flags & UNATTENDED) &&
 	    bpf_ringbuf_query(&ring, BPF_RB_AVAIL_DATA) > bpf_ringbuf_query(&ring, BPF_RB_RING_SIZE) / 2) {
 		count(COUNT_RING_SHARE_FULL);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-only
-/* Holds back what a domain sends that is no OVM, and of the OVM what it says as itself where a service listens: on the
- * ingress of each vif, behind the services' own programs, before the bridge hears of it. What goes on from here the nft
- * table judges again; it is the second fence, which others may flush.
+/* Contains domains (rule 13), on the ingress of each vif, behind the services' programs and before the bridge: drops what a
+ * domain sends that is not the OVM, and the OVM's segments under its own address from a port of the service. Frames that pass
+ * here meet the nft table, the second fence, which others may flush.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -12,7 +12,7 @@
 
 #define HOLDS 1024
 
-/* By the number of the vif's interface. What is not in it is free. */
+/* By the number of the vif's interface. Interfaces without an entry are free. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, HOLDS);
@@ -74,7 +74,7 @@ static __always_inline int is_let_go(struct __sk_buff *skb, const struct hold *h
 	case ETH_P_IP:
 		if (bpf_skb_load_bytes(skb, ETH_HLEN, header, 20))
 			return 0;
-		/* Of a fragment behind the first nobody knows what it is. */
+		/* A fragment behind the first has no ports. */
 		if (header[0] >> 4 != 4 || (header[0] & 15) < 5 || header[6] & 0x1f || header[7])
 			return 0;
 		return is_allowed(skb, hold, header[9], ETH_HLEN + (header[0] & 15) * 4);
@@ -96,7 +96,7 @@ static __always_inline int is_let_go(struct __sk_buff *skb, const struct hold *h
 	}
 }
 
-/* A segment of a service from the server's own address. */
+/* Whether it is a segment of the service from the server's own address. */
 static __always_inline int is_of_service(struct __sk_buff *skb, const struct hold *hold)
 {
 	__u8 header[40];
@@ -106,7 +106,7 @@ static __always_inline int is_of_service(struct __sk_buff *skb, const struct hol
 	if (bpf_skb_load_bytes(skb, 12, &kind, sizeof(kind)))
 		return 0;
 	if (kind == bpf_htons(ETH_P_IP)) {
-		/* Of fragments only the first has ports, and is missed by the others. */
+		/* Only the first fragment has ports; without it, the others are useless. */
 		if (bpf_skb_load_bytes(skb, ETH_HLEN, header, 20) || header[9] != 6 || header[6] & 0x1f || header[7] ||
 		    !is_own(hold->v4, header + 12, 4))
 			return 0;

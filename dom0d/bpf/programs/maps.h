@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* What the programs share with the daemon, one set of maps per service. */
+/* The maps that the programs share with the daemon: one set per service. */
 #pragma once
 
 struct {
@@ -10,7 +10,7 @@ struct {
 	__type(value, struct control);
 } control SEC(".maps");
 
-/* Not preallocated: an idle service costs nothing, and only the daemon adds entries. */
+/* Not preallocated, so that an idle service costs nothing. Only the daemon adds entries. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -19,7 +19,7 @@ struct {
 	__type(value, struct conversation);
 } conversations SEC(".maps");
 
-/* By the place of each conversation. */
+/* By the index in each conversation's entry. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -28,13 +28,13 @@ struct {
 	__type(value, struct bounds);
 } bounds SEC(".maps");
 
-/* Both directions of clients and OVM: the order of reservations is the service-wide order. */
+/* Both directions of clients and OVM: the order of reservations is the order of the record. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 25);
 } ring SEC(".maps");
 
-/* One per server that is not the OVM: what it sends can fill nothing else. */
+/* One ring per server that is not the OVM: what it sends can fill nothing else (rule 4). */
 #define RVM_RING(slot)                                \
 	struct {                                      \
 		__uint(type, BPF_MAP_TYPE_RINGBUF);   \
@@ -56,29 +56,29 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* Where the options are that are translated; 0 if not there. Not on the stack: of what lies there, a 6.1
- * verifier believes to know what it is after a loop, from a single turn, and leaves out code.
+/* Offsets of the options that are translated; 0 if absent. Not on the stack: after a loop the 6.1 verifier trusts values there
+ * that it saw in a single iteration, and removes code.
  */
 struct options {
 	__u32 at, end;
 	__u32 timestamps;
 	__u32 sack, sack_length;
 	__u32 malformed;
-	__u32 to_fill; /* bytes of an option without translation that are left */
-	__u32 filled; /* bytes were overwritten */
+	__u32 to_fill; /* bytes still to overwrite of an option without translation */
+	__u32 filled; /* 1 if bytes were overwritten */
 };
 
-/* A TCP header before and after; too big for the stack beside all else. */
+/* A TCP header before and after translation; too large for the stack. */
 struct scratch {
 	struct options options;
-	/* What the new header adds to the old one's checksum, as long as no byte was overwritten. Never 0 if a word changed. */
+	/* What the new header adds to the old one's checksum, if no option was overwritten. Not 0 if a word changed. */
 	__u64 changed;
 	__u8 padding[2];
-	/* Ethernet and IP header, without options; the latter at a multiple of four. */
+	/* Ethernet and IP header without options. The padding before it aligns the IP header to four bytes. */
 	__u8 frame[62];
 	__u8 old[64];
 	__u8 new[64];
-	/* Room for reads that begin within the header. */
+	/* Room for reads that begin within the header and end behind it. */
 	__u8 beyond[64];
 } __attribute__((aligned(8)));
 
@@ -96,8 +96,8 @@ static __always_inline void count(__u32 reason)
 		*counter += 1;
 }
 
-/* Whether the daemon has been away for so long that conversations go on without it. It may write its heartbeat on
- * another CPU at this very moment, so that it lies ahead of the time read here. */
+/* Whether the daemon has been away for so long that conversations continue without it. The difference is signed: the daemon may
+ * write its heartbeat on another CPU after the time was read here. */
 static __always_inline int is_deserted(struct control *service)
 {
 	__s64 away = bpf_ktime_get_ns() - *(volatile __u64 *)&service->heartbeat_ns;
@@ -105,7 +105,7 @@ static __always_inline int is_deserted(struct control *service)
 	return service->policy == SERVE && away >= (__s64)service->grace_ns;
 }
 
-/* Whether the kernel must deal with a segment that the daemon is to deal with. */
+/* Whether the kernel must handle a segment that the daemon would otherwise handle. */
 static __always_inline int is_unattended(struct control *service, struct conversation *known)
 {
 	return (known && known->passing == ALONE) || is_deserted(service);

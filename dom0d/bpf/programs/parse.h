@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* Is a frame a TCP segment right behind an IP header, whole, and where are its parts? The protocol crate's `wire` says what
- * that is, for the engine, too.
+/* Finds the parts of a frame that holds one whole TCP segment right behind an IP header, as the protocol crate's `wire`
+ * specifies it (rule 10).
  *
- * What is not (fragments, options and extension headers, a broken IP header, a tag within a tag) is left to the daemon,
- * which reads it from a socket, and drops it: it would be out of order. Headers are copied out: they lie wherever their sender likes, beyond the linear area too.
+ * All other frames (fragments, IP options, extension headers, a broken IP header, a tag within a tag) are left to the daemon,
+ * which reads them from a socket and drops them: they would be out of order. Headers are copied out, since they may lie
+ * anywhere, also beyond the linear area.
  */
 #pragma once
 
@@ -23,7 +24,7 @@ struct segment {
 	__u32 edge; /* right edge of the window that the receiver is told */
 };
 
-/* BPF reads and writes words wherever they lie; without being told that they are aligned, clang does it by the byte. */
+/* BPF reads and writes unaligned words; but unless clang is told that they are aligned, it copies byte by byte. */
 #define WORD(at) __builtin_assume_aligned(at, 4)
 #define HALF(at) __builtin_assume_aligned(at, 2)
 
@@ -51,7 +52,7 @@ static __always_inline int later(__u32 a, __u32 b)
 	return (__s32)(a - b) > 0;
 }
 
-/* Copies `length` bytes, a constant, from the frame; they begin within its first 128. */
+/* Copies `length` bytes, a constant, from the frame. They begin within its first 128 bytes. */
 static __always_inline int read_frame(struct __sk_buff *skb, __u32 from, void *to, __u32 length)
 {
 	const __u8 *at = (const __u8 *)(long)skb->data + (from & 127);
@@ -62,7 +63,7 @@ static __always_inline int read_frame(struct __sk_buff *skb, __u32 from, void *t
 	return 0;
 }
 
-/* Whether the checksum of an IPv4 header without options is its own: a receiver drops what it is not. */
+/* Whether the checksum of an IPv4 header without options is right: a receiver drops others. */
 static __always_inline int is_sound(const __u8 *ip)
 {
 	__u64 sum = (__u64)word_at(ip) + word_at(ip + 4) + word_at(ip + 8) + word_at(ip + 12) + word_at(ip + 16);
@@ -73,7 +74,7 @@ static __always_inline int is_sound(const __u8 *ip)
 	return sum == 0xffff;
 }
 
-/* Fills `segment`, the Ethernet and IP headers and the first 20 bytes of the TCP header; 0 if the frame is no such
+/* Fills `segment`, the Ethernet and IP headers and the first 20 bytes of the TCP header. Returns 0 if the frame is no such
  * segment.
  */
 static __always_inline int parse(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch)
@@ -119,8 +120,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct segment *segment,
 	return 1;
 }
 
-/* The outer tag is not in the frame but beside it: so the kernel hands frames on, however they came. One that names no
- * VLAN but a priority is none.
+/* Whether the frame is in the service's VLAN. The kernel keeps the outer tag beside the frame. A tag with a priority and VLAN 0
+ * counts as none.
  */
 static __always_inline int in_vlan(struct __sk_buff *skb, const struct control *service)
 {

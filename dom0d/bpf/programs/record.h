@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* Copies a packet into a ring before anything is done with it: what has no record is not forwarded.
+/* Copies a packet into a ring before anything else is done with it: without a record it is not forwarded (rule 2).
  *
- * Records have few sizes, because a reservation's size must be known beforehand.
+ * Records have few sizes, because a reservation's size must be a constant.
  */
 #pragma once
 
@@ -11,9 +11,9 @@
 #define LARGE 16384
 #define LONGEST 65536
 
-/* Reserves, copies and submits one record of `size` bytes in the map `to`. The word in `flags` is looked at
- * after the reservation, whose lock is a barrier: whoever changed the active server and then found the ring
- * empty has seen every record that says "forwarded".
+/* Reserves, copies and submits one record of `size` bytes in the map `to`. It reads the active server again after the
+ * reservation, whose lock is a barrier: a daemon that changed the active server and then found the ring empty has seen
+ * every record that says "forwarded".
  */
 #define RECORD(to, size)                                                                      \
 	do {                                                                                  \
@@ -56,13 +56,13 @@
 		RECORD(to, LONGEST);      \
 	} while (0)
 
-/* The flags as they were recorded, or -1 if there was no room. */
+/* Returns the flags as recorded, or -1 if there was no room. */
 static __noinline int record(struct __sk_buff *skb, struct segment *segment, struct control *service,
 			     __u64 active, __u32 slot_and_flags)
 {
 	__u32 slot = slot_and_flags >> 16;
 	__u32 flags = slot_and_flags & 0xffff;
-	/* What the kernel forwarded can wait for the daemon's next look; what the daemon must forward can't. */
+	/* A passed segment waits for the daemon's next look; one that the daemon must forward wakes it. */
 	__u64 wake = flags & FORWARDED ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP;
 	__u32 length;
 

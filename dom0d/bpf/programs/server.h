@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* Server side: ingress of each vif. The OVM's segments go on to the bridge as if the PSC had sent them; those of
- * everybody else go to that server's own ring and no further.
+/* Server side: ingress of each vif. The OVM's segments go on to the bridge as if the PSC had sent them. Any other server's
+ * segments go to that server's own ring and no further.
  */
 #pragma once
 
@@ -73,7 +73,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 			trusted = is_trusted(skb, &segment, scratch);
 		if (outcome == PASSES && trusted >= 0) {
 			flags |= trusted ? FORWARDED | TRUSTED : FORWARDED;
-			/* At once: the next one may be with another CPU while this one is copied. */
+			/* At once: another CPU may have the next segment while this one is copied. */
 			known->told_tsval = next.told_tsval;
 			known->server_edge = next.server_edge;
 			known->told_acked = next.told_acked;
@@ -87,7 +87,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 	}
 	if (!(flags & FORWARDED) && is_unattended(service, known)) {
 		if (known && scratch->old[13] & SYN) {
-			/* It has begun anew. */
+			/* A new connection of the same addresses. */
 			known->epoch = ~0u;
 			known = 0;
 		}
@@ -112,7 +112,7 @@ static __always_inline int from_server(struct __sk_buff *skb)
 		__sync_fetch_and_add(&service->unrecorded, 1);
 		count(COUNT_UNRECORDED);
 	}
-	/* Who is not known: as the server has it. */
+	/* To an unknown client: the address that the server has. */
 	__builtin_memcpy(to_mac, HALF(known ? known->client_mac : scratch->frame), 6);
 	if (rewrite(skb, &segment, scratch, segment.version == 4 ? 12 : 8,
 		    segment.version == 4 ? service->psc_v4 : service->psc_v6, to_mac, service->psc_mac)) {
@@ -120,8 +120,8 @@ static __always_inline int from_server(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	count(COUNT_SERVER_FORWARDED);
-	/* On to the bridge from here: by way of the anchor it would wait for another turn of this CPU. The mark, which no
-	 * guest can set, tells the rules at the bridge that this is not the guest's own.
+	/* From here to the bridge: by way of the anchor it would wait for another softirq of this CPU. The mark, which no guest
+	 * can set, tells the rules at the bridge that this frame speaks for the PSC.
 	 */
 	skb->mark = MARK;
 	return TC_ACT_OK;

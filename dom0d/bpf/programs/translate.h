@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-3.0-only */
-/* The protocol crate's `translate`, which specifies this, for frames: same names, same order, same bytes.
+/* Translates frames as the protocol crate's `translate` specifies: same names, same order, same bytes.
  *
- * First it is decided whether a segment passes, the new header is made beside the old one, and the conversation moves
- * on; only then, the segment being recorded, the frame changes.
+ * First it decides whether the segment passes, makes the new header beside the old one, and moves the conversation on. The
+ * frame changes only once the segment is recorded.
  */
 #pragma once
 
@@ -10,12 +10,12 @@
 #define SYN 0x02
 #define ACK 0x10
 
-/* What becomes of a segment. */
+/* What happens to a segment. */
 #define PASSES 0
-#define ASIDE 1 /* the daemon must deal with it */
-#define ASIDE_FROM_NOW 2 /* and with all that follow, because it moves the conversation on */
+#define ASIDE 1 /* the daemon must handle it */
+#define ASIDE_FROM_NOW 2 /* and all that follow, because it moves the conversation on */
 
-/* One option per call, or one byte of an option that is overwritten: the verifier can't follow a loop in here. */
+/* Reads one option per call, or overwrites one byte of an option: the verifier can't follow a loop in here. */
 static long next_option(__u32 index, void *context)
 {
 	struct scratch *scratch = *(struct scratch **)context;
@@ -75,7 +75,7 @@ static __always_inline int copy_header(struct __sk_buff *skb, const struct segme
 	if (more == 12) {
 		if (read_frame(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, 12))
 			return 0;
-	/* Masked, then added: the 6.1 verifier forgets a lower bound. There are 40 at most. */
+	/* Masked, then added: the 6.1 verifier forgets a lower bound. At most 40 bytes. */
 	} else if (more && bpf_skb_load_bytes(skb, segment->l4 + TCP_LEAST, scratch->old + TCP_LEAST, ((more - 1) & 63) + 1)) {
 		return 0;
 	}
@@ -83,8 +83,8 @@ static __always_inline int copy_header(struct __sk_buff *skb, const struct segme
 	return 1;
 }
 
-/* What a checksum gains where a word took another's place (RFC 1624, on words as they lie in memory). Never 0, which all
- * ones in place of none would be: 0xffffffff counts for nothing.
+/* What a checksum gains if a word replaces another (RFC 1624, on words as they lie in memory). Adding 0xffffffff, which is 0 in
+ * one's complement, keeps the result from being 0.
  */
 static __always_inline __u64 exchanged(__u32 before, __u32 after)
 {
@@ -105,7 +105,7 @@ static __always_inline void put_be32(struct scratch *scratch, __u32 at, __u32 va
 	if (before == after)
 		return;
 	*(word *)(scratch->new + at) = after;
-	/* Behind an odd number of bytes each counts in the other place. */
+	/* At an odd offset the bytes of each half-word change places. */
 	if (at & 1) {
 		before = before << 8 | before >> 24;
 		after = after << 8 | after >> 24;
@@ -125,7 +125,7 @@ static __always_inline void put_window(struct scratch *scratch, __u32 edge, __u3
 	scratch->changed += exchanged(before, after);
 }
 
-/* The same, and reads the options in the new one. */
+/* Copies the header as copy_header does, and reads the options of the copy. */
 static __always_inline int read_header(struct __sk_buff *skb, const struct segment *segment,
 				       struct scratch *scratch)
 {
@@ -137,7 +137,7 @@ static __always_inline int read_header(struct __sk_buff *skb, const struct segme
 		return 0;
 	if (!more)
 		return 1;
-	/* What nearly every segment has: two NOPs and timestamps. */
+	/* Nearly every segment has these: two NOPs and timestamps. */
 	if (more == 12 && scratch->old[20] == 1 && scratch->old[21] == 1 && scratch->old[22] == 8 &&
 	    scratch->old[23] == 10) {
 		options->timestamps = 22;
@@ -151,8 +151,7 @@ static __always_inline int read_header(struct __sk_buff *skb, const struct segme
 	return !options->malformed;
 }
 
-/* How far both sides may go on. A daemon that stays away moves nothing on: then, where the policy is to serve, as far
- * as they like.
+/* How far both sides may go on. If the daemon is away, which moves no bounds on, and the policy is to serve: without bounds.
  */
 static __always_inline struct bounds bounds_of(struct control *service, struct conversation *known)
 {
@@ -186,7 +185,7 @@ static __always_inline int is_between(__u32 low, __u32 seq, __u32 high)
 	return seq - low <= high - low;
 }
 
-/* A segment is behind all that came so far, and in the window. */
+/* Whether a segment lies behind everything that came so far, and within the window. */
 static __always_inline int is_new(__u32 next, __u32 seq, __u32 end, __u32 edge)
 {
 	if (later(next, edge))
@@ -206,8 +205,8 @@ static __always_inline void move_sack(struct scratch *scratch, __u32 seq_delta)
 	}
 }
 
-/* Any segment, while the daemon stays away and nobody else will deal with it. A conversation that is not known has
- * begun meanwhile, or was the daemon's: its numbers are the server's own.
+/* Translates any segment while the daemon is away. An unknown conversation began meanwhile, or was handled by the daemon: its
+ * numbers are the server's own.
  */
 static __noinline int translate_alone(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch,
 				      struct conversation *known, __u32 from_client)
@@ -237,7 +236,7 @@ static __noinline int translate_alone(struct __sk_buff *skb, struct segment *seg
 	return PASSES;
 }
 
-/* A segment of the client for the server; `next` is the conversation as it will be. */
+/* Translates a client's segment for the server; `next` becomes the conversation after it. */
 static __always_inline int client_to_server(struct __sk_buff *skb, struct segment *segment,
 					    struct scratch *scratch, struct conversation *next,
 					    struct bounds bounds)
@@ -283,7 +282,7 @@ static __always_inline int client_to_server(struct __sk_buff *skb, struct segmen
 	return PASSES;
 }
 
-/* A segment of the server for the client. */
+/* Translates a server's segment for the client. */
 static __always_inline int server_to_client(struct __sk_buff *skb, struct segment *segment,
 					    struct scratch *scratch, struct conversation *next,
 					    struct bounds bounds)
@@ -302,7 +301,7 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 	if (options->timestamps && next->timestamps && !moves) {
 		__u32 tsval = be32_at(old + (options->timestamps & 63) + 2);
 
-		/* Of a repetition, too: the client may echo it. */
+		/* Also of a retransmission: the client may echo it. */
 		if (later(tsval, next->server_tsval) || next->server_tsval == 0)
 			next->server_tsval = tsval;
 	}
@@ -332,9 +331,8 @@ static __always_inline int server_to_client(struct __sk_buff *skb, struct segmen
 	return PASSES;
 }
 
-/* Whether whoever receives the frame takes it without a look at its TCP checksum, because a device has verified that, or
- * is still to fill it in; nothing but the helper that then leaves it alone tells the latter. -1 if the frame can't be
- * written.
+/* Whether the receiver takes the frame without verifying its TCP checksum, because a device has verified it or will fill it in.
+ * Only the helper's behaviour tells of the latter: it leaves a partial checksum alone. -1 if the frame can't be written.
  */
 static __always_inline int is_trusted(struct __sk_buff *skb, const struct segment *segment, struct scratch *scratch)
 {
@@ -350,8 +348,8 @@ static __always_inline int is_trusted(struct __sk_buff *skb, const struct segmen
 	return bpf_skb_store_bytes(skb, at, scratch->old + 16, sizeof(now), 0) ? -1 : 0;
 }
 
-/* Writes the new header, `address` in place of the one at `at` in the IP header, and both MACs. The helpers know a
- * partial checksum: there only the address counts. -1 if the frame can't be written.
+/* Writes the new TCP header, `address` over the address at offset `at` in the IP header, and both MACs. The helpers recognise
+ * a partial checksum, in which only the address counts. -1 if the frame can't be written.
  */
 static __always_inline int rewrite(struct __sk_buff *skb, struct segment *segment, struct scratch *scratch,
 				   __u32 at, const __u8 *address, const __u8 *to_mac, const __u8 *from_mac)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-only
-/* The tc programs. What must hold of them: recorded before forwarded; an older epoch never
- * forwards; a replica's frames reach its own ring only. Verified also by kernel 6.1: no TCX, no dynptr, no
+/* The tc programs. They record a segment before they forward it (rule 2), forward nothing under an older epoch (rule 1), and
+ * put a replica's frames into its own ring only (rule 4). The verifier of kernel 6.1 must accept them: no TCX, no dynptr, no
  * open-coded iterators.
  */
 #include <linux/bpf.h>

@@ -1,5 +1,5 @@
-//! How is a domain that is no OVM kept from being heard? One program on the ingress of each vif, and a map that says which
-//! of them are held and what may go on from there.
+//! Contains domains (rule 13): one program on the ingress of each vif, and a map that says which vifs are held and which
+//! frames may pass.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ unsafe impl Pod for Hold {}
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/contain.bpf.o"));
 
-/// The number of the program on an interface: one holds for all services.
+/// The number of the program on an interface. One program holds for all services.
 pub const CONTAIN_NUMBER: u32 = 1;
 
 /// linux/pkt_cls.h.
@@ -26,14 +26,14 @@ const TC_ACT_SHOT: u32 = 2;
 
 type Map = Arc<Mutex<HashMap<MapData, u32, Hold>>>;
 
-/// The program, and where it is.
+/// The program, and the interfaces that it is on.
 pub struct Containment {
     ebpf: Ebpf,
     map: Map,
     attached: BTreeMap<String, SchedClassifierLinkId>,
 }
 
-/// Who is held, by the number of the vif's interface.
+/// Which vifs are held, by the number of their interface.
 pub struct Holds {
     map: Map,
 }
@@ -56,7 +56,7 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, LoadError> {
 }
 
 impl Containment {
-    /// Holds everything back from an interface of which nobody has said yet what may go on, until [`Holds::set`] does.
+    /// Drops all frames of an interface for which no rules are known yet, until [`Holds::set`] sets them.
     pub fn hold(&mut self, interface: u32) -> Result<(), LoadError> {
         let mut map = lock(&self.map);
         match map.get(&interface, 0) {
@@ -65,7 +65,7 @@ impl Containment {
         }
     }
 
-    /// Puts the program on a vif, or again.
+    /// Attaches the program to a vif, also if it is attached already.
     pub fn attach(&mut self, vif: &str) -> Result<(), LoadError> {
         self.detach(vif);
         let handle = TcHandle::from(CONTAIN_NUMBER);
@@ -74,7 +74,7 @@ impl Containment {
         Ok(())
     }
 
-    /// Takes it from a vif, if that is still there.
+    /// Detaches it from a vif, if the vif still exists.
     pub fn leave(&mut self, vif: &str) {
         self.detach(vif);
         forget_gone(vif);
@@ -84,7 +84,7 @@ impl Containment {
         if let Some(link) = self.attached.remove(vif)
             && let Ok(program) = program(&mut self.ebpf)
         {
-            // An interface that is gone took its programs along.
+            // The programs of an interface go with it.
             let _ = program.detach(link);
         }
     }
@@ -96,14 +96,14 @@ impl Containment {
         Ok(result.return_value == TC_ACT_SHOT)
     }
 
-    /// Where it was put.
+    /// The interfaces that it was attached to.
     pub fn vifs(&self) -> Vec<String> {
         self.attached.keys().cloned().collect()
     }
 }
 
 impl Holds {
-    /// Holds these, and nobody else, from now on; what was counted of one that stays goes on.
+    /// Holds these vifs and no others from now on. A vif that stays keeps its count.
     pub fn set(&mut self, holds: &BTreeMap<u32, Hold>) -> Result<(), MapError> {
         let mut map = lock(&self.map);
         for (interface, hold) in holds {
@@ -117,7 +117,7 @@ impl Holds {
         Ok(())
     }
 
-    /// Frames that were dropped, of each that is held.
+    /// How many frames were dropped, for each held vif.
     pub fn dropped(&self) -> BTreeMap<u32, u64> {
         lock(&self.map).iter().flatten().map(|(interface, hold)| (interface, hold.dropped)).collect()
     }

@@ -1,5 +1,5 @@
-//! Frames for an interface, by a packet socket that leaves it to the kernel to cut large ones into segments and to fill
-//! in their checksums (packet(7), PACKET_VNET_HDR).
+//! Sends frames to an interface through a packet socket. The kernel cuts large ones into segments and fills in their
+//! checksums (packet(7), PACKET_VNET_HDR).
 #![allow(unsafe_code)]
 
 use std::io::IoSlice;
@@ -10,7 +10,7 @@ use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::sys::uio::writev;
 
-/// How a large frame is to be cut (linux/virtio_net.h: a packet of IPv4 or IPv6 with TCP behind its header).
+/// How the kernel cuts a large frame (linux/virtio_net.h: IPv4 or IPv6 with TCP behind its header).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
     /// Bytes of payload in each segment.
@@ -23,10 +23,10 @@ pub struct Cut {
     pub is_ipv6: bool,
 }
 
-/// See the module. What it sends is not seen by captures that [`ignore_outgoing`] was called for.
+/// See the module. Captures for which [`ignore_outgoing`] was called do not see what it sends.
 pub struct Injector {
     socket: OwnedFd,
-    /// In each frame behind its addresses, if it is sent into a VLAN.
+    /// The tag behind each frame's addresses, if it is sent into a VLAN.
     tag: Option<[u8; TAG]>,
 }
 
@@ -49,7 +49,7 @@ const GSO_TCPV6: u8 = 4;
 const CHECKSUM: u16 = 16;
 
 impl Injector {
-    /// For an interface; its frames are tagged with this VLAN, if there is one.
+    /// Opens an interface. Its frames are tagged with this VLAN, if there is one.
     pub fn open(interface: &str, vlan: Option<u16>) -> nix::Result<Self> {
         // Of no protocol: it receives nothing.
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -71,8 +71,8 @@ impl Injector {
         Ok(Self { socket, tag })
     }
 
-    /// Sends a frame, given without a tag; a large one is cut, and its TCP checksum, that of the pseudo-header so far,
-    /// filled in.
+    /// Sends a frame, given without a tag. The kernel cuts a large one and completes its TCP checksum, in which only the
+    /// pseudo-header counts so far.
     pub fn send(&self, frame: &[u8], cut: Option<Cut>) -> nix::Result<()> {
         let tag = self.tag.as_ref().map_or(&[][..], |tag| tag);
         let further = tag.len() as u16;
@@ -91,8 +91,7 @@ impl Injector {
     }
 }
 
-/// A packet socket that captures sees nothing any more of what this host sends out of its interface: not even a copy is
-/// made.
+/// Makes a capturing packet socket ignore what this host sends out of its interface: the kernel makes no copy of it.
 pub fn ignore_outgoing(capture: impl AsFd) -> nix::Result<()> {
     set(&capture, PACKET_IGNORE_OUTGOING)
 }

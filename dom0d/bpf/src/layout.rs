@@ -1,54 +1,54 @@
-//! What the daemon and the programs in the kernel share: the only definition of it. `build.rs` makes the
-//! programs' header of this file.
+//! The one definition of what the daemon and the programs in the kernel share. `build.rs` makes the programs' C header from
+//! it.
 //!
-//! All numbers are in the host's byte order but where a field says otherwise.
+//! All numbers are in the host's byte order unless a field says otherwise.
 
-/// Servers of a service that can have their vif's frames told apart.
+/// Servers per service.
 pub const SLOTS: usize = 8;
 
-/// Ports of a PSC.
+/// Ports per service.
 pub const PORTS: usize = 16;
 
-/// Why frames went which way; see [`COUNTERS`].
+/// Number of counters; see [`COUNTERS`].
 pub const REASONS: usize = 21;
 
 /// In [`Control::active`] instead of a slot: nobody is the OVM.
 pub const NO_SLOT: u64 = 0xff;
 
-/// In [`Conversation::passing`]: the kernel forwards.
+/// In [`Conversation::passing`]: the kernel passes the conversation.
 pub const PASSING: u32 = 1;
 
-/// In [`Conversation::passing`]: the kernel forwards everything, for good, because the daemon was away.
+/// In [`Conversation::passing`]: the kernel passes everything until the conversation ends, because the daemon was away.
 pub const ALONE: u32 = 2;
 
-/// In [`Record::flags`]: the kernel has forwarded the segment.
+/// In [`Record::flags`]: the kernel passed the segment.
 pub const FORWARDED: u16 = 1;
 
-/// In [`Record::flags`]: the kernel forwards nothing of this conversation any more until it is told to.
+/// In [`Record::flags`]: from this segment on the kernel passes nothing of the conversation, until the daemon installs it again.
 pub const HANDED_OVER: u16 = 2;
 
 /// In [`Record::flags`]: the segment came from a client.
 pub const FROM_CLIENT: u16 = 4;
 
-/// In [`Record::flags`]: it was forwarded because the daemon was away, or had been.
+/// In [`Record::flags`]: the kernel passed the segment because the daemon is or was away.
 pub const UNATTENDED: u16 = 8;
 
-/// In [`Record::flags`]: who receives the segment takes it without a look at its TCP checksum.
+/// In [`Record::flags`]: the receiver takes the segment without verifying its TCP checksum.
 pub const TRUSTED: u16 = 16;
 
-/// In [`Control::policy`]: a daemon that stays away does not stop conversations.
+/// In [`Control::policy`]: conversations continue while the daemon is away.
 pub const SERVE: u16 = 1;
 
 /// Ports per protocol that a contained domain may be allowed to send to.
 pub const ALLOWED: usize = 16;
 
-/// Own addresses per family that a contained domain may say it has.
+/// Own addresses per family that a contained domain may announce.
 pub const ADDRESSES: usize = 2;
 
-/// Mark of a server's frame that speaks for the PSC, translated.
+/// Mark of an OVM's frame that was translated, so that it comes from the PSC.
 pub const MARK: u32 = 0x5553;
 
-/// Names of the counters, in the order of their places.
+/// Names of the counters, by their index.
 pub const COUNTERS: [&str; REASONS] = [
     "client_forwarded",
     "client_to_daemon",
@@ -108,18 +108,18 @@ shared! {
         v6: [u8; 16],
     }
 
-    /// What holds for the whole service. In memory that the daemon maps.
+    /// The state of the whole service, in memory that the daemon maps.
     struct Control as "control" {
-        /// Epoch of the plane, shifted left by 8, and the slot of the OVM: who may speak. One store of
-        /// this word is fence and promotion.
+        /// Who may speak: the plane's epoch, shifted left by 8, and the slot of the OVM. One store of this word is fence
+        /// and promotion (rule 1).
         active: u64,
         /// When the daemon last came round, in nanoseconds of CLOCK_MONOTONIC.
         heartbeat_ns: u64,
-        /// How old that may be before the policy counts.
+        /// How old the heartbeat may be before `policy` applies, in nanoseconds.
         grace_ns: u64,
-        /// Segments forwarded without a record, by the policy.
+        /// Segments passed without a record, because `policy` says so.
         unrecorded: u64,
-        /// What to do when the ring is full and the daemon is gone.
+        /// [`SERVE`], or 0: what happens once the daemon is away.
         policy: u16,
         /// The VLAN that the service's frames are tagged with; 0 if they have no tag.
         vlan: u16,
@@ -133,36 +133,36 @@ shared! {
         psc_v4: [u8; 4],
         /// The PSC's IPv6 address.
         psc_v6: [u8; 16],
-        /// The service's ports; 0 where there are fewer.
+        /// The service's ports; unused ones are 0.
         ports: [u16; 16],
         /// The servers by slot.
         servers: [Server; 8],
     }
 
-    /// What a domain may send from one vif: a contained one what it is allowed; the OVM all but its own segments of the
-    /// service, which the daemon forwards, translated. Everything else is dropped.
+    /// What a domain may send from one vif. A contained domain may send what it is allowed; the OVM everything but segments of
+    /// the service under its own address, which the daemon forwards, translated. Everything else is dropped.
     struct Hold as "hold" {
-        /// Frames dropped of a contained domain.
+        /// How many frames of a contained domain were dropped.
         dropped: u64,
         /// 1 if it is the OVM of a service.
         is_ovm: u32,
-        /// 1 if it may ask for addresses, as a client of DHCP and DHCPv6.
+        /// 1 if it may be a client of DHCP and DHCPv6.
         dhcp: u32,
-        /// 1 if it may be found by those it may send to: say which MAC its own addresses have.
+        /// 1 if it may answer ARP and ND for its own addresses, so that those it may send to find it.
         found: u32,
         /// Keeps the size a multiple of eight.
         padding: u32,
-        /// UDP ports that it may send to; 0 where there are fewer.
+        /// UDP ports that it may send to; unused ones are 0.
         udp: [u16; 16],
-        /// TCP ports that it may send to, or for the OVM those of the service; 0 where there are fewer.
+        /// TCP ports that it may send to, or the service's ports for the OVM; unused ones are 0.
         tcp: [u16; 16],
-        /// Its own IPv4 addresses, network order; 0 where there are fewer.
+        /// Its own IPv4 addresses, network order; unused ones are 0.
         v4: [u8; 8],
-        /// Its own IPv6 addresses; 0 where there are fewer.
+        /// Its own IPv6 addresses; unused ones are 0.
         v6: [u8; 32],
     }
 
-    /// Names a conversation: client and port of the PSC.
+    /// Identifies a conversation: the client's socket and the PSC's port.
     struct Key as "key" {
         /// The client's address; an IPv4 address in the first four bytes, the others 0.
         client: [u8; 16],
@@ -174,11 +174,11 @@ shared! {
         version: u32,
     }
 
-    /// A conversation that the kernel forwards. But for the first fields it is the protocol's `Flow`.
+    /// A conversation that the kernel passes. Behind `client_mac` its fields are those of the protocol's `Flow`.
     struct Conversation as "conversation" {
-        /// The epoch of the plane that this is for.
+        /// The plane's epoch for which this is valid.
         epoch: u32,
-        /// Whether the kernel forwards.
+        /// 0, [`PASSING`] or [`ALONE`].
         passing: u32,
         /// The client's next hop.
         client_mac: [u8; 6],
@@ -200,9 +200,9 @@ shared! {
         told_tsval: u32,
         /// TS.Recent of the client's segments.
         ts_recent: u32,
-        /// RCV.NXT of what is recorded of the client.
+        /// RCV.NXT of the client's recorded stream.
         up_nxt: u32,
-        /// Highest acknowledgment that the client was told.
+        /// Highest acknowledgment sent to the client.
         told_acked: u32,
         /// Furthest right edge of the server's window.
         server_edge: u32,
@@ -214,11 +214,11 @@ shared! {
         client_edge: u32,
         /// Shift of the windows that the client advertises.
         client_shift: u32,
-        /// Where its [`Bounds`] are.
+        /// Index of its [`Bounds`].
         place: u32,
     }
 
-    /// Beyond which right edges nobody is told to send. In memory that the daemon maps.
+    /// The furthest right edges of the windows that client and server are told, in memory that the daemon maps.
     struct Bounds as "bounds" {
         /// For the client, in its own sequence numbers.
         up: u32,
@@ -226,21 +226,21 @@ shared! {
         down: u32,
     }
 
-    /// Begins each record of a ring; the packet follows, from its IP header on, as it came.
+    /// The head of each record in a ring. The packet follows as it came, beginning with its IP header.
     struct Record as "record" {
         /// Bytes of the packet.
         length: u32,
-        /// What it is, and what was done.
+        /// Flags, such as [`FORWARDED`].
         flags: u16,
         /// The server's slot, for a server's segment.
         slot: u16,
-        /// Epoch of the plane in which it came.
+        /// The plane's epoch when it came.
         epoch: u32,
         /// The frame's source address.
         source_mac: [u8; 6],
         /// Keeps the size a multiple of eight.
         padding: u16,
-        /// If it was forwarded: right edge of the window that its receiver was told.
+        /// If it was passed: right edge of the window that its receiver was told.
         edge: u32,
     }
 }

@@ -1,5 +1,5 @@
-//! The data plane in the kernel. Client and OVM talk through two tc programs that translate between them; the
-//! daemon reads copies of what passed, and deals itself with all that does not pass.
+//! The fast path in the kernel. Client and OVM talk through two tc programs that translate between them. The daemon reads
+//! copies of what passed, and handles itself what does not pass.
 //!
 //! ```text
 //!  client ── bridge ── anchor ⇥ egress:  program `client` ──redirect──▶ vif of the OVM
@@ -11,22 +11,22 @@
 //!                     bridge ◀──passes── vif ⇤ ingress: program `server` (of a replica: its own lossy ring)
 //! ```
 //!
-//! * **Who may speak** is one word, [`Tap::activate`]: epoch and slot. Storing it is fence and promotion at once,
-//!   however many conversations there are.
-//! * **A conversation** passes by itself while it has an entry ([`Tap::install`]) of the present epoch, and as long
-//!   as each segment is new in its direction (`understudy_protocol::Flow` says exactly what that
-//!   is, and how it is translated). The first segment that is not goes to the daemon with all that follow,
-//!   until the daemon installs the entry again. Nobody tells anybody: the record says it, and records are in order.
-//! * **Order.** Both directions of clients and OVM share one ring; the order of reservations is the order in which
-//!   things happened. After [`Tap::activate`], everything that was forwarded under the older epoch is before the ring's
-//!   end of that moment ([`Tap::end`], [`Tap::next_before`]), however much clients go on to say.
-//! * **Room.** Nobody is told to send beyond bounds that the daemon moves on as replicas follow ([`Tap::extend`]): a
-//!   daemon that does not run for a while stops bulk transfers by their windows, before the ring is full.
-//! * **Alone.** If the daemon is away for longer than its grace and the policy is to serve, segments that only it could
-//!   deal with pass too, translated as far as the entry says, and conversations begin and end without it. What
-//!   has passed so once is never the daemon's again.
-//! * **Waking.** What the kernel forwarded wakes nobody, so the daemon looks every so often; what waits for the
-//!   daemon wakes it at once.
+//! * **Who may speak** is one word, epoch and slot, which [`Tap::activate`] stores. The store is fence and promotion at once
+//!   (rule 1), however many conversations there are.
+//! * **A conversation** passes while it has an entry of the present epoch ([`Tap::install`]) and each of its segments is new
+//!   in its direction. `understudy_protocol::Flow` specifies what is new, and the translation. The first segment that is
+//!   not new goes to the daemon, with all that follow, until the daemon installs the entry again. The daemon learns of it
+//!   from the record, and records are in order.
+//! * **Order.** Both directions of clients and OVM share one ring, in the order of reservations. Whatever passed under
+//!   an older epoch lies before the ring's end as it was after [`Tap::activate`] ([`Tap::end`], [`Tap::next_before`]),
+//!   however much clients send later.
+//! * **Room.** The windows that client and OVM are told end at bounds, which the daemon moves on as replicas follow
+//!   ([`Tap::extend`]). If the daemon does not run for a while, bulk transfers stop at these bounds before the ring is full.
+//! * **Alone.** If the daemon is away for longer than its grace and the policy is to serve, the kernel passes everything,
+//!   translated as far as the entry says, and conversations begin and end without the daemon. A conversation that passed so
+//!   stays with the kernel until it ends.
+//! * **Waking.** Records of what passed do not wake the daemon, which reads them at its next look. Records of what waits
+//!   for the daemon wake it at once.
 //!
 //! [`layout`] is the one definition of what both sides share. The programs are C, in `programs/`, compiled by
 //! `build.rs`.
@@ -51,13 +51,13 @@ pub use tap::{Copied, Packet, RingEnd, Source, Tap};
 // As many servers as the engine has slots for.
 const _: () = assert!(layout::SLOTS == understudy_protocol::MAX_SERVERS);
 
-/// What programs, maps and daemon agree on, as text: maps that were made for another can't be used.
+/// The layout that programs, maps and daemon agree on, as text. Pinned maps of another layout can't be used.
 pub const LAYOUT: &str =
     concat!(include_str!(concat!(env!("OUT_DIR"), "/layout.h")), include_str!("../programs/maps.h"));
 
 impl layout::Conversation {
-    /// A conversation as the kernel must know it from now on, in a place of its own below
-    /// [`Settings::conversations`]; [`Tap::install`] gives it its epoch and bounds.
+    /// An entry for a conversation. `place`, the index of its bounds, is its own and below [`Settings::conversations`];
+    /// [`Tap::install`] sets its epoch and bounds.
     pub fn new(flow: &understudy_protocol::Flow, client_mac: [u8; 6], place: u32) -> Self {
         Self {
             epoch: 0,
@@ -83,7 +83,7 @@ impl layout::Conversation {
         }
     }
 
-    /// What the protocol calls it, within these bounds.
+    /// The protocol's view of it, within these bounds.
     pub fn flow(&self, bounds: layout::Bounds) -> understudy_protocol::Flow {
         understudy_protocol::Flow {
             seq_delta: self.seq_delta,

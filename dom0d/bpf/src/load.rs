@@ -1,7 +1,7 @@
-//! How the programs get into the kernel and onto interfaces. Whatever may wait (verification, netlink) is here.
+//! Loads the programs into the kernel and attaches them to interfaces. Whatever may wait (verification, netlink) is here.
 //!
-//! Maps are pinned, so that they are there for the next daemon to load its own programs with; the programs of a
-//! daemon that was killed stay where they are until those take their place, with no frame in between.
+//! Maps are pinned: the next daemon loads its own programs with them. The programs of a killed daemon stay attached
+//! until the next daemon's replace them, and no frame passes in between.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -34,14 +34,14 @@ unsafe impl Pod for Conversation {}
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/understudy.bpf.o"));
 
-/// Where among an interface's filters the programs are: known, so that a successor's take their place, and what nobody
-/// succeeds is found.
+/// The programs' place among an interface's filters. It is fixed, so that a successor's programs replace them, and
+/// leftovers are found.
 pub const PRIORITY: u16 = 40_000;
 
-/// The same for what contains domains: behind those, which take what is theirs first.
+/// The same for the containing program: behind the others, which take their service's frames first.
 pub const CONTAIN_PRIORITY: u16 = 40_001;
 
-/// Which of the filters there is this service's: its domains may serve others, too.
+/// Identifies this service's filter there: its domains may belong to other services, too.
 fn handle(psc_mac: [u8; 6]) -> TcHandle {
     let [_, _, a, b, c, d] = psc_mac;
     match (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])) {
@@ -51,13 +51,13 @@ fn handle(psc_mac: [u8; 6]) -> TcHandle {
     }
 }
 
-/// The number by which the kernel tells one service's programs on an interface from another's.
+/// The number that distinguishes a service's programs on an interface from another service's.
 pub fn number(psc_mac: [u8; 6]) -> u32 {
     handle(psc_mac).into()
 }
 
-/// Takes the program of this priority and number from one side of an interface, whichever dom0d has put it there. One that
-/// is gone is fine.
+/// Detaches the program of this priority and number from one side of an interface, whichever dom0d attached it. Succeeds if
+/// there is none.
 pub fn take_off(interface: &str, is_ingress: bool, priority: u16, number: u32) {
     let side = if is_ingress { TcAttachType::Ingress } else { TcAttachType::Egress };
     if let Ok(link) = SchedClassifierLink::attached(interface, side, priority, number.into(), None) {
@@ -78,16 +78,15 @@ const RVM_RINGS: [&str; SLOTS] = [
     "rvm_ring_7",
 ];
 
-/// All that is kept for the next daemon.
+/// All maps that are pinned for the next daemon.
 fn pinned() -> impl Iterator<Item = &'static str> {
     ["control", "bounds", "ring", "conversations", "counters"].into_iter().chain(RVM_RINGS)
 }
 
-/// Interfaces that this process has put programs on, and whether the place for them (the clsact qdisc) was made
-/// by dom0d, this one or a killed predecessor.
+/// Interfaces that this process attached programs to, and whether a dom0d, this or an earlier one, made their clsact qdisc.
 static PREPARED: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
 
-/// Interfaces whose clsact qdisc dom0d has made: to be removed when dom0d ends.
+/// Interfaces whose clsact qdisc a dom0d made: it is removed when dom0d ends.
 pub fn prepared_interfaces() -> Vec<String> {
     let prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
     prepared.iter().filter(|(_, ours)| **ours).map(|(name, _)| name.clone()).collect()
@@ -106,12 +105,12 @@ pub struct Settings {
     pub ports: Vec<u16>,
     /// Entries for conversations.
     pub conversations: u32,
-    /// How long the daemon may be silent before `serve` counts.
+    /// How long the daemon may be silent before `serve` applies.
     pub daemon_grace: Duration,
-    /// Whether conversations go on, unrecorded, when the ring is full and the daemon silent for that long.
+    /// Whether conversations continue, unrecorded, once the daemon has been silent for that long.
     pub serve: bool,
-    /// Where the maps are pinned, in a bpffs; if they all are already, those are used as they are. `None`: they end
-    /// with the programs.
+    /// The directory in a bpffs where the maps are pinned. If all maps are pinned there already, they are used as they are.
+    /// `None`: the maps go with the programs.
     pub pins: Option<PathBuf>,
 }
 
@@ -130,7 +129,7 @@ pub enum LoadError {
     /// Memory can't be shared with the programs.
     #[error("the memory of the tc programs can't be mapped: {0}")]
     Shared(#[from] nix::Error),
-    /// Pins that nobody can use are in the way.
+    /// Unusable pins are in the way.
     #[error("{path} can't be removed: {error}")]
     Pins {
         /// The directory.
@@ -138,7 +137,7 @@ pub enum LoadError {
         /// Why.
         error: io::Error,
     },
-    /// An interface takes no programs.
+    /// A program can't be attached to an interface.
     #[error("a tc program can't be attached to {interface}: {error}")]
     Attach {
         /// Which.
@@ -146,7 +145,7 @@ pub enum LoadError {
         /// Why.
         error: String,
     },
-    /// More ports than there is room for.
+    /// The service has more ports than there is room for.
     #[error("the fast plane has room for {PORTS} ports, and the service has {0}; use plane = \"pcap\"")]
     TooManyPorts(usize),
     /// The object file lacks a part; the build is broken.
@@ -154,19 +153,19 @@ pub enum LoadError {
     Missing(&'static str),
 }
 
-/// The programs of one service. Dropped, they leave the interfaces.
+/// The programs of one service. Dropping them detaches them.
 pub struct Programs {
     ebpf: Ebpf,
     handle: TcHandle,
     attached: Vec<(&'static str, String, SchedClassifierLinkId)>,
 }
 
-/// Whether a daemon left all maps at `pins`.
+/// Whether a daemon left all its maps at `pins`.
 pub fn is_pinned(pins: &Path) -> bool {
     pinned().all(|name| pins.join(name).exists())
 }
 
-/// Removes what a daemon left at `pins`; nothing there is fine.
+/// Removes what a daemon left at `pins`. Succeeds if there is nothing.
 pub fn unpin(pins: &Path) -> Result<(), LoadError> {
     match std::fs::remove_dir_all(pins) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -176,7 +175,7 @@ pub fn unpin(pins: &Path) -> Result<(), LoadError> {
     }
 }
 
-/// Loads the programs, with maps of their own or with pinned ones.
+/// Loads the programs, with new or with pinned maps.
 pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     if settings.ports.len() > PORTS {
         return Err(LoadError::TooManyPorts(settings.ports.len()));
@@ -249,14 +248,14 @@ fn first_control(settings: &Settings) -> Control {
     control
 }
 
-/// Notes that the place for programs on an interface was made by dom0d, or not.
+/// Notes whether a dom0d made an interface's clsact qdisc.
 fn note_prepared(interface: &str, ours: bool) {
     let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
     *prepared.entry(interface.to_owned()).or_default() |= ours;
 }
 
-/// Puts a program on one side of an interface, at once in place of one that a killed dom0d left there. Gives also whether
-/// the place for it is dom0d's.
+/// Attaches a program to one side of an interface, in place of a killed dom0d's if there is one. Returns also whether
+/// a dom0d made the clsact qdisc.
 pub(crate) fn put_on(
     program: &mut SchedClassifier,
     interface: &str,
@@ -265,7 +264,7 @@ pub(crate) fn put_on(
     handle: TcHandle,
 ) -> Result<SchedClassifierLinkId, LoadError> {
     let failed = |error: String| LoadError::Attach { interface: interface.to_owned(), error };
-    // If this fails for another reason than that it is there, attaching says why.
+    // If this fails for any other reason than that it exists, attaching fails and says why.
     let made = qdisc_add_clsact(interface).is_ok();
     let left = SchedClassifierLink::attached(interface, side, priority, handle, None);
     let replaced = left.ok().and_then(|left| program.attach_to_link(left).ok());
@@ -281,7 +280,7 @@ pub(crate) fn put_on(
     }
 }
 
-/// Forgets an interface that is gone.
+/// Forgets an interface that does not exist any more.
 pub(crate) fn forget_gone(interface: &str) {
     if !Path::new("/sys/class/net").join(interface).exists() {
         PREPARED.lock().unwrap_or_else(PoisonError::into_inner).remove(interface);
@@ -293,44 +292,44 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Sche
 }
 
 impl Programs {
-    /// Puts the client side on the anchor, the PSC's port of the bridge.
+    /// Attaches the client side to the anchor, the PSC's port of the bridge.
     pub fn attach_anchor(&mut self, interface: &str) -> Result<(), LoadError> {
         self.attach("client", interface, TcAttachType::Egress)
     }
 
-    /// Puts the server side on a vif.
+    /// Attaches the server side to a vif.
     pub fn attach_vif(&mut self, interface: &str) -> Result<(), LoadError> {
         self.attach("server", interface, TcAttachType::Ingress)
     }
 
-    /// The interfaces that the programs were put on, each with whether on its ingress.
+    /// The interfaces that the programs are attached to, and whether to the ingress.
     pub fn places(&self) -> Vec<(String, bool)> {
         let places = self.attached.iter();
         places.map(|(name, interface, _)| (interface.clone(), *name == "server")).collect()
     }
 
-    /// Leaves an interface, if it is still there, for good.
+    /// Detaches the programs from an interface, if it still exists, and forgets it.
     pub fn leave(&mut self, interface: &str) {
         self.detach(interface);
         forget_gone(interface);
     }
 
-    /// Takes the programs from an interface, if it is still there.
+    /// Detaches the programs from an interface, if it still exists.
     pub fn detach(&mut self, interface: &str) {
         let (gone, kept) =
             std::mem::take(&mut self.attached).into_iter().partition(|(_, on, _)| on == interface);
         self.attached = kept;
         for (name, _, link) in gone {
             if let Ok(program) = classifier(&mut self.ebpf, name) {
-                // An interface that is gone took its programs along.
+                // The programs of an interface go with it.
                 let _ = program.detach(link);
             }
         }
     }
 
-    /// What the programs would do with a frame, as if it came from a client or from the server whose vif is the
-    /// loopback interface: the kernel's own test-run. Records and conversations change as in earnest. Puts
-    /// the frame as it would leave into `out`; gives the program's verdict, and the time of one of `repeat` runs.
+    /// Runs a program on a frame by the kernel's test-run, as if the frame came from a client or from the server whose vif
+    /// is the loopback interface. Records and conversations change as they would for a real frame. Writes the resulting
+    /// frame to `out`; returns the program's verdict, and the mean time of `repeat` runs.
     pub fn rehearse(
         &mut self,
         from_client: bool,

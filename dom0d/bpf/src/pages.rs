@@ -1,5 +1,5 @@
-//! Memory that outlives the process: a file of a tmpfs, mapped. What was stored is there for the next process,
-//! however this one ends.
+//! Memory that outlives the process: a mapped file of a tmpfs. The next process finds what was stored, however this one
+//! ends.
 #![allow(unsafe_code)]
 
 use std::fs::OpenOptions;
@@ -16,8 +16,8 @@ use crate::shared::Mapping;
 pub struct Pages(Mapping);
 
 impl Pages {
-    /// The file at `path`, made or changed to have `length` bytes, all of them there: a full tmpfs is an error here,
-    /// not a signal later.
+    /// Maps the file at `path`, created or resized to `length` bytes, with all of them allocated: a full tmpfs is an error
+    /// here and no signal later.
     pub fn create(path: &Path, length: usize) -> io::Result<Self> {
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
@@ -26,7 +26,7 @@ impl Pages {
         Ok(Self(Mapping::new::<u64>(&file, length / size_of::<u64>())?))
     }
 
-    /// The file at `path` as it is.
+    /// Maps the file at `path` as it is.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
@@ -43,14 +43,14 @@ impl Pages {
         unsafe { std::slice::from_raw_parts(self.0.address().cast().as_ptr(), self.0.length()) }
     }
 
-    /// All of it, to be changed.
+    /// All of it, for writing.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed for change.
         unsafe { std::slice::from_raw_parts_mut(self.0.address().cast().as_ptr(), self.0.length()) }
     }
 
-    /// Stores a number at a place that counts in words of 8 bytes, after everything that was stored before. A place
-    /// that there is not has no effect.
+    /// Stores a number at an index in words of 8 bytes, after everything that was stored before. Beyond the end it does
+    /// nothing.
     pub fn set_word(&mut self, place: usize, value: u64) {
         if place < self.0.length() / size_of::<u64>() {
             // SAFETY: within the mapping and aligned, as that begins with a page.
@@ -59,7 +59,7 @@ impl Pages {
         }
     }
 
-    /// The number at a place; 0 where there is none.
+    /// The number at an index in words of 8 bytes; 0 beyond the end.
     pub fn word(&self, place: usize) -> u64 {
         let at = place.saturating_mul(size_of::<u64>());
         let bytes = self.bytes().get(at..).and_then(<[u8]>::first_chunk);

@@ -1,4 +1,4 @@
-//! Memory that kernel and daemon share: a store is in force at once, without a system call.
+//! Memory that kernel and daemon share: a store takes effect at once, without a system call.
 #![allow(unsafe_code)]
 
 use std::num::NonZero;
@@ -22,7 +22,7 @@ pub(crate) struct Mapping {
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    /// Of so many values of this type, whose size is a multiple of 8 as the map's stride is.
+    /// Maps `count` values of a type whose size is a multiple of 8, as the map's stride is.
     pub(crate) fn new<T>(map: impl AsFd, count: usize) -> nix::Result<Self> {
         const { assert!(size_of::<T>().is_multiple_of(8)) }
         Self::with(map, size_of::<T>() * count, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
@@ -39,7 +39,7 @@ impl Mapping {
         self.address
     }
 
-    /// In bytes.
+    /// Its length in bytes.
     pub(crate) fn length(&self) -> usize {
         self.length.get()
     }
@@ -52,7 +52,7 @@ impl Drop for Mapping {
     }
 }
 
-/// How far conversations may go on, by their places.
+/// How far conversations may go on, by the index of their bounds.
 pub(crate) struct SharedBounds(Mapping);
 
 impl SharedBounds {
@@ -61,7 +61,7 @@ impl SharedBounds {
         Ok(Self(Mapping::new::<Bounds>(map, count as usize)?))
     }
 
-    /// In force before anything that the caller does next. A place that there is not has no effect.
+    /// Takes effect before anything that the caller does next. Beyond the end it does nothing.
     pub(crate) fn set(&self, place: u32, bounds: Bounds) {
         let place = place as usize;
         if place < self.0.length.get() / size_of::<Bounds>() {
@@ -79,32 +79,32 @@ impl SharedBounds {
     }
 }
 
-/// How far a ring was read, and written: kernel/bpf/ringbuf.c has a page for each, which anybody may read.
+/// How far a ring was read and written: kernel/bpf/ringbuf.c keeps each position in a page that may be mapped for reading.
 pub(crate) struct RingPositions {
     mapping: Mapping,
     page: usize,
 }
 
 impl RingPositions {
-    /// Those of a ring map.
+    /// Maps the positions of a ring map.
     pub(crate) fn map(ring: impl AsFd) -> nix::Result<Self> {
         let page =
             sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| usize::try_from(size).ok()).unwrap_or(4_096);
         Ok(Self { mapping: Mapping::with(ring, 2 * page, ProtFlags::PROT_READ)?, page })
     }
 
-    /// Everything before it was read, and its room given back.
+    /// Everything before this position was read, and its room given back.
     pub(crate) fn consumed(&self) -> u64 {
         self.at(0)
     }
 
-    /// Everything that was reserved is before it.
+    /// Everything that was reserved lies before this position.
     pub(crate) fn reserved(&self) -> u64 {
         self.at(self.page)
     }
 
     fn at(&self, offset: usize) -> u64 {
-        // A store before, as that of the active server, must be in force first.
+        // An earlier store, such as that of the active server, must take effect first.
         fence(Ordering::SeqCst);
         // SAFETY: the mapping is two pages long, a page begins with its position, and that changes atomically only.
         let position = unsafe { AtomicU64::from_ptr(self.mapping.address.byte_add(offset).cast().as_ptr()) };
@@ -116,7 +116,7 @@ impl RingPositions {
 pub(crate) struct SharedControl(Mapping);
 
 impl SharedControl {
-    /// Maps the only entry of an array map of [`Control`].
+    /// Maps the single entry of an array map of [`Control`].
     pub(crate) fn map(map: impl AsFd) -> nix::Result<Self> {
         Ok(Self(Mapping::new::<Control>(map, 1)?))
     }
@@ -131,7 +131,7 @@ impl SharedControl {
         unsafe { AtomicU64::from_ptr(field(self.at())) }
     }
 
-    /// Who may speak; in force before anything that the caller does next.
+    /// Sets who may speak; takes effect before anything that the caller does next.
     pub(crate) fn set_active(&self, active: u64) {
         // SAFETY: a field's address within the mapping.
         self.word(|control| unsafe { addr_of_mut!((*control).active) }).store(active, Ordering::SeqCst);
@@ -153,7 +153,7 @@ impl SharedControl {
         self.word(|control| unsafe { addr_of_mut!((*control).unrecorded) }).load(Ordering::Relaxed)
     }
 
-    /// Changes what is not a word; programs may see it half changed, so nothing that is in use.
+    /// Changes a server's entry, which is more than a word: programs may see it half changed, so it must not be in use.
     pub(crate) fn set_server(&self, slot: usize, server: Server) {
         if let Some(place) = self.get().servers.get(slot).map(|_| slot) {
             // SAFETY: `place` is within the array.
@@ -161,7 +161,7 @@ impl SharedControl {
         }
     }
 
-    /// A copy of all.
+    /// A copy of the control block.
     pub(crate) fn get(&self) -> Control {
         // SAFETY: the mapping is that long; all bit patterns are values.
         unsafe { addr_of!(*self.at()).read_volatile() }

@@ -1,4 +1,4 @@
-//! The maps of one service, for the thread that everything passes through: nothing here waits.
+//! The maps of one service, for the data-path thread. Nothing here waits.
 
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
@@ -25,48 +25,48 @@ pub struct Tap {
     counters: PerCpuArray<MapData, u64>,
 }
 
-/// A ring of records. The one read last stays in it until the next is asked for: a daemon that dies over it finds
-/// it again.
+/// A ring of records. The record read last stays in it until the next is asked for: if the daemon dies over it, its
+/// successor reads it again.
 struct Ring {
     map: RingBuf<MapData>,
     held: bool,
 }
 
-/// Which ring.
+/// Identifies a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// That of clients and OVM, in the order of the service.
+    /// The ring of clients and OVM, in the order of the record.
     Service,
-    /// That of the server in this slot, with what it sent while it was not the OVM.
+    /// The ring of the server in this slot, with what that sent while it was not the OVM.
     Rvm(usize),
 }
 
-/// A place in the ring of clients and OVM: see [`Tap::end`].
+/// A position in the ring of clients and OVM: see [`Tap::end`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingEnd(u64);
 
-/// A packet, in the ring.
+/// A packet, where it lies in the ring.
 #[derive(Debug)]
 pub struct Packet<'a>(Option<ManuallyDrop<RingBufItem<'a>>>);
 
-/// What a record says of the packet that it copied.
+/// The head of a record: what it says of its packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copied {
     /// The slot of the server that sent it; `None` for a client.
     pub slot: Option<usize>,
-    /// Of the packet, in bytes.
+    /// Length of the packet in bytes.
     pub length: usize,
-    /// The kernel has forwarded it, translated.
+    /// The kernel passed it, translated.
     pub forwarded: bool,
-    /// If so: right edge of the window that its receiver was told.
+    /// If it was passed: right edge of the window that its receiver was told.
     pub edge: u32,
-    /// If so: its receiver takes it without a look at its TCP checksum.
+    /// If it was passed: its receiver takes it without verifying its TCP checksum.
     pub trusted: bool,
-    /// It did so because the daemon was away, or had been.
+    /// The kernel passed it because the daemon is or was away.
     pub unattended: bool,
-    /// The kernel forwards nothing of this conversation any more, this packet included.
+    /// From this packet on the kernel passes nothing of its conversation.
     pub handed_over: bool,
-    /// Epoch of the plane when it came.
+    /// The plane's epoch when it came.
     pub epoch: u32,
     /// The frame's source address.
     pub source_mac: [u8; 6],
@@ -85,8 +85,8 @@ impl Tap {
         Self { control, bounds, ring: Ring::new(ring), positions, rvm_rings, conversations, counters }
     }
 
-    /// Begins a new epoch of the plane, in which the server in `slot` may speak, or nobody. In force at once;
-    /// entries of older epochs count no more.
+    /// Begins a new epoch of the plane, in which the server in `slot` may speak, or nobody (rule 1). Takes effect at
+    /// once, and invalidates the entries of older epochs.
     pub fn activate(&mut self, slot: Option<usize>) {
         let epoch = (self.control.active() >> 8).wrapping_add(1) & 0xffff_ffff;
         let slot = slot.map_or(NO_SLOT, |slot| slot as u64);
@@ -103,29 +103,29 @@ impl Tap {
         (self.control.active() >> 8) as u32
     }
 
-    /// What is known of the server in a slot. For the active one only with another interface: its frames and those
-    /// to it are the daemon's then, or lost.
+    /// Sets the server in a slot. The active server's entry may be changed only when its interface is another one: its
+    /// frames are lost meanwhile, or go to the daemon.
     pub fn set_server(&mut self, slot: usize, server: Server) {
         self.control.set_server(slot, server);
     }
 
-    /// The daemon lives.
+    /// Writes the daemon's heartbeat.
     pub fn beat(&mut self, now_ns: u64) {
         self.control.set_heartbeat(now_ns);
     }
 
-    /// Segments that were forwarded without a record, ever.
+    /// How many segments were passed without a record so far.
     pub fn unrecorded(&self) -> u64 {
         self.control.unrecorded()
     }
 
-    /// Lets a conversation pass from now on within these bounds, in the present epoch.
+    /// Installs a conversation's entry: it passes from now on within these bounds, in the present epoch.
     pub fn install(&mut self, key: &Key, conversation: Conversation, bounds: Bounds) -> Result<(), MapError> {
         self.extend(conversation.place, bounds);
         self.conversations.insert(key, Conversation { epoch: self.epoch(), ..conversation }, 0)
     }
 
-    /// Lets the conversation in a place go on up to there; in force before anything that the caller does next.
+    /// Moves the bounds with this index on; takes effect before anything that the caller does next.
     pub fn extend(&mut self, place: u32, bounds: Bounds) {
         self.bounds.set(place, bounds);
     }
@@ -135,23 +135,23 @@ impl Tap {
         self.conversations.get(key, 0).ok()
     }
 
-    /// Lets a conversation pass no more. None there is fine.
+    /// Removes a conversation's entry. Succeeds if there is none.
     pub fn remove(&mut self, key: &Key) {
         let _ = self.conversations.remove(key);
     }
 
-    /// All entries: conversations that pass, or did.
+    /// All entries, also of conversations that pass no longer.
     pub fn conversations(&self) -> impl Iterator<Item = Key> + '_ {
         self.conversations.keys().filter_map(Result::ok)
     }
 
-    /// What is said of the next packet in a ring; `None` if there is none yet. Whatever is to be done with a packet for
-    /// good must be done before the next is asked for.
+    /// The head of the next record in a ring; `None` if there is none yet. This releases the record before it, so finish
+    /// with that first.
     pub fn next(&mut self, source: Source) -> Option<Copied> {
         self.ring_of(source)?.next()
     }
 
-    /// The packet that [`Tap::next`] told of, where it lies.
+    /// The packet of the record that [`Tap::next`] returned.
     pub fn packet(&mut self, source: Source) -> Packet<'_> {
         Packet(self.ring_of(source).filter(|ring| ring.held).and_then(Ring::peek))
     }
@@ -163,14 +163,14 @@ impl Tap {
         }
     }
 
-    /// Where the ring of clients and OVM ends at this moment. What was forwarded before an [`Tap::activate`] that came
-    /// before this is before it, written or yet being written.
+    /// Where the ring of clients and OVM ends now. Everything that passed before an earlier [`Tap::activate`] lies before
+    /// this end, though a record may still be being written.
     pub fn end(&self) -> RingEnd {
         RingEnd(self.positions.reserved())
     }
 
-    /// What is said of the next packet before an end of the ring of clients and OVM, as [`Tap::next`] says it; `None` if
-    /// there is none any more, whatever came after. Waits for one that is being written at this moment.
+    /// Like [`Tap::next`] for the ring of clients and OVM, but `None` at `end`, whatever came after. Waits for a record that is
+    /// being written at this moment.
     pub fn next_before(&mut self, end: RingEnd) -> Option<Copied> {
         self.ring.release();
         while self.positions.consumed() < end.0 {
@@ -182,7 +182,7 @@ impl Tap {
         None
     }
 
-    /// What to poll for a ring.
+    /// The file descriptor to poll for a ring.
     pub fn fd(&self, source: Source) -> Option<BorrowedFd<'_>> {
         let ring = match source {
             Source::Service => Some(&self.ring),
@@ -206,7 +206,7 @@ impl Ring {
         Self { map, held: false }
     }
 
-    /// Gives the place of the one read last away.
+    /// Gives back the room of the record read last.
     fn release(&mut self) {
         if std::mem::take(&mut self.held) {
             drop(self.map.next());
@@ -235,7 +235,7 @@ impl Ring {
         Some(copied)
     }
 
-    /// The record at the ring's end. Not to be dropped: that would give its place away.
+    /// The next record. It must not be dropped, which would give back its room.
     fn peek(&mut self) -> Option<ManuallyDrop<RingBufItem<'_>>> {
         self.map.next().map(ManuallyDrop::new)
     }

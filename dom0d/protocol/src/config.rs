@@ -76,7 +76,7 @@ pub struct Limits {
     pub lag_bytes: u64,
     /// Bytes in flight from the daemon to one RVM in one conversation.
     pub inflight_bytes: u32,
-    /// Entries of the service-wide order that an RVM may have unfulfilled.
+    /// Entries of the service-wide record that an RVM may have unfulfilled.
     pub order_entries: u32,
     /// Resets sent to clients in one millisecond after a promotion.
     pub resets_per_ms: u32,
@@ -115,7 +115,7 @@ pub struct Timing {
     pub progress_limit: Duration,
     /// How long a FIN or RST of the OVM is held for a covering RVM to do the same.
     pub close_hold: Duration,
-    /// How long an RVM may keep a client byte waiting for the service-wide order before it is
+    /// How long an RVM may keep a client byte waiting for the service-wide record before it is
     /// lagging, and unacknowledged before it is evicted. Half of it, less what it made up for, may client or OVM be kept
     /// from going on for it.
     pub lag_limit: Duration,

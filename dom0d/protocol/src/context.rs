@@ -17,7 +17,7 @@ use crate::key::{ConversationId, MAX_SERVERS, Slot};
 use crate::outbox::Outbox;
 use crate::output::Destination;
 use crate::plane::Plane;
-use crate::record::order::Order;
+use crate::record::Record;
 use crate::suspicion::closes::Closes;
 use crate::suspicion::excuses::Excuses;
 use crate::suspicion::signs::Signs;
@@ -30,7 +30,7 @@ pub(crate) struct Context {
     #[serde(skip, default = "ServiceConfig::unconfigured")]
     pub(crate) config: ServiceConfig,
     pub(crate) queue: Queue,
-    pub(crate) order: Order,
+    pub(crate) record: Record,
     pub(crate) epoch: u64,
     pub(crate) recuperation: Recuperation,
     pub(crate) counters: Counters,
@@ -48,9 +48,9 @@ pub(crate) struct Context {
 pub(crate) struct Pending {
     /// Conversations whose clients are to be sent a RST.
     pub(crate) resets: VecDeque<ConversationId>,
-    /// Slots whose server produced something: the order may move on.
+    /// Slots whose server produced something: its mark may move on.
     pub(crate) progressed: [bool; MAX_SERVERS],
-    /// Conversations in which an RVM is still to be acknowledged what it said, once the order has moved on: at the end
+    /// Conversations in which an RVM is still to be acknowledged what it said, once its mark has moved on: at the end
     /// of the input at hand.
     #[serde(skip)]
     pub(crate) unacknowledged: Vec<ConversationId>,
@@ -66,7 +66,7 @@ impl Context {
             now: Instant::default(),
             config,
             queue: Queue::default(),
-            order: Order::default(),
+            record: Record::default(),
             epoch: 0,
             recuperation: Recuperation { reported: true, ..Recuperation::default() },
             counters: Counters::default(),
@@ -86,7 +86,7 @@ impl Context {
             now: self.now,
             config: &self.config,
             queue: &self.queue,
-            order: &mut self.order,
+            record: &mut self.record,
             counters: &mut self.counters,
             outbox: &mut self.outbox,
             epoch: self.epoch,
@@ -196,13 +196,13 @@ impl Context {
 
     /// The OVM has not produced every answer that clients were sent before it was promoted.
     pub(crate) fn is_catching_up(&self) -> bool {
-        self.recuperation.is_catching_up(&self.queue, &self.order)
+        self.recuperation.is_catching_up(&self.queue, &self.record)
     }
 
-    /// Forgets what nobody follows any more of the service-wide order.
-    pub(crate) fn release_order(&mut self) {
+    /// Forgets what nobody follows any more of the service-wide record.
+    pub(crate) fn release_record(&mut self) {
         let behind = self.queue.ovm().filter(|_| self.is_catching_up());
-        self.order.release(self.queue.rvms().chain(behind));
+        self.record.release(self.queue.rvms().chain(behind));
     }
 
     /// All conversations of the epoch are through: says so once.

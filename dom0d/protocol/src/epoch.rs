@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::follower::queue::Queue;
 use crate::key::ConversationId;
-use crate::record::order::Order;
+use crate::record::Record;
 
 /// See the module.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -17,7 +17,7 @@ pub(crate) struct Recuperation {
     pub(crate) reset: u64,
     /// No byte of this epoch was sent to a client yet.
     pub(crate) first_byte_due: bool,
-    /// Length of the service-wide order at the cutover: the new OVM is fed in that order up to here.
+    /// Length of the service-wide record at the cutover: the new OVM is fed in its order up to here.
     pub(crate) mark: u64,
     /// The end of this recuperation was told, or there is none.
     pub(crate) reported: bool,
@@ -30,8 +30,8 @@ impl Recuperation {
     }
 
     /// The OVM has not produced every answer that clients were sent before it was promoted.
-    pub(crate) fn is_catching_up(&self, queue: &Queue, order: &Order) -> bool {
-        queue.ovm().is_some_and(|ovm| order.cursor(ovm) < self.mark)
+    pub(crate) fn is_catching_up(&self, queue: &Queue, record: &Record) -> bool {
+        queue.ovm().is_some_and(|ovm| record.cursor(ovm) < self.mark)
     }
 
     /// A conversation is in it, or no longer.

@@ -217,7 +217,7 @@ pub enum NotPromotable {
     IsOvm,
     /// Its state may differ from the OVM's.
     Stale(StaleReason),
-    /// It was behind the service-wide order for too long, and has not caught up yet.
+    /// It was behind the service-wide record for too long, and has not caught up yet.
     Lagging,
     /// It was the OVM, lost its seat for a fault, and has not caught up yet.
     Recovering,

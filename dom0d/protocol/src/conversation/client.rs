@@ -150,7 +150,7 @@ impl Conversation {
         let text = text_before(self.up_fin.map(|(fin, _)| fin), start, segment.payload);
         if !text.is_empty() {
             let before = self.up.end();
-            let mark = turn.order.mark();
+            let mark = turn.record.mark();
             let stop = if turn.passed() { end } else { self.told.edge.max(self.told.acked) };
             let room = stop.saturating_sub(start);
             let taken = &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
@@ -179,7 +179,7 @@ impl Conversation {
         }
         // Not one with text recorded behind it: that would be taken from servers that have it.
         if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
-            self.up_fin = Some((end, turn.order.mark()));
+            self.up_fin = Some((end, turn.record.mark()));
         }
         Some(contradicts)
     }
@@ -216,7 +216,7 @@ impl Conversation {
     /// since a lenient OVM might close.
     fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if start == self.up_end() {
-            self.up_rst = Some((start, turn.order.mark()));
+            self.up_rst = Some((start, turn.record.mark()));
             self.forward_to_ovm(self.client.acked, segment, turn);
             self.close(turn);
         } else if !self.is_open() {

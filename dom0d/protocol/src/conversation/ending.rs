@@ -51,7 +51,7 @@ impl Conversation {
     /// The client is, or will be, sent a RST. Servers get what it had been promised up to `position`, then
     /// a RST too.
     pub(crate) fn abort(&mut self, position: u64, turn: &mut Turn<'_>) {
-        self.up_rst = Some((position, turn.order.mark()));
+        self.up_rst = Some((position, turn.record.mark()));
         self.state.reset(turn.now);
         self.play_client(turn);
     }
@@ -88,7 +88,7 @@ impl Conversation {
     /// ended for the client.
     pub(crate) fn is_awaited(&self, turn: &Turn<'_>) -> bool {
         let ovm = turn.queue.ovm().filter(|_| turn.is_catching_up());
-        ovm.is_some_and(|ovm| turn.order.awaited(ovm) == Some(self.id))
+        ovm.is_some_and(|ovm| turn.record.awaited(ovm) == Some(self.id))
     }
 
     /// It ended under an earlier OVM, and the present one has yet to take the client's last bytes, or to
@@ -147,7 +147,7 @@ impl Conversation {
     }
 
     /// It leaves the table. An RVM that still lacked bytes of it lacks them for good; one that still owed
-    /// answers is held to no order any more.
+    /// answers is held to the record no more.
     pub(crate) fn end(&mut self, turn: &mut Turn<'_>) {
         self.close(turn);
         let open_at_ovm = self.is_open_at_ovm(turn.queue);

@@ -150,7 +150,7 @@ impl Conversation {
         }
     }
 
-    /// The order does not wait for one that diverged. That it has read the requests shows in the length
+    /// The record does not wait for one that diverged. That it has read the requests shows in the length
     /// of its answers, as far as these have the same length; hence the limit.
     fn has_answered(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
         leg.covers()
@@ -239,7 +239,7 @@ impl Conversation {
         let Some(slot) = turn.queue.slot_of(leg.server) else { return };
         let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let from = leg.rcv_nxt;
-        // What was not sent yet may have to wait for the order.
+        // What was not sent yet may have to wait for earlier answers.
         let known = if leg.through { self.up.end() } else { self.up.end().min(leg.sender.highest) };
         let to = known.min(from + u64::from(leg.mss).saturating_sub(12).max(1));
         if from < to && from >= self.up.base() {
@@ -265,7 +265,7 @@ impl Conversation {
     /// not acknowledged; the client's window.
     ///
     /// With one exception: a client that acknowledges nothing any more would stop this server short of
-    /// where the OVM, with its larger congestion window, came; and by the service-wide order all other
+    /// where the OVM, with its larger congestion window, came; and by the service-wide record all other
     /// clients' requests with it. What that client was sent is retained by the daemon, which can supply
     /// it whoever serves, so the server need not.
     fn told_to(&self, leg: &Leg) -> (u64, u64) {

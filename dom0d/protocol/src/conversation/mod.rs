@@ -140,9 +140,9 @@ pub(crate) struct Conversation {
     told: Told,
     /// Recorded bytes of the client.
     pub(crate) up: Stream,
-    /// Position of the client's FIN, and its mark in the service-wide order.
+    /// Position of the client's FIN, and its mark in the service-wide record.
     pub(crate) up_fin: Option<(u64, u64)>,
-    /// Position of the client's RST, and its mark in the service-wide order.
+    /// Position of the client's RST, and its mark in the service-wide record.
     up_rst: Option<(u64, u64)>,
     /// What the client was sent.
     pub(crate) down: Stream,
@@ -258,7 +258,7 @@ impl Conversation {
         turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| leg.through)
     }
 
-    /// For the order: the server has answered up to `position`, or never will comparably.
+    /// For the record: the server has answered up to `position`, or never will comparably.
     pub(crate) fn has_produced(&self, slot: Slot, server: ServerId, position: u64) -> bool {
         self.legs.get(slot, server).is_none_or(|leg| {
             leg.through || !leg.covers() || leg.gone.is_some() || leg.answers.end() >= position

@@ -10,7 +10,7 @@ use crate::conversation::turn::Turn;
 use crate::conversation::{Conversation, LEAST_MSS, text_before};
 use crate::event::{Evidence, ServerId, StaleReason, Uncovered};
 use crate::follower::leg::{Leg, Phase};
-use crate::follower::queue::Server;
+use crate::follower::queue::Follower;
 use crate::input::Passage;
 use crate::key::Slot;
 use crate::tcp::seq::{position_of, seq_of};
@@ -215,7 +215,7 @@ impl Conversation {
         Some(Some(first_copy))
     }
 
-    /// What the client is sent grew from `before`: the order follows.
+    /// What the client is sent grew from `before`: the record follows.
     pub(crate) fn note_answer(&mut self, before: u64, turn: &mut Turn<'_>) {
         let end = self.down.end();
         if end == before {
@@ -224,7 +224,7 @@ impl Conversation {
         turn.note_answer();
         self.suspicion.note_answer();
         if turn.queue.rvms().next().is_some() {
-            turn.order.answered(self.id, end);
+            turn.record.answered(self.id, end);
             // An RVM that was faster has produced this already.
             turn.note_all_produced();
         }
@@ -336,7 +336,7 @@ impl Conversation {
         let mut opinion = Opinion::None;
         for (slot, server) in turn.roster().filter(|(slot, _)| Some(*slot) != ovm) {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
-            let doubtful = |server: &Server| turn.is_stale(server) || server.recovering.is_some();
+            let doubtful = |server: &Follower| turn.is_stale(server) || server.recovering.is_some();
             if turn.queue.get(slot).is_none_or(doubtful) {
                 // It may close, or go on, for reasons of its own.
                 continue;

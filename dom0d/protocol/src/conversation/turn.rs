@@ -10,12 +10,12 @@ use crate::config::ServiceConfig;
 use crate::counters::Counters;
 use crate::epoch::Recuperation;
 use crate::event::{Event, EventKind, Evidence, LinkAddress, NotPromotable, ServerId, StaleReason};
-use crate::follower::queue::{Queue, Server};
+use crate::follower::queue::{Follower, Queue};
 use crate::key::{ConversationId, MAX_SERVERS, Slot};
 use crate::outbox::Outbox;
 use crate::output::{Destination, Output};
 use crate::plane::Plane;
-use crate::record::order::Order;
+use crate::record::Record;
 use crate::suspicion::closes::Closes;
 use crate::suspicion::excuses::Excuses;
 use crate::suspicion::signs::Signs;
@@ -55,7 +55,7 @@ pub(crate) struct Turn<'a> {
     pub(crate) now: Instant,
     pub(crate) config: &'a ServiceConfig,
     pub(crate) queue: &'a Queue,
-    pub(crate) order: &'a mut Order,
+    pub(crate) record: &'a mut Record,
     pub(crate) counters: &'a mut Counters,
     pub(crate) outbox: &'a mut Outbox,
     /// The service's present epoch, and how its recuperation goes.
@@ -187,20 +187,20 @@ impl Turn<'_> {
     }
 
     /// Why a server can't be promoted unasked.
-    pub(crate) fn not_promotable(&self, server: &Server) -> Option<NotPromotable> {
+    pub(crate) fn not_promotable(&self, server: &Follower) -> Option<NotPromotable> {
         let stale = self.then.stale[server.slot.index()].map(NotPromotable::Stale);
         self.queue.not_promotable(server).or(stale)
     }
 
     /// The server's state may differ from the OVM's.
-    pub(crate) fn is_stale(&self, server: &Server) -> bool {
+    pub(crate) fn is_stale(&self, server: &Follower) -> bool {
         server.stale.is_some() || self.then.stale[server.slot.index()].is_some()
     }
 
     /// Bytes of both directions that the server in `slot` has followed, ever, where it is `behind` now in this conversation.
     pub(crate) fn followed(&self, slot: Slot, behind: u64) -> u64 {
         let before = self.before.servers[slot.index()].behind;
-        self.queue.get(slot).map_or(0, |server| server.followed) + before.saturating_sub(behind)
+        self.queue.get(slot).map_or(0, |server| server.sums.followed) + before.saturating_sub(behind)
     }
 
     /// Bytes kept for all conversations, where it is `own` now in this one.
@@ -210,7 +210,7 @@ impl Turn<'_> {
 
     /// The OVM has not produced every answer that clients were sent before it was promoted.
     pub(crate) fn is_catching_up(&self) -> bool {
-        self.recuperation.is_catching_up(self.queue, self.order)
+        self.recuperation.is_catching_up(self.queue, self.record)
     }
 
     /// Whether client bytes of `mark` may be handed to the server in `slot` now. A new OVM waits only
@@ -218,7 +218,7 @@ impl Turn<'_> {
     pub(crate) fn permits(&mut self, slot: Slot, mark: u64, conversation: ConversationId) -> bool {
         let own = self.queue.ovm() == Some(slot);
         let mark = if own { mark.min(self.recuperation.mark) } else { mark };
-        self.order.permits(slot, mark, conversation)
+        self.record.permits(slot, mark, conversation)
     }
 
     /// The packet at hand is with its receiver already.

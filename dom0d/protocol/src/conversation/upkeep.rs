@@ -122,7 +122,7 @@ impl Conversation {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
-            // In any conversation: in this one it may wait for its turn in the service-wide order.
+            // In any conversation: in this one it may wait for its turn in the service-wide record.
             let progress = turn.followed(slot, leg.behind(up_end, down_end));
             let (since, before) = *leg.paced.get_or_insert((now, progress));
             if !blamed || progress - before >= least {

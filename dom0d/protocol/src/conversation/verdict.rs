@@ -149,7 +149,7 @@ impl Conversation {
         // It has been given all that its next answer takes: else that is the daemon's to hand on.
         let given = ovm.through
             || ovm.sender.highest >= self.up_end()
-            || (turn.is_catching_up() && turn.order.awaited(slot) == Some(self.id));
+            || (turn.is_catching_up() && turn.record.awaited(slot) == Some(self.id));
         // It knows of room for a segment: it may have been told of less than the client has, for an RVM that is behind.
         let has_room = !ovm.through
             || self.shown.1 >= self.client.edge

@@ -14,14 +14,14 @@ use crate::time::Instant;
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Goal {
     pub(crate) at: Instant,
-    /// Length of the service-wide order.
+    /// Length of the service-wide record.
     pub(crate) mark: u64,
     pub(crate) followed: u64,
 }
 
 /// One server.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Server {
+pub(crate) struct Follower {
     pub(crate) id: ServerId,
     pub(crate) slot: Slot,
     addresses: Vec<IpAddr>,
@@ -30,7 +30,7 @@ pub(crate) struct Server {
     pub(crate) running: bool,
     /// It opened connections of its own.
     pub(crate) own_connections: bool,
-    /// It kept clients' bytes waiting for the service-wide order beyond the limit, and has not caught up since.
+    /// It kept clients' bytes waiting for the service-wide record beyond the limit, and has not caught up since.
     pub(crate) lagging: bool,
     /// Since when it is no OVM any more, for a fault, and has not caught up.
     pub(crate) recovering: Option<Instant>,
@@ -40,6 +40,12 @@ pub(crate) struct Server {
     pub(crate) excused_at: Instant,
     /// Since when conversations wait for it without its cursor moving.
     pub(crate) waiting_since: Option<Instant>,
+    pub(crate) sums: Sums,
+}
+
+/// What all conversations mean to one server.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Sums {
     /// Open conversations it covers.
     pub(crate) covered: u64,
     /// Open conversations in which it diverged (not among the covered).
@@ -47,12 +53,12 @@ pub(crate) struct Server {
     /// Bytes of both directions that the others have and it has not.
     pub(crate) behind: u64,
     /// Bytes of its answers that are kept until they are compared.
-    pub(crate) held: u64,
+    pub(crate) kept: u64,
     /// Bytes of both directions that it has followed, ever.
     pub(crate) followed: u64,
 }
 
-impl Server {
+impl Follower {
     /// Its own address of the same family.
     pub(crate) fn address(&self, like: IpAddr) -> Option<IpAddr> {
         self.addresses.iter().copied().find(|address| address.is_ipv4() == like.is_ipv4())
@@ -63,20 +69,20 @@ impl Server {
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Queue {
     /// In the operator's order.
-    servers: Vec<Server>,
+    servers: Vec<Follower>,
     ovm: Option<Slot>,
 }
 
 impl Queue {
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Server> + '_ {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Follower> + '_ {
         self.servers.iter()
     }
 
-    pub(crate) fn get(&self, slot: Slot) -> Option<&Server> {
+    pub(crate) fn get(&self, slot: Slot) -> Option<&Follower> {
         self.servers.iter().find(|server| server.slot == slot)
     }
 
-    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<&mut Server> {
+    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<&mut Follower> {
         self.servers.iter_mut().find(|server| server.slot == slot)
     }
 
@@ -93,7 +99,7 @@ impl Queue {
         self.ovm
     }
 
-    pub(crate) fn ovm_server(&self) -> Option<&Server> {
+    pub(crate) fn ovm_server(&self) -> Option<&Follower> {
         self.get(self.ovm?)
     }
 
@@ -115,7 +121,7 @@ impl Queue {
     /// Adds a server at the end; `None` if no slot is free.
     pub(crate) fn push(&mut self, spec: ServerSpec, stale: Option<StaleReason>) -> Option<Slot> {
         let slot = Slot::all().find(|slot| self.get(*slot).is_none())?;
-        self.servers.push(Server {
+        self.servers.push(Follower {
             id: spec.id,
             slot,
             addresses: spec.addresses,
@@ -128,18 +134,14 @@ impl Queue {
             goal: None,
             excused_at: Instant::default(),
             waiting_since: None,
-            covered: 0,
-            diverged: 0,
-            behind: 0,
-            held: 0,
-            followed: 0,
+            sums: Sums::default(),
         });
         Some(slot)
     }
 
     /// Removes a server. Cost does not depend on what it held: its legs are recognised by their id
     /// and freed when their conversation is next looked at.
-    pub(crate) fn remove(&mut self, slot: Slot) -> Option<Server> {
+    pub(crate) fn remove(&mut self, slot: Slot) -> Option<Follower> {
         let index = self.servers.iter().position(|server| server.slot == slot)?;
         if self.ovm == Some(slot) {
             self.ovm = None;
@@ -177,16 +179,17 @@ impl Queue {
     pub(crate) fn settle(&mut self, before: &Share, after: &Share) {
         for server in &mut self.servers {
             let (before, after) = (before.servers[server.slot.index()], after.servers[server.slot.index()]);
-            server.covered = moved(server.covered, before.covered.into(), after.covered.into());
-            server.diverged = moved(server.diverged, before.diverged.into(), after.diverged.into());
-            server.behind = moved(server.behind, before.behind, after.behind);
-            server.followed += before.behind.saturating_sub(after.behind);
-            server.held = moved(server.held, before.kept, after.kept);
+            let sums = &mut server.sums;
+            sums.covered = moved(sums.covered, before.covered.into(), after.covered.into());
+            sums.diverged = moved(sums.diverged, before.diverged.into(), after.diverged.into());
+            sums.behind = moved(sums.behind, before.behind, after.behind);
+            sums.followed += before.behind.saturating_sub(after.behind);
+            sums.kept = moved(sums.kept, before.kept, after.kept);
         }
     }
 
     /// Why a server can't be promoted unasked.
-    pub(crate) fn not_promotable(&self, server: &Server) -> Option<NotPromotable> {
+    pub(crate) fn not_promotable(&self, server: &Follower) -> Option<NotPromotable> {
         if self.ovm == Some(server.slot) {
             Some(NotPromotable::IsOvm)
         } else if let Some(reason) = server.stale {

@@ -12,7 +12,7 @@ use crate::config::CandidatePolicy;
 use crate::context::Context;
 use crate::epoch::Recuperation;
 use crate::event::{EventKind, Evidence, NotPromotable, ServerId, StaleReason};
-use crate::follower::queue::Server;
+use crate::follower::queue::Follower;
 use crate::input::OperatorError;
 use crate::key::Slot;
 use crate::output::Output;
@@ -52,14 +52,16 @@ pub(crate) fn candidate(ctx: &Context) -> Option<Slot> {
     match ctx.config.candidate {
         CandidatePolicy::Queue => promotable.next(),
         // `min_by_key` takes the first of equals: queue order.
-        CandidatePolicy::Progress => promotable.min_by_key(|server| (Reverse(server.covered), server.behind)),
+        CandidatePolicy::Progress => {
+            promotable.min_by_key(|server| (Reverse(server.sums.covered), server.sums.behind))
+        }
     }
     .map(|server| server.slot)
 }
 
 /// Why nothing was promoted.
 pub(crate) fn obstacles(ctx: &Context) -> Vec<(ServerId, NotPromotable)> {
-    let obstacle = |server: &Server| ctx.queue.not_promotable(server).map(|why| (server.id, why));
+    let obstacle = |server: &Follower| ctx.queue.not_promotable(server).map(|why| (server.id, why));
     ctx.queue.iter().filter_map(obstacle).filter(|(_, why)| *why != NotPromotable::IsOvm).collect()
 }
 
@@ -81,7 +83,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     let old = ctx.ovm();
     let was_behind = ctx.is_catching_up();
     for (conversation, highest) in ctx.accounts.take_gaps() {
-        ctx.order.answered(conversation, highest);
+        ctx.record.answered(conversation, highest);
     }
     ctx.epoch += 1;
     ctx.counters.promotions += 1;
@@ -94,11 +96,11 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
             ctx.outbox.push(Output::Fence(server));
         }
         // One that has not caught up itself still owes its predecessor's answers.
-        (Some((old, _)), Deposed::Recovering | Deposed::Rvm) if !was_behind => ctx.order.start(old),
+        (Some((old, _)), Deposed::Recovering | Deposed::Rvm) if !was_behind => ctx.record.start(old),
         (Some(_), Deposed::Recovering | Deposed::Rvm) => {}
         (None, _) => {}
     }
-    let mark = ctx.order.length();
+    let mark = ctx.record.length();
     ctx.recuperation = Recuperation { first_byte_due: true, mark, ..Recuperation::default() };
     ctx.pending.evidence = None;
     ctx.signs.forget();
@@ -126,7 +128,7 @@ pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
     }
     if let Some(server) = ctx.queue.remove(slot) {
         ctx.counters.evictions += 1;
-        ctx.order.start(slot);
+        ctx.record.start(slot);
         ctx.event(EventKind::Evicted { server: server.id, reason });
         if server.recovering.is_some() && reason != StaleReason::Lagged {
             ctx.outbox.push(Output::Fence(server.id));

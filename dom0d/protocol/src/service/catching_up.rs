@@ -18,7 +18,7 @@ impl Service {
     /// Looks whether the RVM in `slot` lags, and whether it has caught up if it did.
     pub(crate) fn review_follower(&mut self, slot: Slot) {
         let (now, timing) = (self.ctx.now, self.ctx.config.timing);
-        let waiting = self.ctx.order.is_waiting(slot);
+        let waiting = self.ctx.record.is_waiting(slot);
         let unstarved = |since: Instant| self.ctx.excuses.unstarved(since);
         let Some(server) = self.ctx.queue.get(slot) else { return };
         let since = waiting.then(|| server.waiting_since.unwrap_or(now));
@@ -53,15 +53,15 @@ impl Service {
         let (now, id) = (ctx.now, server.id);
         let reached = server.goal.is_some_and(|goal| {
             let mut busy = table.busy().filter_map(|id| table.get_awake(id));
-            ctx.order.cursor(slot) >= goal.mark
-                && (server.behind == 0 || server.followed > goal.followed)
+            ctx.record.cursor(slot) >= goal.mark
+                && (server.sums.behind == 0 || server.sums.followed > goal.followed)
                 && !busy.any(|conversation| conversation.has_owed_since(slot, id, goal.at, &ctx.queue))
         });
         if server.goal.is_some_and(|goal| reached && now.since(goal.at) <= IN_STEP) {
             return true;
         }
         if reached || server.goal.is_none() {
-            let goal = Goal { at: now, mark: ctx.order.length(), followed: server.followed };
+            let goal = Goal { at: now, mark: ctx.record.length(), followed: server.sums.followed };
             if let Some(server) = ctx.queue.get_mut(slot) {
                 server.goal = Some(goal);
             }

@@ -89,12 +89,12 @@ impl Service {
 
     pub(crate) fn mark_seeded(&mut self, id: ServerId) {
         if let Some(slot) = self.ctx.queue.slot_of(id) {
-            self.ctx.order.start(slot);
+            self.ctx.record.start(slot);
             if let Some(server) = self.ctx.queue.get_mut(slot) {
                 server.stale = None;
                 server.lagging = false;
                 server.recovering = None;
-                server.behind = 0;
+                server.sums.behind = 0;
             }
             self.ctx.event(EventKind::Seeded { server: id });
         }

@@ -74,7 +74,7 @@ impl Service {
             .queue
             .push(spec, Some(StaleReason::NotSeeded))
             .ok_or(OperatorError::QueueFull(MAX_SERVERS))?;
-        self.ctx.order.start(slot);
+        self.ctx.record.start(slot);
         let seeded = matches!(seeding, Seeding::AssumeIdentical | Seeding::Copied);
         self.ctx.event(EventKind::Attached { server: id, seeded });
         self.begin_seeding(id, seeding);
@@ -127,7 +127,7 @@ impl Service {
         }
         self.drain.take_if(|drain| drain.purpose == Purpose::Seed(server));
         self.ctx.queue.remove(slot);
-        self.ctx.order.start(slot);
+        self.ctx.record.start(slot);
         self.ctx.event(EventKind::Detached { server });
         Ok(())
     }
@@ -163,7 +163,7 @@ impl Service {
     pub fn status(&self) -> ServiceStatus {
         let ctx = &self.ctx;
         let recuperating = ctx.recuperation.pending.len() as u64;
-        let server = |server: &crate::follower::queue::Server| ServerStatus {
+        let server = |server: &crate::follower::queue::Follower| ServerStatus {
             server: server.id,
             role: match ctx.queue.ovm() == Some(server.slot) {
                 true if recuperating > 0 => Role::TakingOver,
@@ -172,10 +172,10 @@ impl Service {
             },
             not_promotable: ctx.queue.not_promotable(server),
             stale: server.stale,
-            covered: server.covered,
-            uncovered: ctx.accounts.open().saturating_sub(server.covered + server.diverged),
-            diverged: server.diverged,
-            behind_bytes: server.behind,
+            covered: server.sums.covered,
+            uncovered: ctx.accounts.open().saturating_sub(server.sums.covered + server.sums.diverged),
+            diverged: server.sums.diverged,
+            behind_bytes: server.sums.behind,
         };
         ServiceStatus {
             epoch: ctx.epoch,

@@ -1,4 +1,4 @@
-//! What follows for the service from what its conversations did: the order moves on, laggards go, the OVM is
+//! What follows for the service from what its conversations did: followers move on in the record, laggards go, the OVM is
 //! suspected; and after a cutover every conversation is looked at.
 
 use core::time::Duration;
@@ -13,7 +13,7 @@ use crate::service::{SWEEP, Service};
 const LEAST_FREED_SHARE: u64 = 16;
 
 impl Service {
-    /// Follows up what conversations left in the context: suspicion, laggards, the order.
+    /// Follows up what conversations left in the context: suspicion, laggards, the record.
     pub(crate) fn settle(&mut self) {
         if let Some(evidence) = self.ctx.pending.evidence.take() {
             self.suspect(evidence);
@@ -21,13 +21,13 @@ impl Service {
         while let Some(slot) = self.ctx.pending.laggards.pop() {
             promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
         }
-        self.advance_order();
+        self.advance_record();
         if self.sweep.is_none() && self.ctx.recuperation.is_to_be_reported() {
             self.ctx.report_recuperated();
         }
     }
 
-    fn advance_order(&mut self) {
+    fn advance_record(&mut self) {
         if !self.ctx.pending.progressed.contains(&true) {
             return;
         }
@@ -38,7 +38,7 @@ impl Service {
             if !core::mem::take(&mut ctx.pending.progressed[slot.index()]) {
                 continue;
             }
-            let moved = ctx.order.advance(
+            let moved = ctx.record.advance(
                 slot,
                 |id, position| {
                     table
@@ -62,7 +62,7 @@ impl Service {
             }
         }
         ctx.pending.progressed = [false; MAX_SERVERS];
-        ctx.release_order();
+        ctx.release_record();
     }
 
     /// Something speaks against the OVM: promote, or say why not.
@@ -144,9 +144,9 @@ impl Service {
         let slots: Vec<Slot> = self.ctx.queue.rvms().collect();
         for slot in slots {
             self.review_follower(slot);
-            let outstanding = self.ctx.order.outstanding(slot);
+            let outstanding = self.ctx.record.outstanding(slot);
             let Some(server) = self.ctx.queue.get(slot) else { continue };
-            if evicts && server.behind > limits.lag_bytes {
+            if evicts && server.sums.behind > limits.lag_bytes {
                 self.ctx.counters.lag_bytes += 1;
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             } else if outstanding > u64::from(limits.order_entries) {
@@ -156,8 +156,9 @@ impl Service {
         }
         // An earlier eviction may not have freed yet what it will.
         if self.ctx.accounts.retained() >= limits.retained_bytes && self.sweep.is_none() {
-            let keeps =
-                |slot: &Slot| self.ctx.queue.get(*slot).map_or(0, |server| server.behind + server.held);
+            let keeps = |slot: &Slot| {
+                self.ctx.queue.get(*slot).map_or(0, |server| server.sums.behind + server.sums.kept)
+            };
             let least = limits.retained_bytes / LEAST_FREED_SHARE;
             let worst = self.ctx.queue.rvms().max_by_key(keeps).filter(|slot| keeps(slot) >= least);
             if let Some(slot) = worst {
@@ -165,6 +166,6 @@ impl Service {
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             }
         }
-        self.ctx.release_order();
+        self.ctx.release_record();
     }
 }

@@ -282,7 +282,7 @@ fn a_new_ovm_is_not_counted_as_ahead_of_its_own_answers() {
     story.client_sends(1, b"ask", 1);
     story.server_sends(1, 1, b"answer", 4);
     story.fail_ovm();
-    assert_eq!(story.service.ctx.queue.ovm_server().map(|ovm| ovm.behind), Some(0));
+    assert_eq!(story.service.ctx.queue.ovm_server().map(|ovm| ovm.sums.behind), Some(0));
 }
 
 #[test]

@@ -21,7 +21,7 @@ const RUN: usize = 96;
 #[derive(Debug, Serialize, Deserialize)]
 struct Chunk {
     start: u64,
-    /// Place in the service-wide order (see [`crate::record::order`]): the answers that must precede it.
+    /// Mark in the service-wide record (see [`crate::record`]): the answers that must precede it.
     mark: u64,
     #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,

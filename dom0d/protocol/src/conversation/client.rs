@@ -170,7 +170,7 @@ impl Conversation {
                 && ovm.rcv_nxt < end
             {
                 // It may not have had this before.
-                ovm.handed_at = turn.now;
+                ovm.waits.handed_at = turn.now;
             }
             if let Some(recuperating) = self.state.recuperating_mut() {
                 // A retransmission or a gap: the client waits for an ACK.
@@ -196,19 +196,19 @@ impl Conversation {
         let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let translated = Segment {
             dst: guest,
-            ack: seq_of(leg.iss, ack),
+            ack: seq_of(leg.numbers.iss, ack),
             options: Options {
                 timestamps: segment
                     .options
                     .timestamps
                     .map(|(tsval, tsecr)| (tsval, leg.translated_tsecr(tsecr))),
-                sack: segment.options.sack.moved(leg.iss.wrapping_sub(self.told.iss)),
+                sack: segment.options.sack.moved(leg.numbers.iss.wrapping_sub(self.told.iss)),
                 ..segment.options
             },
             ..*segment
         };
         let to = Destination::Server(server);
-        translated.emit_large(leg.mss, |packet, size| turn.send(to, packet, size));
+        translated.emit_large(leg.numbers.mss, |packet, size| turn.send(to, packet, size));
     }
 
     /// RFC 5961 §3: only the exact position counts, that is, behind all that was recorded: servers would
@@ -272,6 +272,6 @@ impl Conversation {
             let mss = u16::try_from(mtu.saturating_sub(headers)).unwrap_or(u16::MAX).max(least);
             self.client.mss = self.client.mss.min(mss);
         }
-        self.legs.get(slot, server).filter(|leg| leg.through).map(|leg| seq_of(leg.iss, position))
+        self.legs.get(slot, server).filter(|leg| leg.through).map(|leg| seq_of(leg.numbers.iss, position))
     }
 }

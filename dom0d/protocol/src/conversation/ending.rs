@@ -96,14 +96,14 @@ impl Conversation {
     pub(crate) fn is_open_at_ovm(&self, queue: &Queue) -> bool {
         !self.is_open()
             && queue.ovm_server().and_then(|ovm| self.legs.get(ovm.slot, ovm.id)).is_some_and(|leg| {
-                let ended = leg.rcv_nxt >= self.up_end() && leg.fin.is_some_and(|fin| leg.told.0 > fin);
+                let ended = leg.rcv_nxt >= self.up_end() && leg.said.fin.is_some_and(|fin| leg.told.0 > fin);
                 !leg.through && leg.gone.is_none() && !ended
             })
     }
 
     /// A server lacks bytes of the client's, or owes answers that the client was sent.
     fn is_behind(&self, leg: &Leg) -> bool {
-        let owes = leg.covers() && leg.answers.end() < self.down.end();
+        let owes = leg.covers() && leg.said.answers.end() < self.down.end();
         !leg.through && leg.gone.is_none() && (leg.rcv_nxt < self.up.end() || owes)
     }
 

@@ -31,7 +31,7 @@ impl Conversation {
         if let Some(gone) = leg.gone {
             let ovm =
                 turn.ovm().and_then(|(slot, ovm)| self.legs.get(slot, ovm)).map_or(0, |ovm| ovm.rcv_nxt);
-            let unsaid = self.up_rst.is_none() && leg.covers() && leg.answers.end() < self.down.end();
+            let unsaid = self.up_rst.is_none() && leg.covers() && leg.said.answers.end() < self.down.end();
             let lacks =
                 turn.queue.ovm() != Some(slot) && (leg.rcv_nxt.max(1) < self.told.acked.max(ovm) || unsaid);
             // It left before it had all that others took, or had said all that the client was sent; or
@@ -78,23 +78,27 @@ impl Conversation {
     /// Compares what the server answered with what the client was sent.
     pub(crate) fn compare(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
         if leg.covers() {
-            let compared = match mask::compare(&turn.config.masks, &self.down, &leg.answers, leg.compared) {
-                // It closed where the client was sent more.
-                Compared::Equal(_)
-                    if turn.queue.ovm() != Some(slot) && leg.fin.is_some_and(|fin| fin < self.down.end()) =>
-                {
-                    Compared::Diverged(leg.fin.unwrap_or(leg.compared))
-                }
-                // It goes on where the client was sent FIN.
-                Compared::Equal(position) if self.down_fin.is_some_and(|fin| leg.answers.end() > fin) => {
-                    Compared::Diverged(self.down_fin.unwrap_or(position))
-                }
-                compared => compared,
-            };
+            let compared =
+                match mask::compare(&turn.config.masks, &self.down, &leg.said.answers, leg.said.compared) {
+                    // It closed where the client was sent more.
+                    Compared::Equal(_)
+                        if turn.queue.ovm() != Some(slot)
+                            && leg.said.fin.is_some_and(|fin| fin < self.down.end()) =>
+                    {
+                        Compared::Diverged(leg.said.fin.unwrap_or(leg.said.compared))
+                    }
+                    // It goes on where the client was sent FIN.
+                    Compared::Equal(position)
+                        if self.down_fin.is_some_and(|fin| leg.said.answers.end() > fin) =>
+                    {
+                        Compared::Diverged(self.down_fin.unwrap_or(position))
+                    }
+                    compared => compared,
+                };
             match compared {
-                Compared::Equal(position) => leg.compared = position,
+                Compared::Equal(position) => leg.said.compared = position,
                 Compared::Diverged(position) => {
-                    leg.diverged_at = Some(position);
+                    leg.said.diverged_at = Some(position);
                     turn.counters.divergences += 1;
                     turn.note_produced(slot);
                     turn.event(EventKind::Diverged {
@@ -105,7 +109,7 @@ impl Conversation {
                 }
             }
         }
-        leg.answers.release(if leg.covers() { leg.compared } else { leg.answers.end() });
+        leg.said.answers.release(if leg.covers() { leg.said.compared } else { leg.said.answers.end() });
     }
 
     /// Sends what the server may have: data, FIN, RST, or an ACK.
@@ -131,8 +135,8 @@ impl Conversation {
         }
         let told = self.told_to(leg);
         let window = leg.told.1.saturating_sub(leg.told.0);
-        let opened =
-            told.1 > leg.told.1 && (window < 2 * u64::from(leg.mss) || told.1 - leg.told.1 >= window / 4);
+        let opened = told.1 > leg.told.1
+            && (window < 2 * u64::from(leg.numbers.mss) || told.1 - leg.told.1 >= window / 4);
         let is_due = leg.ack_due || opened;
         if !is_due
             && told.0 > leg.told.0
@@ -145,7 +149,7 @@ impl Conversation {
             leg.ack_due = false;
             leg.tell(told, self.client.mss, turn.now);
             let mut ack = self.segment_to_leg(leg, guest);
-            ack.options.sack = self.sack_blocks(&leg.answers, leg.iss);
+            ack.options.sack = self.sack_blocks(&leg.said.answers, leg.numbers.iss);
             turn.send_to_server(leg.server, ack.emit());
         }
     }
@@ -154,7 +158,7 @@ impl Conversation {
     /// of its answers, as far as these have the same length; hence the limit.
     fn has_answered(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
         leg.covers()
-            || leg.answers.end() >= self.down.end()
+            || leg.said.answers.end() >= self.down.end()
             || self.state.closed_at().is_none_or(|closed| turn.now >= closed + GONE_GRACE)
     }
 
@@ -162,7 +166,8 @@ impl Conversation {
     fn feed_data(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, turn: &mut Turn<'_>) -> bool {
         let from = leg.sender.nxt;
         let reset = self.up_rst.map_or(u64::MAX, |(position, _)| position);
-        let room = u64::from(leg.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
+        let room =
+            u64::from(leg.numbers.mss).saturating_sub(if self.client.timestamps { 12 } else { 0 }).max(1);
         let first = match leg.is_established() {
             true => u64::MAX,
             false if from == leg.rcv_nxt => from + room,
@@ -193,7 +198,7 @@ impl Conversation {
     }
 
     fn send_data(&mut self, leg: &mut Leg, guest: SocketAddr, from: u64, to: u64, turn: &mut Turn<'_>) {
-        leg.handed_at = turn.now;
+        leg.waits.handed_at = turn.now;
         leg.tell(self.told_to(leg), self.client.mss, turn.now);
         leg.ack_due = false;
         let payload = self.up.copy(from..to);
@@ -204,7 +209,7 @@ impl Conversation {
             ..self.segment_to_leg(leg, guest)
         };
         let to = Destination::Server(leg.server);
-        segment.emit_large(leg.mss, |packet, size| turn.send(to, packet, size));
+        segment.emit_large(leg.numbers.mss, |packet, size| turn.send(to, packet, size));
     }
 
     fn feed_fin(&mut self, slot: Slot, leg: &mut Leg, guest: SocketAddr, turn: &mut Turn<'_>) {
@@ -223,7 +228,7 @@ impl Conversation {
     }
 
     fn send_fin(&mut self, leg: &mut Leg, guest: SocketAddr, position: u64, turn: &mut Turn<'_>) {
-        leg.handed_at = turn.now;
+        leg.waits.handed_at = turn.now;
         leg.tell(self.told_to(leg), self.client.mss, turn.now);
         leg.ack_due = false;
         let fin = Segment {
@@ -241,7 +246,7 @@ impl Conversation {
         let from = leg.rcv_nxt;
         // What was not sent yet may have to wait for earlier answers.
         let known = if leg.through { self.up.end() } else { self.up.end().min(leg.sender.highest) };
-        let to = known.min(from + u64::from(leg.mss).saturating_sub(12).max(1));
+        let to = known.min(from + u64::from(leg.numbers.mss).saturating_sub(12).max(1));
         if from < to && from >= self.up.base() {
             turn.counters.retransmissions += 1;
             self.send_data(leg, guest, from, to, turn);
@@ -274,7 +279,7 @@ impl Conversation {
         }
         let mut acknowledged = leg.produced().min(self.client.acked);
         if self.is_client_silent || self.state.was_reset() {
-            acknowledged = acknowledged.max(leg.compared.min(self.down.end()));
+            acknowledged = acknowledged.max(leg.said.compared.min(self.down.end()));
         }
         // It may say what the client was sent, also where the client's window has shrunk since.
         (acknowledged.max(leg.told.0), self.client.edge.max(self.down.end()))
@@ -289,7 +294,7 @@ impl Conversation {
             src: self.key.client,
             dst: guest,
             seq: seq_of(self.client.iss, nxt),
-            ack: seq_of(leg.iss, ack),
+            ack: seq_of(leg.numbers.iss, ack),
             flags: Flags::ACK,
             window: u16::try_from(window).unwrap_or(u16::MAX),
             urgent: 0,
@@ -306,15 +311,15 @@ impl Conversation {
         // One that is excused for not running owes nothing meanwhile.
         let runs = turn.queue.get(slot).filter(|server| server.running);
         let Some(excused_at) = runs.map(|server| server.excused_at).filter(|_| owes || shut) else {
-            leg.owes_since = None;
+            leg.waits.owes_since = None;
             return;
         };
         let ovm_edge = self.ovm_edge(turn.queue);
-        if leg.owes_since.is_none() {
-            leg.ovm_edge = ovm_edge;
+        if leg.waits.owes_since.is_none() {
+            leg.waits.ovm_edge = ovm_edge;
         }
-        let since = *leg.owes_since.get_or_insert(turn.now);
-        if !owes && leg.ovm_edge == ovm_edge {
+        let since = *leg.waits.owes_since.get_or_insert(turn.now);
+        if !owes && leg.waits.ovm_edge == ovm_edge {
             // Its service reads nothing, and neither does the OVM's, whose buffer may be the larger one.
             return;
         }
@@ -335,8 +340,8 @@ impl Conversation {
             let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
             leg.gone.is_none()
                 && leg.covers()
-                && leg.owes_since.is_some_and(|since| since <= at)
-                && (owes || leg.ovm_edge != self.ovm_edge(queue))
+                && leg.waits.owes_since.is_some_and(|since| since <= at)
+                && (owes || leg.waits.ovm_edge != self.ovm_edge(queue))
         })
     }
 }

@@ -360,7 +360,7 @@ impl Embryonic {
         for (slot, server) in turn.roster() {
             let leg = if Some(server) == answer.server {
                 let mut leg = Conversation::through_leg(server, &told, answer.window);
-                leg.mss = leg.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, turn.queue));
+                leg.numbers.mss = leg.numbers.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, turn.queue));
                 // A new OVM that has not caught up yet must not see this client's bytes before the
                 // causes that the client may have seen.
                 leg.through = turn.queue.ovm() == Some(slot) && !turn.is_catching_up();

@@ -27,7 +27,7 @@ use crate::conversation::passing::UNBOUNDED;
 use crate::conversation::state::State;
 use crate::conversation::turn::Turn;
 use crate::event::{LinkAddress, ServerId, StaleReason, Uncovered};
-use crate::follower::leg::{Leg, Legs, Phase};
+use crate::follower::leg::{Leg, Legs, Numbers, Phase};
 use crate::key::{ConversationId, Key, Slot};
 use crate::output::Destination;
 use crate::suspicion::Suspicion;
@@ -261,7 +261,7 @@ impl Conversation {
     /// For the record: the server has answered up to `position`, or never will comparably.
     pub(crate) fn has_produced(&self, slot: Slot, server: ServerId, position: u64) -> bool {
         self.legs.get(slot, server).is_none_or(|leg| {
-            leg.through || !leg.covers() || leg.gone.is_some() || leg.answers.end() >= position
+            leg.through || !leg.covers() || leg.gone.is_some() || leg.said.answers.end() >= position
         })
     }
 
@@ -349,11 +349,14 @@ impl Conversation {
             phase: Phase::Open,
             through: true,
             has_spoken: true,
-            iss: told.iss,
-            shift: told.shift,
-            mss: told.mss,
-            tsval: told.tsval,
-            ts_floor: told.tsval,
+            numbers: Numbers {
+                iss: told.iss,
+                shift: told.shift,
+                mss: told.mss,
+                tsval: told.tsval,
+                ts_delta: 0,
+                ts_floor: told.tsval,
+            },
             rcv_nxt: 1,
             edge: 1 + u64::from(window),
             told: (1, 0),
@@ -365,7 +368,7 @@ impl Conversation {
 
     pub(crate) fn options_to_leg(&self, leg: &Leg) -> Options {
         Options {
-            timestamps: self.client.timestamps.then_some((self.client.tsval, leg.tsval)),
+            timestamps: self.client.timestamps.then_some((self.client.tsval, leg.numbers.tsval)),
             ..Options::default()
         }
     }

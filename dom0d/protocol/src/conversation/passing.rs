@@ -86,10 +86,10 @@ impl Conversation {
         self.bounds = (up.max(self.told.edge), down.max(self.client.edge).max(self.shown.1));
         let leg = turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server))?;
         let flow = Flow {
-            seq_delta: self.told.iss.wrapping_sub(leg.iss),
-            ts_delta: leg.ts_delta,
-            ts_floor: leg.ts_floor,
-            server_tsval: leg.tsval,
+            seq_delta: self.told.iss.wrapping_sub(leg.numbers.iss),
+            ts_delta: leg.numbers.ts_delta,
+            ts_floor: leg.numbers.ts_floor,
+            server_tsval: leg.numbers.tsval,
             told_tsval: self.told.tsval,
             ts_recent: self.client.ts_recent,
             up_nxt: seq_of(self.client.iss, self.up.end()),
@@ -99,7 +99,7 @@ impl Conversation {
             client_acked: seq_of(self.told.iss, self.client.acked),
             client_edge: seq_of(self.told.iss, self.client.edge),
             client_shift: self.client.shift.unwrap_or(0),
-            server_shift: leg.shift,
+            server_shift: leg.numbers.shift,
             told_shift: self.told.shift,
             timestamps: self.client.timestamps,
             bounds: self.bounds_as_told(),
@@ -122,7 +122,7 @@ impl Conversation {
             let leg = self.legs.get(slot, server).filter(|leg| !leg.through && leg.gone.is_none());
             if let Some(leg) = leg {
                 up = up.min(leg.rcv_nxt + room);
-                down = if leg.covers() { down.min(leg.compared + room) } else { down };
+                down = if leg.covers() { down.min(leg.said.compared + room) } else { down };
             }
         }
         (up, down)

@@ -25,8 +25,8 @@ impl Conversation {
         let tsval = self.told.tsval;
         match self.legs.get_mut(slot, server) {
             Some(leg) if leg.gone.is_none() && leg.covers() => {
-                leg.ts_delta = tsval.wrapping_sub(leg.tsval);
-                leg.ts_floor = leg.tsval;
+                leg.numbers.ts_delta = tsval.wrapping_sub(leg.numbers.tsval);
+                leg.numbers.ts_floor = leg.numbers.tsval;
                 self.begin_recuperation();
             }
             _ => self.reset(turn),
@@ -43,10 +43,10 @@ impl Conversation {
                 leg.through = false;
                 leg.sender = Sender::new(leg.rcv_nxt);
                 leg.direct = direct;
-                leg.answers = Stream::new(down_end);
-                leg.compared = down_end;
+                leg.said.answers = Stream::new(down_end);
+                leg.said.compared = down_end;
                 // It may have closed, and the client not been told yet.
-                leg.fin = leg.fin.or(down_fin);
+                leg.said.fin = leg.said.fin.or(down_fin);
                 leg.told = (acked, 0);
                 leg.ack_due = true;
             }
@@ -67,10 +67,10 @@ impl Conversation {
         let Some(mut leg) = self.legs.take(slot, server) else { return self.reset(turn) };
         let Some(mut recuperating) = self.state.take_recuperating() else { return };
         self.adopt_answers(&mut leg, turn);
-        let early = leg.fin.filter(|fin| *fin < self.down.end());
+        let early = leg.said.fin.filter(|fin| *fin < self.down.end());
         if !leg.covers() || leg.gone.is_some() || early.is_some() {
             // A close of the new OVM's own is held like any other: its service may have died in turn.
-            let position = leg.covers().then(|| early.unwrap_or(leg.answers.end()));
+            let position = leg.covers().then(|| early.unwrap_or(leg.said.answers.end()));
             self.state.recuperate(recuperating);
             self.legs.put(slot, leg);
             if !position.is_some_and(|position| self.must_hold(position, true, self.ovm_had(turn), turn)) {
@@ -83,7 +83,7 @@ impl Conversation {
             self.told.acked = self.told.acked.max(leg.rcv_nxt);
             self.offer_window(leg.edge, turn);
             if self.client.timestamps {
-                self.advance_tsval(leg.tsval.wrapping_add(leg.ts_delta));
+                self.advance_tsval(leg.numbers.tsval.wrapping_add(leg.numbers.ts_delta));
             }
         }
         self.serve(&mut recuperating, turn);
@@ -102,10 +102,10 @@ impl Conversation {
     fn adopt_answers(&mut self, leg: &mut Leg, turn: &mut Turn<'_>) {
         loop {
             let before = self.down.end();
-            if !leg.covers() || leg.compared < before || leg.answers.end() <= before {
+            if !leg.covers() || leg.said.compared < before || leg.said.answers.end() <= before {
                 break;
             }
-            let bytes = leg.answers.copy(before..leg.answers.end());
+            let bytes = leg.said.answers.copy(before..leg.said.answers.end());
             let limit = turn.config.limits.conversation_bytes as usize;
             if self.down.insert(before, &bytes, 0, limit).refused {
                 turn.counters.conversation_bytes += 1;
@@ -119,7 +119,7 @@ impl Conversation {
         }
         if self.down_fin.is_none()
             && leg.covers()
-            && let Some(fin) = leg.fin.filter(|fin| *fin == self.down.highest())
+            && let Some(fin) = leg.said.fin.filter(|fin| *fin == self.down.highest())
             && !self.must_hold(fin, false, leg.rcv_nxt, turn)
         {
             self.down_fin = Some(fin);
@@ -205,10 +205,10 @@ impl Conversation {
             && leg.sender.nxt >= self.up_end()
             // It keeps what it was not told to be acknowledged; the daemon supplies the rest.
             && self.client.acked >= leg.told.0
-            && leg.compared >= self.down.highest()
+            && leg.said.compared >= self.down.highest()
             // It was told that these arrived: nobody but the daemon has them.
-            && leg.answers.islands().next().is_none()
-            && (self.down_fin.is_none() || leg.fin == self.down_fin)
+            && leg.said.answers.islands().next().is_none()
+            && (self.down_fin.is_none() || leg.said.fin == self.down_fin)
             && !turn.is_catching_up()
     }
 }

@@ -36,7 +36,7 @@ impl Conversation {
             Phase::SynSent => self.handle_syn_ack(&mut leg, slot, segment, turn),
             Phase::Open if leg.through => {
                 self.handle_ovm(&mut leg, segment, turn);
-                self.check_passed_to_client(leg.iss, segment, turn);
+                self.check_passed_to_client(leg.numbers.iss, segment, turn);
                 Ok(())
             }
             Phase::Open => {
@@ -87,17 +87,17 @@ impl Conversation {
             return Err(Uncovered::OptionsDiffer);
         }
         leg.phase = Phase::Open;
-        leg.iss = segment.seq;
-        leg.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
-        leg.mss = mss.max(LEAST_MSS).min(mtu_mss(slot, &self.key, turn.queue));
+        leg.numbers.iss = segment.seq;
+        leg.numbers.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
+        leg.numbers.mss = mss.max(LEAST_MSS).min(mtu_mss(slot, &self.key, turn.queue));
         // For a server that was promoted before it had answered: its time begins here.
-        leg.ts_delta = self.told.tsval.wrapping_sub(leg.tsval);
-        leg.ts_floor = leg.tsval;
+        leg.numbers.ts_delta = self.told.tsval.wrapping_sub(leg.numbers.tsval);
+        leg.numbers.ts_floor = leg.numbers.tsval;
         leg.rcv_nxt = 1;
         leg.edge = 1 + u64::from(segment.window);
         leg.sender.disarm();
         leg.sender.acknowledged(1, 0, turn.now);
-        leg.owes_since = None;
+        leg.waits.owes_since = None;
         leg.told = (1, 0);
         leg.ack_due = true;
         Ok(())
@@ -106,7 +106,7 @@ impl Conversation {
     // ---- the OVM --------------------------------------------------------------------------------
 
     fn handle_ovm(&mut self, leg: &mut Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
-        let Some(start) = position_of(leg.iss, segment.seq, self.down.end()) else { return };
+        let Some(start) = position_of(leg.numbers.iss, segment.seq, self.down.end()) else { return };
         if segment.flags.has(Flags::RST) {
             return self.handle_ovm_reset(leg, start, segment, turn);
         }
@@ -145,10 +145,10 @@ impl Conversation {
             turn.counters.unacceptable += 1;
             return;
         }
-        let text = text_before(leg.fin.into_iter().chain([stop]).min(), start, segment.payload);
+        let text = text_before(leg.said.fin.into_iter().chain([stop]).min(), start, segment.payload);
         let before = self.down.end();
         let recorded = self.record_answer(start, text, turn);
-        leg.asked &= self.down.end() == before;
+        leg.said.asked &= self.down.end() == before;
         let Some(payload) = recorded else { return };
         let mut flags = segment.flags;
         let position = start + segment.payload.len() as u64;
@@ -156,7 +156,7 @@ impl Conversation {
             flags = flags.without(Flags::FIN);
         }
         if flags.has(Flags::FIN) {
-            leg.fin = Some(position);
+            leg.said.fin = Some(position);
             if self.must_hold(position, false, leg.rcv_nxt, turn) {
                 flags = flags.without(Flags::FIN);
             } else {
@@ -174,7 +174,7 @@ impl Conversation {
         if ack > leg.rcv_nxt {
             Self::note_progress(leg, ack, turn);
         }
-        leg.edge = ack + (u64::from(segment.window) << leg.shift);
+        leg.edge = ack + (u64::from(segment.window) << leg.numbers.shift);
     }
 
     /// A server acknowledged the client's bytes up to `ack`.
@@ -183,8 +183,8 @@ impl Conversation {
             turn.then.taken = true;
         }
         leg.rcv_nxt = ack;
-        leg.asked = true;
-        leg.owes_since = None;
+        leg.said.asked = true;
+        leg.waits.owes_since = None;
     }
 
     /// Records the OVM's payload. `None`: it must not be passed on. `Some(Some(bytes))`: these must be
@@ -239,7 +239,7 @@ impl Conversation {
         payload: &[u8],
         turn: &mut Turn<'_>,
     ) {
-        let window_shift = if segment.flags.has(Flags::SYN) { 0 } else { leg.shift };
+        let window_shift = if segment.flags.has(Flags::SYN) { 0 } else { leg.numbers.shift };
         self.told.acked = self.told.acked.max(leg.rcv_nxt);
         self.offer_window(leg.rcv_nxt + (u64::from(segment.window) << window_shift), turn);
         self.shown.0 = match turn.plane.passage() {
@@ -249,7 +249,7 @@ impl Conversation {
         let timestamps = segment
             .options
             .timestamps
-            .map(|(tsval, tsecr)| (self.advance_tsval(tsval.wrapping_add(leg.ts_delta)), tsecr));
+            .map(|(tsval, tsecr)| (self.advance_tsval(tsval.wrapping_add(leg.numbers.ts_delta)), tsecr));
         if turn.passed() {
             return turn.note_sent_to_client(payload);
         }
@@ -341,11 +341,11 @@ impl Conversation {
                 // It may close, or go on, for reasons of its own.
                 continue;
             }
-            let answered = leg.answers.end();
+            let answered = leg.said.answers.end();
             // One that has closed still repeats what the client lacks, and hears it out; behind a RST nobody does.
             let shares = match rst {
                 true => leg.gone.is_some() && leg.produced() >= position,
-                false => leg.fin == Some(position),
+                false => leg.said.fin == Some(position),
             };
             if shares {
                 return Opinion::Shared;
@@ -353,8 +353,8 @@ impl Conversation {
             // One that is merely behind disputes nothing: it has what the OVM had, has answered all
             // the OVM answered, and stays. That of a client that has closed itself is no news.
             let quiet =
-                turn.now.since(turn.measured_from(leg.answered_at)) >= turn.config.timing.close_hold / 2;
-            let stays = leg.fin.is_none() && leg.gone.is_none();
+                turn.now.since(turn.measured_from(leg.said.answered_at)) >= turn.config.timing.close_hold / 2;
+            let stays = leg.said.fin.is_none() && leg.gone.is_none();
             let disputes = answered > position
                 || (stays && !closes && answered == position && quiet && leg.rcv_nxt >= had && leg.is_open());
             opinion =
@@ -370,7 +370,7 @@ impl Conversation {
     fn handle_ovm_reset(&mut self, leg: &mut Leg, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         // Behind a FIN that is held, the client knows of neither.
         let start =
-            if leg.fin.is_some_and(|fin| start == fin + 1) { self.down_end().min(start) } else { start };
+            if leg.said.fin.is_some_and(|fin| start == fin + 1) { self.down_end().min(start) } else { start };
         // At its SND.NXT, or, where there is no socket any more, at what the client acknowledged
         // (RFC 9293 §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so do we.
         if start != self.down_end() && start != self.down.end() && start != self.client.acked {
@@ -400,7 +400,7 @@ impl Conversation {
         let had = had.min(self.up_end());
         let ovm = turn.queue.ovm();
         self.for_each_leg(turn, |slot, leg, turn| {
-            let closed = leg.fin.is_some() || leg.gone.is_some();
+            let closed = leg.said.fin.is_some() || leg.gone.is_some();
             if Some(slot) != ovm && leg.covers() && !closed && leg.sender.highest > had {
                 turn.mark_stale(slot, StaleReason::TookMore);
             }
@@ -461,7 +461,7 @@ impl Conversation {
     /// An RVM, or the new OVM in recuperation: nothing of this segment reaches a client as it is.
     fn handle_suppressed(&mut self, leg: &mut Leg, slot: Slot, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         turn.counters.rvm_segments += 1;
-        let Some(start) = position_of(leg.iss, segment.seq, leg.answers.end()) else { return };
+        let Some(start) = position_of(leg.numbers.iss, segment.seq, leg.said.answers.end()) else { return };
         if segment.flags.has(Flags::RST) {
             self.note_gone(slot, leg, turn);
             return;
@@ -482,43 +482,43 @@ impl Conversation {
         }
         leg.has_spoken = true;
         self.note_suppressed_acknowledgment(leg, segment, turn);
-        let before = leg.answers.end();
+        let before = leg.said.answers.end();
         let was_stopped = leg.is_stopped(self.client.mss);
         // It was never told of a larger window: what it sends beyond is no answer, only memory.
         let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
-        let text = text_before(leg.fin.into_iter().chain([edge]).min(), start, segment.payload);
+        let text = text_before(leg.said.fin.into_iter().chain([edge]).min(), start, segment.payload);
         if !text.is_empty() {
             // What the client was sent already need not be kept until it is compared.
             let is_repetition = leg.covers()
-                && start == leg.compared
+                && start == leg.said.compared
                 && start == before
                 && self.down.says(start, text)
-                && leg.answers.skip(text.len() as u64);
+                && leg.said.answers.skip(text.len() as u64);
             if is_repetition {
-                leg.compared = leg.answers.end();
-            } else if leg.answers.insert(start, text, 0, turn.room(false)).refused {
+                leg.said.compared = leg.said.answers.end();
+            } else if leg.said.answers.insert(start, text, 0, turn.room(false)).refused {
                 turn.note_refused(false);
             }
-            let grown = leg.answers.end() - before;
+            let grown = leg.said.answers.end() - before;
             if grown > 0 {
                 if turn.queue.ovm() == Some(slot) {
                     turn.note_answer();
                 }
                 self.note_pause(leg, before, was_stopped, turn);
-                leg.asked = false;
-                leg.answered_at = turn.now;
+                leg.said.asked = false;
+                leg.said.answered_at = turn.now;
                 turn.note_produced(slot);
             }
             // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).
             leg.ack_due |= grown == 0;
-        } else if start < leg.answers.end() || !segment.payload.is_empty() {
+        } else if start < leg.said.answers.end() || !segment.payload.is_empty() {
             // A keepalive or a window probe.
             leg.ack_due = true;
         }
         if segment.flags.has(Flags::FIN) {
             let position = start + segment.payload.len() as u64;
-            leg.ack_due |= leg.fin.is_some();
-            leg.fin.get_or_insert(position);
+            leg.ack_due |= leg.said.fin.is_some();
+            leg.said.fin.get_or_insert(position);
         }
     }
 
@@ -527,7 +527,7 @@ impl Conversation {
         if ack < leg.rcv_nxt || ack > leg.sender.highest.max(leg.direct) {
             return;
         }
-        let edge = ack + (u64::from(segment.window) << leg.shift);
+        let edge = ack + (u64::from(segment.window) << leg.numbers.shift);
         if ack > leg.rcv_nxt {
             let bytes = ack - leg.rcv_nxt;
             Self::note_progress(leg, ack, turn);

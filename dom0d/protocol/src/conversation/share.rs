@@ -25,7 +25,7 @@ impl Conversation {
                     covered: is_open && leg.covers() && leg.gone.is_none(),
                     diverged: is_open && !leg.covers(),
                     behind: leg.behind(self.up.end(), self.down.end()),
-                    kept: leg.answers.retained() as u64,
+                    kept: leg.said.answers.retained() as u64,
                 };
             }
         }

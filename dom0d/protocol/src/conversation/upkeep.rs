@@ -74,7 +74,7 @@ impl Conversation {
             if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
                 up = up.min(leg.rcv_nxt);
                 if !leg.through && leg.covers() {
-                    down = down.min(leg.compared);
+                    down = down.min(leg.said.compared);
                 }
             }
         }
@@ -83,7 +83,7 @@ impl Conversation {
         self.down.release(if !self.is_open() { down } else { down.saturating_sub(lookback) });
         let mut retained = self.up.retained() + self.down.retained();
         for (slot, server) in turn.roster() {
-            retained += self.legs.get(slot, server).map_or(0, |leg| leg.answers.retained());
+            retained += self.legs.get(slot, server).map_or(0, |leg| leg.said.answers.retained());
         }
         self.retained = retained as u64;
         self.beyond = (self.up.beyond() + self.down.beyond()) as u64;
@@ -120,21 +120,21 @@ impl Conversation {
         let mut is_slowed = false;
         self.for_each_leg(turn, |slot, leg, turn| {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
-            let unsaid = if leg.covers() { acked.saturating_sub(leg.compared) } else { 0 };
+            let unsaid = if leg.covers() { acked.saturating_sub(leg.said.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
             // In any conversation: in this one it may wait for its turn in the service-wide record.
             let progress = turn.followed(slot, leg.behind(up_end, down_end));
-            let (since, before) = *leg.paced.get_or_insert((now, progress));
+            let (since, before) = *leg.waits.paced.get_or_insert((now, progress));
             if !blamed || progress - before >= least {
-                leg.paced = blamed.then_some((now, progress));
+                leg.waits.paced = blamed.then_some((now, progress));
             } else if now.since(turn.excuses.unstarved(since)) >= STANDSTILL {
                 turn.note_laggard(slot);
             }
-            leg.pace.note(turn.excuses.unstarved(leg.pace.at), now, blamed && stops);
-            if leg.pace.slowed >= tolerated {
+            leg.waits.pace.note(turn.excuses.unstarved(leg.waits.pace.at), now, blamed && stops);
+            if leg.waits.pace.slowed >= tolerated {
                 turn.note_laggard(slot);
             }
-            is_slowed |= blamed || !leg.pace.slowed.is_zero();
+            is_slowed |= blamed || !leg.waits.pace.slowed.is_zero();
         });
         self.is_slowed = is_slowed;
     }

@@ -127,8 +127,8 @@ impl Conversation {
     /// An RVM goes on behind `from`. Where it was free to and asked nothing, and had paused, others may be about to say
     /// the same by clocks of their own.
     pub(crate) fn note_pause(&mut self, rvm: &Leg, from: u64, was_stopped: bool, turn: &Turn<'_>) {
-        let paused = turn.now.since(turn.measured_from(rvm.answered_at)) >= PAUSE;
-        if rvm.asked || was_stopped || !paused || from < self.down.end() {
+        let paused = turn.now.since(turn.measured_from(rvm.said.answered_at)) >= PAUSE;
+        if rvm.said.asked || was_stopped || !paused || from < self.down.end() {
             return;
         }
         let (first, last) = self.paused;
@@ -139,13 +139,13 @@ impl Conversation {
     /// on there in one go. (Who did not acknowledge what was asked yet may still do so late.) What else RVMs say at another time than the OVM, they say by their own clocks.
     fn is_owed(&self, position: u64, ovm: &Leg) -> bool {
         let (first, last) = self.paused;
-        let is_asked = ovm.asked || ovm.rcv_nxt < self.given_to(ovm);
+        let is_asked = ovm.said.asked || ovm.rcv_nxt < self.given_to(ovm);
         position < self.down.end() || is_asked || (position > 1 && !(first..=last).contains(&position))
     }
 
     fn judge_progress(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
         // Where the OVM is. In recuperation that can be behind what the client was sent.
-        let position = if ovm.through { self.down.end() } else { ovm.answers.end() };
+        let position = if ovm.through { self.down.end() } else { ovm.said.answers.end() };
         // It has been given all that its next answer takes: else that is the daemon's to hand on.
         let given = ovm.through
             || ovm.sender.highest >= self.up_end()
@@ -163,7 +163,7 @@ impl Conversation {
             && self.down_fin.is_none_or(|fin| position < fin);
         let idle = idle && self.is_owed(position, ovm);
         let since = match self.suspicion.silent_since.filter(|_| self.suspicion.silent_at == position) {
-            Some(since) => since.max(ovm.handed_at),
+            Some(since) => since.max(ovm.waits.handed_at),
             None => turn.now,
         };
         self.suspicion.silent_at = position;
@@ -205,8 +205,8 @@ impl Conversation {
     /// A service that hangs in the middle of an upload answers nothing, and its kernel acknowledges all
     /// that it has room for: what tells is that it takes nothing more where RVMs do.
     fn judge_window(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
-        let least = u64::from(ovm.mss);
-        let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.shift);
+        let least = u64::from(ovm.numbers.mss);
+        let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.numbers.shift);
         let (mut witnesses, mut open) = (0, 0);
         for server in turn.queue.iter().filter(|server| shut && turn.not_promotable(server).is_none()) {
             witnesses += 1;
@@ -250,7 +250,7 @@ impl Conversation {
             ahead[server.slot.index()] = self
                 .legs
                 .get(server.slot, server.id)
-                .filter(|rvm| rvm.covers() && rvm.server != ovm.server && rvm.answers.end() > position);
+                .filter(|rvm| rvm.covers() && rvm.server != ovm.server && rvm.said.answers.end() > position);
         }
         (ahead, witnesses)
     }
@@ -260,10 +260,11 @@ impl Conversation {
         let majority = |count: usize| count * 2 > witnesses;
         // What the client was sent already needs no comparison among RVMs.
         if position < self.down.end() {
-            return majority(ahead.iter().flatten().filter(|rvm| rvm.compared > position).count());
+            return majority(ahead.iter().flatten().filter(|rvm| rvm.said.compared > position).count());
         }
         let same = |one: &Leg, other: &Leg| {
-            let compared = mask::compare(&turn.config.masks, &one.answers, &other.answers, position);
+            let compared =
+                mask::compare(&turn.config.masks, &one.said.answers, &other.said.answers, position);
             matches!(compared, Compared::Equal(_))
         };
         let mut candidates = ahead.iter().flatten();

@@ -50,15 +50,10 @@ impl Pace {
     }
 }
 
-/// A server's connection that stands for the client's. Positions as in [`crate::tcp::seq`]: up is client
-/// to server, down is server to client.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Leg {
-    pub(crate) server: ServerId,
-    pub(crate) phase: Phase,
-    /// The client's own segments reach this server, and its segments the client (OVM, outside
-    /// recuperation). Otherwise the daemon plays the client.
-    pub(crate) through: bool,
+/// The numbers that a server gave its connection. Positions as in [`crate::tcp::seq`]: up is client to server, down is server
+/// to client.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Numbers {
     /// ISS of the server.
     pub(crate) iss: u32,
     /// Shift of the windows it advertises.
@@ -71,14 +66,11 @@ pub(crate) struct Leg {
     pub(crate) ts_delta: u32,
     /// Its TSval when it was promoted: a TSecr below it would measure another server's time.
     pub(crate) ts_floor: u32,
-    /// RCV.NXT of the server: up position it acknowledged.
-    pub(crate) rcv_nxt: u64,
-    /// Right edge of its window.
-    pub(crate) edge: u64,
-    /// What the daemon sends it.
-    pub(crate) sender: Sender,
-    /// End of what the client itself sent it as the OVM, beyond a gap perhaps: it may acknowledge that.
-    pub(crate) direct: u64,
+}
+
+/// What a server says.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Said {
     /// What it answered and was not compared yet; its end is the server's SND.NXT as received.
     pub(crate) answers: Stream,
     /// Answers are compared up to here.
@@ -87,27 +79,53 @@ pub(crate) struct Leg {
     pub(crate) asked: bool,
     /// Position of its FIN.
     pub(crate) fin: Option<u64>,
-    /// It reset the connection (or refused the SYN): when.
-    pub(crate) gone: Option<Instant>,
     /// Position of its first answer byte that differs.
     pub(crate) diverged_at: Option<u64>,
-    /// Down position and right edge that the daemon last told it.
-    pub(crate) told: (u64, u64),
-    /// It must be sent an ACK.
-    pub(crate) ack_due: bool,
     /// When it last answered something new, or was last told of room for that.
     pub(crate) answered_at: Instant,
+}
+
+/// Who waits for a server, and since when.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Waits {
     /// When it last was handed something that it may not have had before.
     pub(crate) handed_at: Instant,
     /// When and where it was while room for what it lacks ran out.
     pub(crate) paced: Option<(Instant, u64)>,
     pub(crate) pace: Pace,
-    /// It has sent more than its SYN, or the client's own third segment reached it.
-    pub(crate) has_spoken: bool,
     /// Since when it owes an acknowledgment or handshake without progress.
     pub(crate) owes_since: Option<Instant>,
     /// Right edge of the OVM's window at that time.
     pub(crate) ovm_edge: u64,
+}
+
+/// A server's connection that stands for the client's.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Leg {
+    pub(crate) server: ServerId,
+    pub(crate) phase: Phase,
+    /// The client's own segments reach this server, and its segments the client (OVM, outside
+    /// recuperation). Otherwise the daemon plays the client.
+    pub(crate) through: bool,
+    pub(crate) numbers: Numbers,
+    /// RCV.NXT of the server: up position it acknowledged.
+    pub(crate) rcv_nxt: u64,
+    /// Right edge of its window.
+    pub(crate) edge: u64,
+    /// What the daemon sends it.
+    pub(crate) sender: Sender,
+    /// End of what the client itself sent it as the OVM, beyond a gap perhaps: it may acknowledge that.
+    pub(crate) direct: u64,
+    pub(crate) said: Said,
+    /// It reset the connection (or refused the SYN): when.
+    pub(crate) gone: Option<Instant>,
+    /// Down position and right edge that the daemon last told it.
+    pub(crate) told: (u64, u64),
+    /// It must be sent an ACK.
+    pub(crate) ack_due: bool,
+    /// It has sent more than its SYN, or the client's own third segment reached it.
+    pub(crate) has_spoken: bool,
+    pub(crate) waits: Waits,
 }
 
 impl Leg {
@@ -117,44 +135,37 @@ impl Leg {
             server,
             phase: Phase::SynSent,
             through: false,
-            iss: 0,
-            shift: 0,
-            mss: 0,
-            tsval: 0,
-            ts_delta: 0,
-            ts_floor: 0,
+            numbers: Numbers::default(),
             rcv_nxt: 0,
             edge: 1,
             sender: Sender::new(0),
             direct: 0,
-            answers: Stream::new(1),
-            compared: 1,
-            asked: false,
-            fin: None,
+            said: Said {
+                answers: Stream::new(1),
+                compared: 1,
+                asked: false,
+                fin: None,
+                diverged_at: None,
+                answered_at: Instant::default(),
+            },
             gone: None,
-            diverged_at: None,
             told: (0, 0),
             ack_due: false,
-            answered_at: Instant::default(),
-            handed_at: Instant::default(),
-            paced: None,
-            pace: Pace::default(),
             has_spoken: false,
-            owes_since: None,
-            ovm_edge: 0,
+            waits: Waits::default(),
         }
     }
 
     /// Counts as covering the conversation.
     pub(crate) fn covers(&self) -> bool {
-        self.diverged_at.is_none()
+        self.said.diverged_at.is_none()
     }
 
     /// Bytes that it has not acknowledged of the client's, recorded up to `up_end`, and that it has not answered of what the
     /// client was sent, up to `down_end`. A leg that diverged is not measured by the latter.
     pub(crate) fn behind(&self, up_end: u64, down_end: u64) -> u64 {
         let measured = !self.through && self.covers();
-        let down = if measured { down_end.saturating_sub(self.answers.end()) } else { 0 };
+        let down = if measured { down_end.saturating_sub(self.said.answers.end()) } else { 0 };
         up_end.saturating_sub(self.rcv_nxt.max(1)) + down
     }
 
@@ -172,13 +183,13 @@ impl Leg {
 
     /// Its SND.NXT as received, FIN counted.
     pub(crate) fn produced(&self) -> u64 {
-        self.answers.end() + u64::from(self.fin == Some(self.answers.end()))
+        self.said.answers.end() + u64::from(self.said.fin == Some(self.said.answers.end()))
     }
 
     /// It may have more to say and wait for an acknowledgment, or for room for a segment of `mss` bytes, or half the
     /// window where that is less.
     pub(crate) fn is_stopped(&self, mss: u16) -> bool {
-        let (end, mss, (acked, edge)) = (self.answers.end(), u64::from(mss), self.told);
+        let (end, mss, (acked, edge)) = (self.said.answers.end(), u64::from(mss), self.told);
         edge < end + mss.min(edge.saturating_sub(acked) / 2) || end.saturating_sub(acked) >= IN_FLIGHT * mss
     }
 
@@ -187,18 +198,18 @@ impl Leg {
         let was_stopped = self.is_stopped(mss);
         self.told = told;
         if was_stopped && !self.is_stopped(mss) {
-            self.answered_at = now;
+            self.said.answered_at = now;
         }
     }
 
     /// Remembers its TSval.
     pub(crate) fn note_tsval(&mut self, tsval: u32) {
-        self.tsval = latest_tsval(self.tsval, tsval);
+        self.numbers.tsval = latest_tsval(self.numbers.tsval, tsval);
     }
 
     /// The client's TSecr as this server must see it: one of its own TSvals since its promotion.
     pub(crate) fn translated_tsecr(&self, tsecr: u32) -> u32 {
-        tsecr_for_server(tsecr, self.ts_delta, self.ts_floor, self.tsval)
+        tsecr_for_server(tsecr, self.numbers.ts_delta, self.numbers.ts_floor, self.numbers.tsval)
     }
 }
 

@@ -208,10 +208,10 @@ impl Service {
             Some(leg) => LegStatus {
                 server,
                 acknowledged_bytes: leg.rcv_nxt.saturating_sub(1),
-                produced_bytes: if leg.through { conversation.down.end() } else { leg.answers.end() }
+                produced_bytes: if leg.through { conversation.down.end() } else { leg.said.answers.end() }
                     .saturating_sub(1),
                 uncovered: None,
-                diverged_at: leg.diverged_at.map(|position| position.saturating_sub(1)),
+                diverged_at: leg.said.diverged_at.map(|position| position.saturating_sub(1)),
             },
             None => LegStatus {
                 server,

@@ -33,7 +33,7 @@ impl Service {
         let key = Key { client: segment.dst, psc: self.psc_of(segment.src)? };
         let conversation = self.table.get_awake(self.table.find(&key)?)?;
         let leg = conversation.legs.get(slot, server)?;
-        let position = position_of(leg.iss, segment.seq, leg.answers.end())?;
+        let position = position_of(leg.numbers.iss, segment.seq, leg.said.answers.end())?;
         let length = payload.len() as u32;
         let head = packet.get(..packet.len() - payload.len())?;
         let repetition = Repetition { conversation: conversation.id, position, length };

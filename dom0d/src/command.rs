@@ -184,7 +184,7 @@ pub(crate) struct ServiceReport {
     pub(crate) problems: Vec<String>,
     /// The engine's view; its servers are named in [`ServiceReport::servers`].
     pub(crate) status: ServiceStatus,
-    /// Domains in the queue, by [`ServerId`].
+    /// Domains in the queue, by their server ids.
     pub(crate) servers: BTreeMap<u32, DomainRef>,
     /// Domains that match the service's configuration and are not in the queue, each with the reason.
     pub(crate) known: Vec<KnownDomain>,

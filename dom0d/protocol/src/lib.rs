@@ -1,8 +1,25 @@
-//! The replication protocol of Understudy: one [`Service`] owns a PSC's conversations and its server
-//! queue. Sans-IO: no sockets, no clock, no async, no randomness of its own.
+//! The replication protocol of Understudy as a state machine: one [`Service`] owns a PSC's conversations and its queue of
+//! servers. It has no sockets, no clock, no async and no randomness of its own (sans-IO).
 //!
-//! Packets go in and come out as whole IP packets; link layers, devices and domains are the
-//! caller's. The terms are RFC 9293's for TCP, the paper's for roles.
+//! Hand it each [`Input`] with the time, then carry out its [`Output`]s in their order until there is none, then call again
+//! by [`Service::next_timeout`] at the latest. Packets go in and come out as whole IP packets; link layers, devices and
+//! domains are the caller's. The same inputs give the same outputs.
+//!
+//! ```
+//! use understudy_protocol::{Command, Input, Instant, Output, ServerId, ServerSpec, Service, ServiceConfig};
+//!
+//! let mut service = Service::new(ServiceConfig::new("redis", vec!["10.0.0.100".parse()?], vec![6379]));
+//! let ovm = ServerSpec { id: ServerId(1), addresses: vec!["10.0.0.11".parse()?], mtu: 1500 };
+//! let now = Instant::from_micros(0);
+//! service.handle(now, Input::Command(Command::InstallOvm(ovm)))?;
+//! let outputs: Vec<Output> = std::iter::from_fn(|| service.poll(now)).collect();
+//! assert!(matches!(outputs[0], Output::Cutover { epoch: 1, from: None, to: ServerId(1) }));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! `examples/failover.rs` puts it between three TCP stacks: a client asks, its server vanishes, and a replica answers over
+//! the same connection. `ARCHITECTURE.md` has the rules that the engine keeps, and what is in which folder; the terms are
+//! RFC 9293's for TCP, and the paper's for roles.
 
 mod accounts;
 mod config;

@@ -1,4 +1,7 @@
-//! `cargo lab`: Understudy's labs. This file only reads the command line and hands over.
+//! `cargo lab`: Understudy's labs, their stories and the benchmark. This file only reads the command line.
+//!
+//! `host` builds the namespace lab, `hypervisor` and `xenstored` stand for Xen in it, `client` are its clients, `stage` runs
+//! dom0d there; `scenarios` are the stories (`cargo lab test`), `bench` measures, `xen` does the same on a real Xen in QEMU.
 
 mod bench;
 mod by_hand;

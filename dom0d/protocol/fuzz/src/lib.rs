@@ -1,6 +1,6 @@
-//! What may hostile clients, servers and operators do to the protocol engine? Each target decodes any
-//! byte string into inputs, and panics when the engine breaks a promise. One definition serves libFuzzer
-//! (`fuzz.sh`) and `cargo test` (`tests/replay.rs`).
+//! Fuzz targets of the protocol engine: hostile clients, servers and operators. Each target decodes any byte string into
+//! inputs, and panics when the engine breaks a promise. The same targets run under libFuzzer (`fuzz.sh`) and under `cargo
+//! test`, on the corpus (`tests/replay.rs`).
 
 mod bytes;
 mod oracle;

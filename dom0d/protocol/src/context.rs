@@ -111,7 +111,7 @@ impl Context {
         self.queue.settle(&before, after);
         self.accounts.settle(id, &before, after);
         if before.is_held || after.is_held {
-            self.closes.set(id, after.is_held, after.is_disputed);
+            self.closes.set(id, after.is_held, after.is_disputed, self.now);
         }
         if before.is_recuperating || after.is_recuperating {
             self.recuperation.set_pending(id, after.is_recuperating);

@@ -141,6 +141,8 @@ pub(crate) struct World {
     pub(crate) killed: BTreeSet<ServerId>,
     /// Servers whose service died while they served.
     pub(crate) died: BTreeSet<ServerId>,
+    /// Clients' sockets in whose name the daemon asked for a service.
+    own_syns: BTreeSet<SocketAddr>,
     /// A replica was evicted because its link was slow.
     pub(crate) lost_behind_lossy: bool,
     /// How far each server was behind when the run was last about to end.
@@ -280,6 +282,7 @@ impl World {
             died: BTreeSet::new(),
             disputable: BTreeSet::new(),
             killed: BTreeSet::new(),
+            own_syns: BTreeSet::new(),
             lost_behind_lossy: false,
             standing: Vec::new(),
             story: String::new(),

@@ -412,8 +412,8 @@ impl Conversation {
         self.abort(had, turn);
     }
 
-    /// Decides about a held FIN or RST: an RVM shares it, or its time is over. Disputed on several
-    /// conversations at once, [`crate::Evidence::UnsharedClose`] is the answer instead.
+    /// Decides about a held FIN or RST: an RVM shares it, or its time is over. If RVMs dispute several at once and the
+    /// OVM refuses new connections, [`crate::Evidence::UnsharedClose`] is the answer instead (rule 11).
     pub(crate) fn review_hold(&mut self, turn: &mut Turn<'_>) {
         let Some(mut held) = self.state.held() else { return };
         let opinion = self.opinion(held.position, held.rst, held.had, turn);
@@ -427,14 +427,25 @@ impl Conversation {
             if turn.now < held.ends(turn) {
                 return;
             }
-            turn.counters.closes_unshared += 1;
             // A handshake that was refused meanwhile is a conversation too.
             let unshared = turn.closes.unshared_beside(self.id) + usize::from(held.is_disputed);
-            if unshared > 1 && !self.suspicion.close_disputed {
+            let several = unshared > 1 && !self.suspicion.close_disputed;
+            let hold = turn.config.timing.close_hold;
+            // What was heard before a dispute says nothing about it.
+            let is_news = held.is_disputed && !turn.closes.is_disputed(self.id);
+            let on_purpose = turn.closes.are_on_purpose(hold, turn.now).filter(|_| !is_news);
+            if several && on_purpose.is_none() {
+                // The OVM's answer to the daemon's SYN is still to come.
+                self.state.hold(Held { until: turn.now + hold / 4, ..held });
+                return;
+            }
+            turn.counters.closes_unshared += 1;
+            turn.counters.acquittals += u64::from(several && on_purpose == Some(true));
+            if several && on_purpose == Some(false) {
                 // If nothing can be promoted, it passes next time.
                 self.suspicion.close_disputed = true;
                 turn.accuse_ovm(Evidence::UnsharedClose);
-                self.state.hold(Held { until: turn.now + turn.config.timing.close_hold, ..held });
+                self.state.hold(Held { until: turn.now + hold, ..held });
                 return;
             }
         }

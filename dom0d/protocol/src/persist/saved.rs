@@ -10,7 +10,7 @@ use crate::config::ServiceConfig;
 use crate::service::Service;
 
 /// Which shape the saved state has; another one can't be read.
-const FORMAT: u32 = 9;
+const FORMAT: u32 = 10;
 
 /// Bytes that a conversation with three RVMs takes at most while it is idle.
 const IDLE: usize = 1 << 10;

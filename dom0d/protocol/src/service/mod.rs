@@ -215,6 +215,10 @@ impl Service {
         let key = Key { client: segment.dst, psc };
         if self.ctx.queue.ovm() == Some(slot) {
             self.handshakes.note_ovm_heard(&mut self.ctx.counters);
+            if self.ctx.closes.hear_probed(&key, &segment, self.ctx.now) {
+                // Nobody wants the connection.
+                return self.refuse(server, &segment);
+            }
             self.ctx.signs.note_reached(key.client.ip(), self.links.get(&key.client.ip()).copied());
             if segment.sequence_length() == 0 && !segment.flags.has(Flags::RST) {
                 // Nothing of its own to say: a kernel acknowledges what it got.
@@ -338,7 +342,8 @@ impl Service {
         let tick = self.ctx.queue.rvms().next().map(|_| self.next_tick);
         let drain = drain.map(|deadline| deadline.min(self.next_tick));
         let question = tick.and(self.handshakes.question_due(self.ctx.config.timing.unacked_limit));
-        [timer, resets, drain, tick, question].into_iter().flatten().min()
+        let probe = self.ctx.closes.probe_due(self.ctx.config.timing.close_hold, self.ctx.now);
+        [timer, resets, drain, tick, question, probe].into_iter().flatten().min()
     }
 
     pub(crate) fn begin(&mut self, now: Instant) {

@@ -55,6 +55,7 @@ impl Service {
             return;
         }
         self.remember_link(key.client.ip(), link);
+        self.ctx.closes.give_up_probe(&key);
         self.ctx.act(|turn| self.handshakes.handle_syn(key, link, syn, turn));
     }
 
@@ -69,7 +70,7 @@ impl Service {
             if !self.ctx.closes.is_empty() && self.handshakes.acknowledges(key, segment) {
                 // The service may have died inside the OVM: the client asks again, and gets whoever
                 // serves then.
-                self.ctx.closes.note_refusal(*key);
+                self.ctx.closes.note_refusal(*key, self.ctx.now);
                 return true;
             }
             if self.handshakes.handle_refusal(key, segment) {

@@ -5,7 +5,7 @@ use core::time::Duration;
 
 use crate::config::LagPolicy;
 use crate::event::{EventKind, Evidence, NotPromotable, StaleReason};
-use crate::key::{MAX_SERVERS, Slot};
+use crate::key::{Key, MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
 use crate::service::{SWEEP, Service};
 
@@ -15,6 +15,7 @@ const LEAST_FREED_SHARE: u64 = 16;
 impl Service {
     /// Follows up what conversations left in the context: suspicion, laggards, the record.
     pub(crate) fn settle(&mut self) {
+        self.probe_service();
         if let Some(evidence) = self.ctx.pending.evidence.take() {
             self.suspect(evidence);
         }
@@ -24,6 +25,26 @@ impl Service {
         self.advance_record();
         if self.sweep.is_none() && self.ctx.recuperation.is_to_be_reported() {
             self.ctx.report_recuperated();
+        }
+    }
+
+    /// RVMs dispute several closes of the OVM: the daemon asks whether its service died, or closes on purpose, perhaps by
+    /// a clock of its own.
+    fn probe_service(&mut self) {
+        let Self { ctx, table, handshakes, .. } = self;
+        if ctx.closes.probe_due(ctx.config.timing.close_hold, ctx.now).is_none_or(|due| due > ctx.now) {
+            return;
+        }
+        let conversation = ctx.closes.begin_probe(ctx.now).and_then(|id| table.get_awake(id));
+        if let Some(client) = conversation.map(|conversation| conversation.key)
+            && let Some((slot, ovm)) = ctx.ovm()
+            && let Some(guest) = ctx.guest(slot, client.psc)
+        {
+            let free = |key: &Key| table.find(key).is_none() && !handshakes.knows(key);
+            if let Some(syn) = ctx.closes.probe(client, guest, ctx.config.seed, free) {
+                ctx.counters.questions += 1;
+                ctx.send_to_server(ovm, syn);
+            }
         }
     }
 

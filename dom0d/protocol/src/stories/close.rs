@@ -259,3 +259,61 @@ fn a_reset_is_not_shared_by_a_replica_that_has_closed_and_hears_the_client_out()
     assert!(story.servers[1].iter().any(|heard| heard.payload == b"last words"));
     assert_eq!(story.service.status().counters["resets"], 0);
 }
+
+/// The OVM closes both conversations, the replica neither; the OVM `listens` or not each time that the daemon asks.
+fn lone_closes(listens: &[bool]) -> Story {
+    let mut story = Story::established(1);
+    story.peer.set_port(story.peer.port() + 1);
+    story.client.clear();
+    story.establish(1);
+    story.client.clear();
+    story.wait(Duration::from_millis(50));
+    story.servers.iter_mut().for_each(VecDeque::clear);
+    for port in [5000, 5001] {
+        story.wait(Duration::from_millis(8));
+        story.peer.set_port(port);
+        fin(&mut story, 0, 1);
+    }
+    for &listens in listens {
+        while story.servers[0].iter().all(|heard| heard.flags != Flags::SYN) {
+            story.wait(Duration::from_millis(1));
+        }
+        let asked = story.servers[0].iter().rfind(|heard| heard.flags == Flags::SYN).cloned().expect("a SYN");
+        let flags = if listens { Flags::SYN } else { Flags::RST };
+        assert!(![5000, 5001].contains(&story.sender.port()));
+        story.peer = story.sender;
+        let ack = asked.seq.wrapping_add(1);
+        story.servers[0].clear();
+        story.server_says(0, Say { seq: 77, ack, flags: flags.with(Flags::ACK), ..Say::default() });
+        let refused = story.servers[0].iter().any(|heard| heard.flags == Flags::RST && heard.seq == ack);
+        assert_eq!(refused, listens, "nobody wants that connection");
+    }
+    story.wait(Duration::from_millis(25));
+    if listens.is_empty() {
+        assert!(
+            story.client.iter().all(|heard| !heard.flags.has(Flags::FIN)),
+            "the closes wait for an answer"
+        );
+        story.wait(Duration::from_secs(1));
+    }
+    story
+}
+
+#[test]
+fn closes_that_no_replica_shares_are_evidence_if_the_service_refuses_connections() {
+    // One that does not answer may have a full backlog. In the last case it dies one connection after the other, the
+    // listening socket last.
+    for (listens, dead) in
+        [(&[false][..], true), (&[], false), (&[true, true], false), (&[true, false], true)]
+    {
+        let story = lone_closes(listens);
+        let suspected = story
+            .events
+            .iter()
+            .any(|event| matches!(event, EventKind::Suspected { evidence: Evidence::UnsharedClose, .. }));
+        assert_eq!(suspected, dead, "{listens:?}");
+        let closed = story.client.iter().filter(|heard| heard.flags.has(Flags::FIN)).count();
+        assert_eq!(closed, if dead { 0 } else { 2 }, "{listens:?}");
+        assert!(story.client.iter().all(|heard| heard.seq != 77), "no client hears of the question");
+    }
+}

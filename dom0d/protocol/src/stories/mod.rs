@@ -50,6 +50,8 @@ struct Story {
     now: Instant,
     client: VecDeque<Heard>,
     servers: Vec<VecDeque<Heard>>,
+    /// In whose name a server was last sent something.
+    sender: std::net::SocketAddr,
     events: Vec<EventKind>,
     outputs: Vec<Output>,
     /// How often each server was asked for a sign of life.
@@ -109,6 +111,7 @@ impl Story {
             now,
             client: VecDeque::new(),
             servers,
+            sender: CLIENT.parse().unwrap(),
             events: Vec::new(),
             outputs: Vec::new(),
             asked: [0; MAX_SERVERS],
@@ -175,6 +178,7 @@ impl Story {
             }
             Destination::Server(ServerId(server)) => {
                 assert_eq!(segment.src.ip(), self.peer.ip());
+                self.sender = segment.src;
                 self.servers[server as usize].push_back(heard);
             }
         }

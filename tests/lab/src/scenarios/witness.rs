@@ -13,16 +13,18 @@ use anyhow::{Context, Result, ensure};
 use super::Scenario;
 use crate::client::hostile::{lone_syn, syn_flood};
 use crate::client::place::{Place, join};
+use crate::client::redis::session::Session;
 use crate::client::sniff::Wire;
 use crate::host::{Fault, Lab, Service};
-use crate::stage::Stage;
 use crate::stage::failover::Failover;
+use crate::stage::{Stage, own_address};
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario::new("witness/address-that-nobody-has", |lab| idle_under(lab, strangers)),
         Scenario::new("witness/syn-flood", |lab| idle_under(lab, flood)),
         Scenario::new("witness/own-clock", own_clock),
+        Scenario::new("witness/silence", silence),
     ]
 }
 
@@ -70,6 +72,39 @@ fn expect_nobody_suspected(stage: &Stage) -> Result<()> {
     );
     ensure!(suspected.is_empty(), "a healthy OVM was suspected: {suspected:?}");
     ensure!(service.promotable() == 2, "a replica was hurt: {:#?}", service.servers);
+    Ok(())
+}
+
+/// Clients say nothing until the OVM closes their connections, a second before its replicas would. It lives, and serves.
+fn silence(lab: &str) -> Result<()> {
+    let stage = Stage::up(lab, 2, &[Service::Redis])?;
+    let target = stage.psc(Service::Redis)?;
+    time_out(&stage, [2, 3, 3])?;
+    stage.client().run(move || {
+        let mut silent = (0..4).map(|_| TcpStream::connect(target)).collect::<std::io::Result<Vec<_>>>()?;
+        for stream in &mut silent {
+            stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+            stream.write_all(b"PING\r\n")?;
+            stream.read_exact(&mut [0; 7])?;
+        }
+        for stream in &mut silent {
+            ensure!(stream.read(&mut [0; 7])? == 0, "the connection was not closed");
+        }
+        Ok(())
+    })?;
+    sleep(UNANSWERED);
+    expect_nobody_suspected(&stage)?;
+    time_out(&stage, [0; 3])?;
+    let load = stage.load("after")?;
+    stage.survives_freeze(load)
+}
+
+/// How long a Redis keeps an idle connection, in seconds, in each domain; 0 for ever.
+fn time_out(stage: &Stage, seconds: [u32; 3]) -> Result<()> {
+    for (name, seconds) in ["guest-1", "guest-2", "guest-3"].into_iter().zip(seconds) {
+        let (place, own) = own_address(&stage.lab.domain(name)?, Service::Redis)?;
+        place.run(move || Session::connect(own)?.ask(&["CONFIG", "SET", "timeout", &seconds.to_string()]))?;
+    }
     Ok(())
 }
 

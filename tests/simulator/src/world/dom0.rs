@@ -34,6 +34,7 @@ impl World {
         complete_checksum(&mut whole);
         self.trace.packet(self.now, &format!("client {client} >"), &whole);
         if let Ok(segment) = Segment::taken(&whole) {
+            self.own_syns.remove(&segment.src);
             self.see(&Seen::FromClient(&segment));
         }
         if self.bare && Segment::parse(&whole).is_ok() {
@@ -65,7 +66,9 @@ impl World {
             // It asks for that address, and nobody answers. Replicas' questions are answered by dom0.
             return self.asks_in_vain(id, to);
         }
-        if let Ok(segment) = Segment::parse(&whole) {
+        if let Ok(segment) = Segment::parse(&whole)
+            && !self.own_syns.contains(&segment.dst)
+        {
             self.see(&Seen::FromServer(id, &segment));
         }
         if self.bare {
@@ -246,7 +249,14 @@ impl World {
         if segment.seq > u32::MAX - 70_000 && segment.syn {
             self.coverage.hit("wrap.client");
         }
-        self.see(&Seen::ToServer(id, &segment));
+        if segment.syn && self.observer.conversation_of(segment.src, segment.dst).is_none() {
+            // No client's: the daemon asks for the service.
+            self.own_syns.insert(segment.src);
+            self.coverage.hit("engine.asked for the service");
+        }
+        if !self.own_syns.contains(&segment.src) {
+            self.see(&Seen::ToServer(id, &segment));
+        }
         self.carry_to_server(guest, packet);
     }
 

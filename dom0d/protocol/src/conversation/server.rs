@@ -139,8 +139,9 @@ impl Conversation {
         if segment.flags.has(Flags::ACK) {
             self.note_ovm_acknowledgment(leg, segment, turn);
         }
-        // What the client has no window for it does not take; a window probe may carry one byte more.
-        let stop = (self.client.edge + 1).max(self.down.highest());
+        // What the client has no window for it does not take; a window probe may carry one byte more. What the plane has
+        // passed may be within a window that the client took back since.
+        let stop = if turn.passed() { u64::MAX } else { (self.client.edge + 1).max(self.down.highest()) };
         if start > stop {
             turn.counters.unacceptable += 1;
             return;

@@ -133,6 +133,17 @@ fn an_ovm_that_was_stopped_for_one_replica_is_not_blamed_by_the_others() {
 }
 
 #[test]
+fn what_the_plane_passed_into_a_window_that_the_client_took_back_is_recorded() {
+    let mut passing = Passing::begin();
+    // Of this one the plane takes no notice: it leaves it to the daemon.
+    passing.story.client_says(Say { seq: at(1), ack: iss(0) + 1, window: 100, ..Say::default() });
+    let answer = [b'x'; 1000];
+    passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1), payload: &answer, ..Say::default() });
+    let status = passing.story.service.status();
+    assert!(status.servers.iter().all(|server| server.stale.is_none()), "{:?}", status.servers);
+}
+
+#[test]
 fn nobody_waits_for_a_replica_that_is_gone() {
     let mut passing = Passing::begin();
     let answer = [b'x'; 1000];

@@ -32,7 +32,7 @@ pub(crate) struct Options {
     json: Option<PathBuf>,
 }
 
-/// More than the whole demo takes; who needs longer hangs.
+/// Longer than the whole demo takes: a demo that needs longer hangs.
 pub(crate) const LIMIT: Duration = Duration::from_secs(1_800);
 
 /// Degradation of the round trip in the paper (section V.A) with 1, 2 and 3 replicas, in percent;
@@ -131,7 +131,7 @@ pub(crate) fn describe(outcome: &Outcome, observed: &Observed, tell: &Story) -> 
     })
 }
 
-/// Shows what the clients saw, and what `ovm` holds of what they were told is done.
+/// Shows what the clients saw, and which of their acknowledged writes `ovm` holds.
 pub(crate) fn prove(outcome: &Outcome, verdict: &Verdict, ovm: &str, tell: &Story) -> Client {
     let client = Client {
         connections: outcome.ledgers.len(),

@@ -126,8 +126,8 @@ impl Task<'_> {
 /// Set in the environment of supervised processes.
 const SUPERVISED: &str = "UNDERSTUDY_LAB_SUPERVISED";
 
-/// Runs `work` supervised: this process starts itself again with the same command line and looks
-/// after the other one, which does the work and prints to the same terminal.
+/// Runs `work` supervised: this process starts itself again with the same command line. The child does the
+/// work and prints to the same terminal; this process watches it.
 pub(crate) fn supervised(limit: Duration, work: impl FnOnce() -> Result<ExitCode>) -> Result<ExitCode> {
     if std::env::var_os(SUPERVISED).is_some() {
         settle()?;
@@ -156,7 +156,7 @@ pub(crate) fn verb(words: &[&str], limit: Duration) -> Result<ExitCode> {
     })
 }
 
-/// More than the largest crowd of clients, or a server of it, has open.
+/// More open files than the largest crowd of clients, or a server of it, needs.
 const FILES: u64 = 131_072;
 
 /// Prepares a supervised process: it ends with its supervisor, and may open as many files as it needs, or as

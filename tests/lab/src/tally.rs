@@ -82,7 +82,7 @@ pub(crate) struct Played {
 }
 
 impl Played {
-    /// It came to an end, and that was not a good one.
+    /// It ended, and did not pass.
     pub(crate) fn has_failed(&self) -> bool {
         matches!(self.ending, Ending::Failed | Ending::TimedOut)
     }

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 /// Papers whose links are followed, and, of all but the last two, whose words are checked.
 const PAPERS: [&str; 11] = [
@@ -116,30 +117,43 @@ fn links_lead_somewhere() {
     none(&mistakes);
 }
 
-/// What a program of ours says when it is asked.
-fn said(package: &str, words: &[&str]) -> Option<String> {
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(top()).args(["run", "--quiet", "--package", package]);
-    if !cfg!(debug_assertions) {
-        cargo.arg("--release");
-    }
-    let output = cargo.arg("--").args(words).output().unwrap();
+/// Builds the programs whose options the papers name, as the lab and CI build them.
+fn build() {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        for packages in [&["dom0d", "understudy"][..], &["simulator"]] {
+            let mut cargo = Command::new(env!("CARGO"));
+            cargo.current_dir(top()).args(["build", "--quiet"]);
+            cargo.args(packages.iter().flat_map(|package| ["--package", package]));
+            if !cfg!(debug_assertions) {
+                cargo.arg("--release");
+            }
+            assert!(cargo.status().unwrap().success(), "{packages:?} can't be built");
+        }
+    });
+}
+
+/// What a program of ours prints.
+fn said(program: &str, words: &[&str]) -> Option<String> {
+    build();
+    let path = Path::new(env!("CARGO_BIN_EXE_lab")).with_file_name(program);
+    let output = Command::new(path).args(words).output().unwrap();
     output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
 }
 
 /// A program's verbs, and the options of each; those of the program itself stand under "".
 struct Program {
-    package: &'static str,
+    name: &'static str,
     verbs: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Program {
-    fn ask(package: &'static str) -> Self {
+    fn ask(name: &'static str) -> Self {
         let mut verbs = BTreeMap::new();
         let mut unread = vec![Vec::new()];
         while let Some(path) = unread.pop() {
             let words: Vec<&str> = path.iter().map(String::as_str).chain(["--help"]).collect();
-            let help = said(package, &words).unwrap_or_else(|| panic!("{package} {words:?} failed"));
+            let help = said(name, &words).unwrap_or_else(|| panic!("{name} {words:?} failed"));
             let is_option = |word: &&str| word.starts_with("--") && word.len() > 2;
             let parts = help.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));
             verbs.insert(path.join(" "), parts.filter(is_option).map(str::to_owned).collect());
@@ -154,7 +168,7 @@ impl Program {
                 }
             }
         }
-        Self { package, verbs }
+        Self { name, verbs }
     }
 
     /// What is wrong with these words behind the program's name.
@@ -166,9 +180,9 @@ impl Program {
             if self.verbs.contains_key(&further) {
                 verb = further;
             } else if option.starts_with("--") && !self.verbs[&verb].contains(option) {
-                return Some(format!("{} {verb} has no {option}", self.package));
+                return Some(format!("{} {verb} has no {option}", self.name));
             } else if verb.is_empty() && self.verbs.len() > 1 && !word.starts_with('-') {
-                return Some(format!("{} has no verb {word}", self.package));
+                return Some(format!("{} has no verb {word}", self.name));
             }
         }
         None

@@ -21,7 +21,7 @@ use crate::stage::{Stage, unhurried};
 
 const CROWDS: [usize; 4] = [1, 1_000, 10_000, 50_000];
 
-/// Until idle conversations have fallen asleep, and so many of them in a second.
+/// How long idle conversations need to fall asleep, and how many do in a second.
 const CALM: Duration = Duration::from_secs(3);
 const CALMED_PER_SECOND: usize = 5_000;
 
@@ -30,8 +30,8 @@ const CALMED_PER_SECOND: usize = 5_000;
 const PORTS: [u16; 4] = [6379, 6380, 6381, 6382];
 const CONNECTIONS_PER_PORT: usize = 15_000;
 
-/// How long the last answers may take. Thousands of connections that ask for the last time at once are more than two cores
-/// do: some lose a dozen segments in a row, and wait for 12 s before they repeat the next.
+/// How long the last answers may take. Thousands of connections that ask at once are more than two cores can serve: some
+/// lose a dozen segments in a row, and wait for 12 s before they retransmit.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long the end of all conversations may take.
@@ -50,7 +50,7 @@ pub(crate) struct Memory {
     pub(crate) retained_bytes: u64,
 }
 
-/// Times beside so many open conversations, in microseconds.
+/// Times while this number of conversations is open, in microseconds.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Cost {
     pub(crate) conversations: usize,
@@ -250,8 +250,8 @@ impl Drop for Children {
     }
 }
 
-/// Waits until every connection is closed and every replica has done what clients asked: what it did after it was made
-/// empty would make its state another than the OVM's.
+/// Waits until every connection is closed and every replica has carried out its requests: a request that is carried out after
+/// the servers were emptied would make its state differ from the OVM's.
 fn quiet(stage: &Stage) -> Result<()> {
     stage.operator.until("all conversations are closed", QUIET, |status| {
         status.services.iter().all(|service| service.conversations == 0)
@@ -259,8 +259,8 @@ fn quiet(stage: &Stage) -> Result<()> {
     caught_up(stage)
 }
 
-/// Waits until every replica has followed: how long it takes the machine to open thousands of connections on four
-/// servers at once is not what is measured.
+/// Waits until every replica has followed: the time for opening thousands of connections on four servers at once is not
+/// measured.
 fn caught_up(stage: &Stage) -> Result<()> {
     let have_followed = |status: &understudy_api::Status| {
         let servers = status.services.iter().flat_map(|service| &service.servers);

@@ -1,4 +1,4 @@
-//! How long the eviction of a replica holds up the packet path, and whether clients notice it.
+//! How long the eviction of a replica holds up the packet path, and whether clients notice.
 
 use std::time::Duration;
 

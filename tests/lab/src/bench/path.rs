@@ -1,4 +1,4 @@
-//! The ways from the client to a server that are measured side by side.
+//! The paths from the client to a server that are measured side by side.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -13,14 +13,14 @@ use crate::stage::{own_address, unhurried, with_plane, with_replicas};
 /// See the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Path {
-    /// The bridge, without anything.
+    /// The bridge alone.
     Plain,
-    /// The same, while a second client does as much with `guest-2`: what can fairly be asked of a machine
-    /// that carries every byte twice.
+    /// The same, while a second client does the same with `guest-2`: the fair limit for a machine that carries every byte
+    /// twice.
     PlainTwice,
     /// HAProxy in dom0 in front of the same server.
     Proxy,
-    /// dom0d with so many replicas.
+    /// dom0d with this number of replicas.
     Replicated {
         /// `None`: as the lab's configuration says.
         plane: Option<Plane>,
@@ -56,8 +56,8 @@ impl Path {
         }
     }
 
-    /// Opens it, has `work` use it at the address where it begins, and closes it. Gives also how many replicas were
-    /// lost on the way. Nothing else may run in dom0.
+    /// Opens the path, runs `work` with its address, and closes it. Returns also how many replicas were lost meanwhile.
+    /// Nothing else may run in dom0.
     pub(crate) fn with<T>(
         self,
         lab: &Lab,

@@ -1,6 +1,6 @@
-//! What a user would pick instead: HAProxy in TCP mode, in dom0, in front of the same servers, with a replica
-//! as backup. Told to be as quick as is usual: it asks the servers ten times a second, gives one up after two
-//! missing answers, and ends that one's connections then.
+//! The alternative that a user would pick: HAProxy in TCP mode, in dom0, in front of the same servers, with a replica as backup.
+//! It is configured to be quick: it checks the servers ten times a second, gives a server up after two missing answers, and
+//! then ends its connections.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -109,7 +109,7 @@ pub(crate) fn install() -> Result<()> {
     setup::install_packages(&["haproxy"], &["haproxy"], &|line| println!("  {line}"))
 }
 
-/// What comes of measuring IPVS, by which keepalived balances, in the same way.
+/// Why IPVS, by which keepalived balances, is or is not measured in the same way.
 pub(crate) fn ipvs() -> &'static str {
     let mut asked = std::process::Command::new("modprobe");
     asked.args(["--dry-run", "--quiet", "ip_vs"]);

@@ -25,7 +25,7 @@ pub(crate) struct Series {
 /// How much to measure.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
-    /// Every path is measured once per round, so that drift of the machine meets all alike.
+    /// Every path is measured once per round, so that drift of the machine affects all paths alike.
     pub(crate) rounds: usize,
     /// Samples of each kind per path and round: pings after as many again to warm up, then transactions after a tenth.
     pub(crate) samples: usize,
@@ -77,9 +77,8 @@ pub(crate) fn clear(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Ends what connections earlier measurements left in servers that were paused under them: they count
-/// against what the service takes, and a server that repeats an answer to one of them is at work for
-/// somebody whom a new dom0d does not know.
+/// Ends the connections that earlier measurements left in servers that were paused meanwhile. They count against the service's
+/// limit, and a server that retransmits an answer in one sends to a client that a new dom0d does not know.
 pub(crate) fn hang_up(servers: &[Domain]) -> Result<()> {
     for server in servers {
         server.run(&["ss", "--kill", "--tcp", "sport", ">=", ":6379", "and", "sport", "<=", ":6389"])?;

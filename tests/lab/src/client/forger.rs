@@ -1,5 +1,4 @@
-//! A TCP client whose every segment can be bent before it is sent: it has an address that nobody else has, and no kernel
-//! that would know better.
+//! A TCP client whose every segment can be bent before it is sent. It has an address of its own, for which no kernel answers.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use super::frames::{ACK, Mac, PSH, RST, SYN, Segment, arp_answer, parse};
 use super::random::Random;
 use super::sniff::Wire;
 
-/// Until a segment of a handshake comes, or an answer to what a forger says in earnest.
+/// How long to wait for a segment of a handshake, or for the answer to an honest request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// One connection.
@@ -81,7 +80,7 @@ impl Forger {
         self.wire.send(frame).map(drop)
     }
 
-    /// Goes on behind `length` bytes that were sent.
+    /// Moves SND.NXT behind `length` bytes that were sent.
     pub(crate) fn advance(&mut self, length: usize) {
         self.next = self.next.wrapping_add(length as u32);
     }
@@ -96,7 +95,7 @@ impl Forger {
         self.send(&self.frame(&self.segment(RST | ACK, b"")))
     }
 
-    /// Says something in earnest, again and again until it is answered, and gives the first line of the answer.
+    /// Sends an honest request again and again until it is answered; returns the first line of the answer.
     pub(crate) fn ask(&mut self, request: &[u8]) -> Result<String> {
         self.said.clear();
         let again = self.segment(ACK | PSH, request).sequence;
@@ -129,7 +128,7 @@ impl Forger {
         Ok(None)
     }
 
-    /// Hears one segment, if one comes in time; true if it brought something. Whoever asks for this address is answered.
+    /// Receives one segment, if one comes in time; true if it brought new bytes. Answers ARP questions for this address.
     pub(crate) fn hear(&mut self, limit: Duration) -> Result<bool> {
         let deadline = Instant::now() + limit;
         let mut frame = vec![0; 64 << 10];
@@ -174,8 +173,8 @@ fn tsval_of_syn(frame: &[u8]) -> Option<u32> {
 /// A way to bend the frame of a segment.
 pub(crate) type Bend = fn(&mut Vec<u8>);
 
-/// What a receiver's kernel drops, or may read in another way than somebody else does. Frames are IPv4's, with timestamps as
-/// their only options.
+/// Frames that a receiver's kernel drops, or that can be read in more than one way. They are IPv4, with timestamps as their only
+/// options.
 pub(crate) const BENDS: [(&str, Bend); 22] = [
     ("MSS of 3 bytes", |frame| with_options(frame, &[2, 3, 0, 1])),
     ("window scale of 2", |frame| with_options(frame, &[3, 2, 1, 1])),

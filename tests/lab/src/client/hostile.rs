@@ -10,8 +10,8 @@ use super::frames::{ACK, FIN, Mac, PSH, RST, SYN, Seen, Segment, URG};
 use super::random::Random;
 use super::sniff::Wire;
 
-/// Sends `count` SYNs with so many bytes behind each, from addresses that nobody has, so that no handshake
-/// is ever finished, as fast as the interface takes them but for no longer than `limit`. Returns how many were sent.
+/// Sends `count` SYNs with this many bytes behind each, from addresses that nobody has, so that no handshake
+/// is ever completed; as fast as the interface takes them, but no longer than `limit`. Returns how many were sent.
 pub(crate) fn syn_flood(
     wire: &Wire,
     psc_mac: Mac,

@@ -1,5 +1,5 @@
-//! A lab in a VLAN: frames of client and guests are tagged between their hosts and the bridge. Not by interfaces of the
-//! kernel's (`eth0.5`), which many a kernel lacks, but by tc programs that do the same.
+//! A lab in a VLAN: frames of client and guests are tagged between their hosts and the bridge. tc programs do that, since many
+//! kernels lack VLAN interfaces (`eth0.5`).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -23,7 +23,7 @@ pub(crate) struct Failover {
     pub(crate) fault_us: u64,
     pub(crate) suspected_us: u64,
     pub(crate) cut_over_us: u64,
-    /// `None` if the deposed domain was gone already, or has yet to show whether it goes on.
+    /// `None` if the deposed domain was gone already, or is recovering.
     pub(crate) fenced_us: Option<u64>,
     pub(crate) recuperated_us: u64,
     /// Open conversations at the cutover, those that go on, and those that were reset.
@@ -73,7 +73,7 @@ impl Failover {
             Fault::Crash | Fault::Destroy | Fault::Poweroff => {
                 events.since("fenced", name, suspected.monotonic_us).first().cloned()
             }
-            // It lives, and loses its seat only, to begin with.
+            // Its domain lives, so it only loses its seat at first.
             Fault::Hang | Fault::Spin => {
                 events.wait("recovering", name, suspected.monotonic_us, END)?;
                 None

@@ -1,4 +1,4 @@
-//! A lab with dom0d on duty: what demo, tests and benchmarks are played on.
+//! A lab with dom0d running, on which demo, stories and benchmarks are played.
 
 pub(crate) mod failover;
 pub(crate) mod logs;
@@ -79,7 +79,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Tells dom0d to become the one that is installed now, and waits for that one.
+    /// Tells dom0d to become the installed dom0d, and waits for that.
     pub(crate) fn hang_up(&mut self) -> Result<()> {
         self.events.end();
         let dom0d = self.dom0d.as_ref().context("no dom0d")?;
@@ -247,8 +247,8 @@ pub(crate) fn with_plane(config: &str, plane: Plane) -> String {
         .collect()
 }
 
-/// A configuration for measuring what replication costs while nothing is wrong: on a machine that is busy
-/// with other things, servers that share its CPUs may seem to hang, or to fall behind.
+/// A configuration for measuring the cost of replication without faults: on a busy machine, servers that share its CPUs may
+/// seem to hang, or to fall behind.
 pub(crate) fn unhurried(config: &str) -> String {
     let timing = "timing = { unacked_limit_ms = 60000, progress_limit_ms = 60000, lag_limit_ms = 60000 }";
     config

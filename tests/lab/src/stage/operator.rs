@@ -1,4 +1,4 @@
-//! The operator: asks and orders through the real `understudy` command.
+//! The operator, who uses the real `understudy` command.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ impl Operator {
         Ok(Self { program: program("understudy")?, socket: socket.to_owned(), ready: READY })
     }
 
-    /// One who uses an installed `understudy`, and lets dom0d take so long to be ready.
+    /// An operator who uses an installed `understudy`, and waits this long for dom0d to be ready.
     pub(crate) fn installed(program: &str, socket: &str, ready: Duration) -> Self {
         Self { program: program.into(), socket: socket.into(), ready }
     }
@@ -115,7 +115,7 @@ impl Operator {
         }
     }
 
-    /// Gives an order, which must be carried out; returns what was printed.
+    /// Gives a command that must be carried out; returns what was printed.
     pub(crate) fn order(&self, words: &[&str]) -> Result<String> {
         let output = self.command(words).output().context("cannot run understudy")?;
         ensure!(
@@ -129,7 +129,7 @@ impl Operator {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Begins to give an order; what it says is kept.
+    /// Starts a command; its output is kept.
     pub(crate) fn begin(&self, words: &[&str]) -> Result<Child> {
         let mut command = self.command(words);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -143,7 +143,7 @@ impl Operator {
         })
     }
 
-    /// Gives an order that must be refused with a message in which every one of `saying` appears
+    /// Gives a command that must be refused with a message in which every one of `saying` appears
     /// (in any case of letters); returns the message.
     pub(crate) fn refused(&self, words: &[&str], saying: &[&str]) -> Result<String> {
         let output = self.command(words).output().context("cannot run understudy")?;
@@ -262,7 +262,7 @@ fn matches(event: &Event, kind: &str, service: &str, from_us: u64) -> bool {
 }
 
 impl Events {
-    /// Follows no longer; what was seen stays.
+    /// Stops following; the events seen so far stay.
     pub(crate) fn end(&mut self) {
         // It may have ended with dom0d already.
         let _ = self.child.kill();

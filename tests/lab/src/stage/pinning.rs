@@ -1,5 +1,5 @@
-//! Which CPU what runs on: round trips of two processes differ tenfold by where the scheduler puts
-//! them, so measurements say and decide it.
+//! Pins processes to CPUs: round trips of two processes differ tenfold by where the scheduler puts them, so
+//! measurements decide it, and say how.
 
 use std::fs;
 

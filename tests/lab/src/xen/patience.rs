@@ -1,5 +1,4 @@
-//! How long may something take, and who may cut it short? Everything the Xen lab waits for is waited
-//! for here: with a limit, and until Ctrl-C.
+//! All waits of the Xen lab: each has a limit, and Ctrl-C ends it.
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
@@ -13,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::supervise::Interrupts;
 
-/// How often it is looked whether something has come about.
+/// How often a condition is checked.
 const PERIOD: Duration = Duration::from_millis(100);
 
 /// Lets SIGINT, SIGTERM and SIGHUP end a wait instead of the process, so that what was begun is
@@ -48,8 +47,8 @@ impl Patience {
         }
     }
 
-    /// Runs a program to its end, with `input`; it is ended when its time is over. Whether it
-    /// succeeded is the caller's to judge.
+    /// Runs a program to its end, with `input`, and kills it when its time is over. The caller judges whether
+    /// it succeeded.
     pub(super) fn run(
         &self,
         what: &str,
@@ -58,7 +57,7 @@ impl Patience {
         limit: Duration,
     ) -> Result<Output> {
         let mut child = command
-            // Ctrl-C is for this process, which then ends the other one.
+            // Ctrl-C is for this process, which then ends the program.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -68,7 +67,7 @@ impl Patience {
         let input = input.to_owned();
         let stdin = child.stdin.take();
         let writer = thread::spawn(move || {
-            // One that reads no further has its reasons, and says them by its exit code.
+            // A program that stops reading says why by its exit code.
             stdin.map(|mut stdin| stdin.write_all(&input))
         });
         let stdout = reader(child.stdout.take());
@@ -103,12 +102,11 @@ impl Patience {
     }
 }
 
-/// Ends a program and what it has started, which is its process group: politely, so that it can remove
-/// what it made, and then not.
+/// Ends a program with its process group: by SIGTERM, so that it can remove what it made, and then by SIGKILL.
 fn end(child: &mut Child) -> Result<()> {
     let group = Pid::from_raw(i32::try_from(child.id())?);
     for (signal, periods) in [(Signal::SIGTERM, 50), (Signal::SIGKILL, 50)] {
-        // Whoever has ended by itself can't be told.
+        // Fails if it has ended by itself.
         let _ = killpg(group, signal);
         for _ in 0..periods {
             if child.try_wait()?.is_some() {

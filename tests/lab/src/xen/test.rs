@@ -20,11 +20,11 @@ use crate::tally::{Played, Tally, list, log_directory};
 /// How often a story is played at most if the emulator lost one of its guests, or its machine, each time.
 const PLAYS: usize = 4;
 
-/// How long dom0 may take to do nothing.
+/// How long dom0 may take to answer an empty command.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
-/// Names the latest guest that ended in a triple fault, to which nothing brings a guest that dom0 does: QEMU entered
-/// it with wrong registers (`vm-images/README.md`).
+/// Names the latest guest that ended in a triple fault. Nothing that dom0 does causes one: QEMU entered the guest with wrong
+/// registers (`vm-images/README.md`).
 const LOST_GUEST: &str = "xl dmesg | grep 'Triple fault' | tail -n 1 || :";
 
 /// How `cargo lab xen test` is called.
@@ -73,8 +73,7 @@ pub(super) fn run(name: &str, options: &Options) -> Result<ExitCode> {
     Ok(tally.conclude(wanted.len()))
 }
 
-/// What the emulator did to stories that it made fail: QEMU is known for these two, and for nothing else is a story played
-/// again.
+/// How the emulator made stories fail. QEMU is known for these two failures; a story is played again for nothing else.
 #[derive(Clone, Copy, Debug, Default)]
 struct Lost {
     /// Dom0 answered no more.
@@ -83,7 +82,7 @@ struct Lost {
     guests: u32,
 }
 
-/// Plays some. What the emulator is to blame for is said, counted and played again.
+/// Plays stories. Failures of the emulator are reported, counted, and the stories played again.
 fn play_all(
     stories: &[Scenario],
     options: &Options,

@@ -30,8 +30,8 @@ pub(in crate::xen) struct Guests {
 }
 
 impl Guests {
-    /// Whatever became of them before: each one runs, answers, and its Redis holds nothing. No dom0d
-    /// may run, as it closes the replicas' network.
+    /// Restores the guests: each runs, answers, and its Redis is empty. No dom0d may run, since it would contain
+    /// the replicas.
     pub(super) fn prepare(self, progress: &dyn Fn(&str)) -> Result<()> {
         let places = 1..=self.replicas + 1;
         for place in places.clone() {

@@ -1,4 +1,4 @@
-//! Guests with dom0d on duty: what stories are played on, inside dom0.
+//! Guests with dom0d running, on which stories are played inside dom0.
 
 use std::fs;
 use std::net::SocketAddr;

@@ -42,7 +42,7 @@ fn until(stage: &Stage, what: &str, limit: Duration, wanted: impl Fn(&Status) ->
     Ok(())
 }
 
-/// Names are an operator's handles: another name is not the configured domain, and the old one is.
+/// A renamed domain is not the configured domain any more, until it has its old name again.
 fn renamed(_: &str) -> Result<()> {
     let stage = Stage::up(Kind::Pv, 1, &[Service::Redis])?;
     run(&["xl", "rename", "guest-2", "other"])?;
@@ -51,8 +51,8 @@ fn renamed(_: &str) -> Result<()> {
     until(&stage, "guest-2 seen again", SEEN, |status| seen(status, "guest-2").is_some())
 }
 
-/// A reboot from inside keeps the UUID and changes the number; what is destroyed is gone; what is
-/// created is found. None of them is trusted without a word of the operator's.
+/// A reboot from inside keeps the UUID and changes the domid; a destroyed domain is gone; a created domain
+/// is found. None of them is seeded without the operator.
 fn comes_and_goes(_: &str) -> Result<()> {
     let stage = Stage::up(Kind::Pv, 1, &[Service::Redis])?;
     let load = stage.load("discovery")?;

@@ -18,14 +18,14 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 /// Half of libxl's limit for a hotplug script (40 s), far more than noise: 9 s were seen on a busy machine.
 const SLOWER_BY: Duration = Duration::from_secs(20);
 
-/// Takes the command away, and brings it back.
+/// Removes the command, and restores it.
 const HIDE: &str = "mv /usr/sbin/understudy /usr/sbin/understudy.away";
 const RESTORE: &str = "mv /usr/sbin/understudy.away /usr/sbin/understudy";
 /// A command that ignores the polite signal, too.
 const HANGING: &str = "printf '#!/bin/sh\ntrap \"\" TERM\nsleep 1000\n' >/usr/sbin/understudy
                        chmod 755 /usr/sbin/understudy";
 
-/// What may be wrong with whom the hook tells: how it comes about, and how it ends.
+/// What may be wrong with the receiver of the hook's notice: how to cause it, and how to end it.
 fn cases() -> Vec<(&'static str, String, String)> {
     let killed = "systemctl mask --runtime dom0d; systemctl kill --signal=KILL dom0d
                   test -S /run/understudy/control.sock";

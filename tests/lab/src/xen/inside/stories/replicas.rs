@@ -1,4 +1,4 @@
-//! Replicas and deposed OVMs: what becomes of them changes nothing for clients.
+//! Replicas and deposed OVMs: nothing that happens to them changes anything for clients.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -37,7 +37,7 @@ fn thawed(_: &str) -> Result<()> {
     ensure!(service.promotable() == 0, "the deposed guest-1 counts as promotable");
     ensure!(stage.ovm(Service::Redis)? == "guest-2", "guest-2 does not serve");
     stage.expect_unharmed(&load.finish()?)?;
-    // It still speaks to clients of old, which the next dom0d would rightly hold against its replicas.
+    // It still sends to its former clients; the next dom0d would take its replicas as stale for that.
     restart_services("guest-1")?;
     failover.expect_plausible()
 }

@@ -82,7 +82,7 @@ pub struct Limits {
     pub resets_per_ms: u32,
     /// Unplanned promotions within [`Timing::promotion_window`].
     pub promotions: u32,
-    /// Events kept until polled; older ones are dropped and counted.
+    /// Events kept until polled; further ones are dropped and counted.
     pub events: u32,
 }
 

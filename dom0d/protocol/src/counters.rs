@@ -123,4 +123,20 @@ counters! {
     events,
     /// Times the caller did not call for [`crate::Timing::starvation`].
     starvations,
+    /// Times that the engine, by a fault of its own, broke rule 1: a segment was taken for the OVM's that is another server's.
+    broken_rule_1,
+    /// Rule 2: the client was acknowledged bytes that nobody recorded, or bytes were forgotten that a server lacks.
+    broken_rule_2,
+    /// Rule 4: an RVM's segment made the engine speak to a client.
+    broken_rule_4,
+    /// Rule 5: a server was promoted unasked that was not equal to the OVM.
+    broken_rule_5,
+    /// Rule 6: the table holds more conversations than its limit.
+    broken_rule_6,
+    /// Rule 7: a conversation goes on with an OVM that diverged in it.
+    broken_rule_7,
+    /// Rule 11: the OVM was accused for silence, and nobody had asked it.
+    broken_rule_11,
+    /// Rule 12: a server was taken as equal to the OVM while conversations could change the OVM's state.
+    broken_rule_12,
 }

@@ -38,6 +38,7 @@ mod persist;
 mod plane;
 mod promotion;
 mod record;
+mod rules;
 mod service;
 mod status;
 mod suspicion;

@@ -13,9 +13,19 @@ use crate::world::World;
 type Verdict = Result<(), (&'static str, String)>;
 
 pub(crate) fn judge(world: &mut World) -> Verdict {
+    engine(world)?;
     connections(world)?;
     servers(world)?;
     bytes(world)
+}
+
+/// Checks that the engine found no rule broken by a fault of its own.
+fn engine(world: &World) -> Verdict {
+    let counters = world.service.status().counters;
+    match counters.iter().find(|(name, times)| name.starts_with("broken_rule_") && **times > 0) {
+        Some((name, times)) => Err(("assertion", format!("{name} {times} times"))),
+        None => Ok(()),
+    }
 }
 
 /// Checks that every answer was right, whatever happened, and that no client was cut off without a reason.

@@ -13,6 +13,7 @@ use crate::follower::leg::{Leg, Phase};
 use crate::follower::queue::Follower;
 use crate::input::Passage;
 use crate::key::Slot;
+use crate::rules::rule;
 use crate::tcp::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 
@@ -32,6 +33,7 @@ impl Conversation {
         if let Some((tsval, _)) = segment.options.timestamps.filter(|_| !segment.flags.has(Flags::RST)) {
             leg.note_tsval(tsval);
         }
+        let (is_through, spoke) = (leg.through, turn.then.spoke);
         let kept = match leg.phase {
             Phase::SynSent => self.handle_syn_ack(&mut leg, slot, segment, turn),
             Phase::Open if leg.through => {
@@ -44,6 +46,12 @@ impl Conversation {
                 Ok(())
             }
         };
+        rule!(
+            turn.counters,
+            broken_rule_4,
+            is_through || spoke == turn.then.spoke,
+            "a suppressed segment made the engine speak to the client"
+        );
         match kept {
             Ok(()) => self.legs.put(slot, leg),
             Err(reason) => self.drop_leg(slot, &leg, reason, turn),
@@ -106,6 +114,8 @@ impl Conversation {
     // ---- the OVM --------------------------------------------------------------------------------
 
     fn handle_ovm(&mut self, leg: &mut Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
+        let is_ovm = turn.ovm().is_some_and(|(_, ovm)| ovm == leg.server);
+        rule!(turn.counters, broken_rule_1, is_ovm, "another server's segment is taken for the OVM's");
         let Some(start) = position_of(leg.numbers.iss, segment.seq, self.down.end()) else { return };
         if segment.flags.has(Flags::RST) {
             return self.handle_ovm_reset(leg, start, segment, turn);

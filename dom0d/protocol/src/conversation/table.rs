@@ -61,6 +61,11 @@ pub(crate) struct Table {
 }
 
 impl Table {
+    /// Conversations that there is room for so far, never more than the limit.
+    pub(crate) fn places(&self) -> u64 {
+        self.places.len() as u64
+    }
+
     pub(crate) fn find(&self, key: &Key) -> Option<ConversationId> {
         self.by_key.get(key).copied()
     }

@@ -46,6 +46,8 @@ pub(crate) struct Consequences {
     pub(crate) asked: bool,
     /// The first byte of the epoch was sent to the client.
     pub(crate) first_byte: bool,
+    /// The client was sent something.
+    pub(crate) spoke: bool,
     /// It has looked at the packet at hand, and its bytes are recorded or accounted for.
     pub(crate) looked_at: bool,
 }
@@ -89,6 +91,7 @@ impl Turn<'_> {
 
     /// What [`crate::wire::Segment::emit_large`] made.
     pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
+        self.then.spoke |= matches!(to, Destination::Client(_));
         self.outbox.send(to, packet, segment);
     }
 

@@ -5,6 +5,7 @@ use crate::conversation::Conversation;
 use crate::conversation::turn::Turn;
 use crate::follower::leg::GONE_GRACE;
 use crate::follower::mask;
+use crate::rules::rule;
 use crate::time::Instant;
 
 /// How often a closed conversation that a new OVM has yet to catch up with is looked at.
@@ -69,14 +70,26 @@ impl Conversation {
     /// Forgets bytes that nobody needs any more.
     fn release(&mut self, turn: &mut Turn<'_>) {
         let mut up = self.up.end();
+        let (mut lacking, mut covers) = (self.up.end(), true);
         let mut down = if self.state.was_reset() { self.down.end() } else { self.client.acked };
         for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.gone.is_none()) {
                 up = up.min(leg.rcv_nxt);
+                if leg.through {
+                    covers &= leg.covers();
+                } else {
+                    lacking = lacking.min(leg.rcv_nxt.max(1));
+                }
                 if !leg.through && leg.covers() {
                     down = down.min(leg.said.compared);
                 }
             }
+        }
+        if self.is_open() {
+            let recorded = self.told.acked <= self.up_end();
+            rule!(turn.counters, broken_rule_2, recorded, "the client was acknowledged what nobody recorded");
+            rule!(turn.counters, broken_rule_2, lacking >= self.up.base(), "a server lacks forgotten bytes");
+            rule!(turn.counters, broken_rule_7, covers, "the OVM diverged in what it goes on with");
         }
         self.up.release(up);
         let lookback = if turn.config.masks.is_empty() { 0 } else { mask::LOOKBACK };

@@ -16,6 +16,7 @@ use crate::follower::queue::Follower;
 use crate::input::OperatorError;
 use crate::key::Slot;
 use crate::output::Output;
+use crate::rules::rule;
 use crate::time::Instant;
 
 /// What becomes of the old OVM.
@@ -80,6 +81,9 @@ pub(crate) fn named_or_best(ctx: &Context, to: Option<ServerId>, force: bool) ->
 /// Cuts over to `slot`. From here on nothing of the old OVM reaches a client.
 pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed, ctx: &mut Context) {
     let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
+    let unasked = evidence.is_some_and(|evidence| evidence != Evidence::Operator);
+    let is_equal = ctx.queue.get(slot).is_some_and(|server| server.stale.is_none());
+    rule!(ctx.counters, broken_rule_5, is_equal || !unasked, "a stale server is promoted unasked");
     let old = ctx.ovm();
     let was_behind = ctx.is_catching_up();
     for (conversation, highest) in ctx.accounts.take_gaps() {

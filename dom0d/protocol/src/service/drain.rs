@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use crate::event::{EventKind, Release, ServerId};
 use crate::input::OperatorError;
+use crate::rules::rule;
 use crate::service::{Drain, Purpose, Service};
 use crate::time::Instant;
 
@@ -88,6 +89,13 @@ impl Service {
     }
 
     pub(crate) fn mark_seeded(&mut self, id: ServerId) {
+        let is_settled = self.ctx.accounts.unsettled() == 0;
+        rule!(
+            self.ctx.counters,
+            broken_rule_12,
+            is_settled,
+            "a server is equal while conversations are open"
+        );
         if let Some(slot) = self.ctx.queue.slot_of(id) {
             self.ctx.record.start(slot);
             if let Some(server) = self.ctx.queue.get_mut(slot) {

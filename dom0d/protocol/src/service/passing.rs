@@ -11,6 +11,7 @@ use crate::event::{EventKind, Evidence, LinkAddress, Release, ServerId, StaleRea
 use crate::input::Passage;
 use crate::key::{ConversationId, Key};
 use crate::output::{Output, Rule};
+use crate::rules::rule;
 use crate::service::Service;
 use crate::time::Instant;
 use crate::wire::{self, Parsed, Segment};
@@ -130,6 +131,9 @@ impl Service {
 
     /// Where the plane passes by itself, it is stopped before anything follows from evidence.
     pub(crate) fn suspect(&mut self, evidence: Evidence) {
+        let of_silence = matches!(evidence, Evidence::UnacknowledgedSegment | Evidence::NoProgress);
+        let was_asked = !of_silence || self.ctx.signs.was_asked();
+        rule!(self.ctx.counters, broken_rule_11, was_asked, "the OVM is accused and was not asked");
         match self.ctx.ovm() {
             Some((_, accused)) if self.ctx.plane.stops().is_some() => {
                 self.ctx.outbox.push(Output::StopPlane { accused, evidence });

@@ -7,6 +7,7 @@ use crate::config::LagPolicy;
 use crate::event::{EventKind, Evidence, NotPromotable, StaleReason};
 use crate::key::{Key, MAX_SERVERS, Slot};
 use crate::promotion::{self, Deposed};
+use crate::rules::rule;
 use crate::service::{SWEEP, Service};
 
 /// An RVM is evicted for want of memory if this part of what may be kept is kept for it: else that would free nothing.
@@ -161,6 +162,8 @@ impl Service {
 
     pub(crate) fn check_limits(&mut self) {
         let limits = self.ctx.config.limits;
+        let is_bounded = self.table.places() <= u64::from(limits.conversations);
+        rule!(self.ctx.counters, broken_rule_6, is_bounded, "more conversations than the limit");
         let evicts = self.ctx.config.on_lag == LagPolicy::Evict;
         let slots: Vec<Slot> = self.ctx.queue.rvms().collect();
         for slot in slots {

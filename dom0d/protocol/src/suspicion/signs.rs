@@ -64,6 +64,11 @@ impl Signs {
         self.asked_at.is_none_or(|at| now.since(at) >= least)
     }
 
+    /// This OVM was ever asked.
+    pub(crate) fn was_asked(&self) -> bool {
+        self.asked_at.is_some()
+    }
+
     /// The OVM is asked.
     pub(crate) fn note_asked(&mut self, now: Instant) {
         self.asked_at = Some(now);

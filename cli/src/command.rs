@@ -100,7 +100,7 @@ pub(crate) async fn carry_out(arguments: Arguments, output: &Output) -> Result<(
     }
 }
 
-/// Sends a command to a service, or to the only one; gives the service's name and the answer.
+/// Sends a command to the named service, or to the only one; returns the service's name and the answer.
 async fn send<T: DeserializeOwned>(
     daemon: &Daemon,
     service: Option<String>,

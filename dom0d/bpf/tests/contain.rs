@@ -28,7 +28,7 @@ fn arp(operation: u8, sender: [u8; 4]) -> Vec<u8> {
     ethernet(0x0806, &message)
 }
 
-/// With the ports behind a header of so many bytes, at this place among fragments.
+/// A packet with its ports behind a header of this many bytes, at this place among fragments.
 fn ipv4(protocol: u8, header: u8, fragment: u16, ports: (u16, u16)) -> Vec<u8> {
     let mut packet = vec![0x40 | (header / 4), 0, 0, 48, 0, 0];
     packet.extend(fragment.to_be_bytes());

@@ -18,7 +18,7 @@ use common::{
     TC_ACT_SHOT, TC_ACT_UNSPEC, addresses, fold, frame, sum,
 };
 
-/// Another number is what BPF_CASES says: in an emulated machine each takes long.
+/// Cases, unless BPF_CASES gives another number: in an emulated machine each takes long.
 const CASES: u32 = 1_000_000;
 
 const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 4];
@@ -195,7 +195,7 @@ fn packet(chance: &mut Chance, flow: &Flow, from_client: bool, v6: bool) -> Vec<
     ip
 }
 
-/// An IP packet, with so many words of IPv4 options, around a TCP segment, whose checksum is what `check` makes of the
+/// An IP packet, with this many words of IPv4 options, around a TCP segment, whose checksum is what `check` makes of the
 /// right one and the partial one.
 fn wrap(
     source: IpAddr,

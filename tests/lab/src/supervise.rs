@@ -78,7 +78,7 @@ impl Task<'_> {
             .env("LAB_NAME", self.lab)
             .env(SUPERVISED, "1")
             .stdin(Stdio::null())
-            // Ctrl-C reaches this process only, which then ends the other one in order.
+            // Ctrl-C reaches this process only, which then ends the child in order.
             .process_group(0);
         if let Some(path) = &self.output {
             let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;

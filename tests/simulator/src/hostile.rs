@@ -1,32 +1,32 @@
-//! Hostile clients: what they do to the segments of conversations of their own, and what they send in the names of
-//! addresses that nobody has. They know the protocol, the service and its addresses, and guess the rest.
+//! Hostile clients: they twist segments of their own conversations, and send segments from addresses that nobody has. They
+//! know the protocol, the service and its addresses, and guess the rest.
 
 use core::net::{IpAddr, SocketAddr};
 
 use crate::forge::{self, Twist};
 use crate::prng::Prng;
 
-/// What one hostile client does, as data.
+/// The behaviour of one hostile client.
 #[derive(Clone, Debug)]
 pub(crate) struct Hostility {
     /// How often, in a hundred, one of its stack's segments is twisted.
     pub(crate) twist_percent: u32,
-    /// How often, in a hundred, a twisted segment takes the place of the true one, not one beside it.
+    /// How often, in a hundred, a twisted segment replaces the true one instead of being sent beside it.
     pub(crate) instead_percent: u32,
     /// The ways in which it twists.
     pub(crate) twists: Vec<Twist>,
-    /// Segments out of nothing, each a while after the one before.
+    /// Forged segments, each with its delay after the previous one.
     pub(crate) volley: Vec<(u64, Shot)>,
 }
 
-/// A segment out of nothing.
+/// A forged segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shot {
     /// A SYN from an address that nobody has.
     SynOfNobody,
     /// A SYN of its own, whose SYN-ACK its stack refuses.
     Syn,
-    /// An acknowledgment that belongs to nothing, from an address that nobody has.
+    /// An acknowledgment of no conversation, from an address that nobody has.
     AckOfNobody,
     /// A RST at a guessed number, in the name of a client whose conversation is open.
     Reset,
@@ -39,7 +39,7 @@ impl Hostility {
         let kinds = rng.between(1, 4);
         let twists = (0..kinds).map(|_| *rng.pick(&Twist::ALL)).collect();
         let shots = if rng.percent(60) { rng.log_between(1, 40) } else { 0 };
-        // Rarely more than one kind, so that each has the time that its harm would take.
+        // Rarely more than one kind, so that each has time to do harm.
         let kind = |rng: &mut Prng| {
             *rng.pick(&[
                 Shot::SynOfNobody,
@@ -62,7 +62,7 @@ impl Hostility {
         }
     }
 
-    /// What leaves in the place of a segment of its stack's.
+    /// The packets that leave in place of a segment of its stack.
     pub(crate) fn twist(&self, rng: &mut Prng, packet: Vec<u8>) -> Vec<Vec<u8>> {
         if !rng.percent(self.twist_percent) {
             return vec![packet];
@@ -117,7 +117,7 @@ fn nobody(rng: &mut Prng, ipv6: bool) -> IpAddr {
     }
 }
 
-/// The last byte of the first hostile client's addresses, and of the first of nobody's.
+/// The last byte of the first hostile client's addresses, and of the first address that nobody has.
 const HOSTILE: u8 = 230;
 const NOBODY: u8 = 240;
 
@@ -139,7 +139,7 @@ pub(crate) fn is_nobody(address: IpAddr) -> bool {
     last_byte(address) >= NOBODY
 }
 
-/// What is said in its name may be anything.
+/// Whether segments of this address may be forged.
 pub(crate) fn is_hostile(address: IpAddr) -> bool {
     last_byte(address) >= HOSTILE
 }

@@ -82,7 +82,7 @@ impl Link {
             let bit = self.rng.between(0, (packet.len() - header) as u64 * 8 - 1) as usize;
             corrupted[header + bit / 8] ^= 1 << (bit % 8);
         }
-        // One in 65,536 checksums looks like one that a guest left to its device, and covers nothing then.
+        // One in 65,536 checksums looks like a partial one, and then covers nothing.
         let mut completed = corrupted.clone();
         complete_checksum(&mut completed);
         if completed == corrupted { corrupted } else { packet }

@@ -191,7 +191,7 @@ pub(crate) struct Conversation {
     /// Order and end of what is sent without a gap, after each growth.
     pub(crate) sent_growth: Vec<(u64, u64)>,
     pub(crate) reset_to_client: bool,
-    /// Client bytes that whoever was the OVM acknowledged end here; a FIN counts one.
+    /// Client bytes that an OVM acknowledged end here; a FIN counts one.
     pub(crate) ovm_acked: i64,
     /// Positions of sequence and acknowledgement in the last segment from and to the client.
     last_up: (i64, i64),

@@ -277,7 +277,7 @@ fn footprint(pid: u32) -> Result<u64> {
     let kib: u64 = line.context("no RssAnon")?.trim().trim_end_matches(" kB").parse()?;
     let mut bytes = kib * 1_024;
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        // One that was closed meanwhile is none.
+        // A descriptor that was closed meanwhile does not count.
         let about = fs::read_to_string(entry?.path()).unwrap_or_default();
         if about.contains("map_type:") {
             let line = about.lines().find_map(|line| line.strip_prefix("memlock:"));

@@ -47,7 +47,7 @@ impl Path {
         }
     }
 
-    /// Servers beside the first one that must have what that has.
+    /// Servers beside the first that must hold the same.
     pub(crate) fn replicas(self) -> usize {
         match self {
             Path::Plain | Path::Proxy => 0,

@@ -3,7 +3,7 @@
 //! The state of a running lab lives in one *hypervisor* process and in `/run/understudy-lab/<NAME>`;
 //! a [`Lab`] is a handle on it, so that several processes (`cargo lab up`, then `cargo lab fault`)
 //! act on one lab. Everything that the lab starts runs in a control group of its own, by which it is
-//! found and ended again, whoever died in between.
+//! found and ended again, whichever process died in between.
 //!
 //! How to use it:
 //!

@@ -239,7 +239,7 @@ fn reset(guest: &Domain) -> Result<()> {
 }
 
 /// Malformed and contradictory segments, as if they belonged to the guest's conversations, at a position
-/// so many bytes `behind` what the client has acknowledged.
+/// `behind` bytes before what the client has acknowledged.
 pub(super) fn garbage(guest: &Domain, behind: u32) -> Result<()> {
     let (place, own) = own_address(guest, Service::Redis)?;
     place.run(move || {
@@ -310,7 +310,7 @@ fn slow(lab: &str) -> Result<()> {
     stage.lab.link("guest-2", link)?;
     let slow = run("slow")?;
     println!("  p90 {} us without, {} us with the slow replica", quick / 1_000, slow / 1_000);
-    // The replica's round trip is 400 ms: whoever waited for it even once in ten would show it.
+    // The replica's round trip is 400 ms: a client that waited for it even once in ten times would show it.
     ensure!(slow < 200_000_000, "clients waited for the slow replica");
     Ok(())
 }

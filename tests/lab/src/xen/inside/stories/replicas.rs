@@ -42,7 +42,7 @@ fn thawed(_: &str) -> Result<()> {
     failover.expect_plausible()
 }
 
-/// An RVM goes away for good under load; the other one takes over when it must.
+/// A replica is destroyed under load; the other replica takes over when it must.
 fn destroyed(_: &str) -> Result<()> {
     let stage = Stage::up(Kind::Pv, 2, &[Service::Redis])?;
     let load = stage.load("evicted")?;

@@ -3,17 +3,26 @@
 //! Read before an edit: RFC 9293 §3.4 (sequence numbers), §3.10.7.4 (acceptability), RFC 7323
 //! (timestamps, window scale), RFC 2018 and 2883 (SACK), RFC 5961 (blind attacks).
 //!
-//! This file holds the state. `client` says what the client's segments do to it, `server` what servers'
-//! segments do, `feed` how the daemon plays the client, `recuperation` how it plays the server,
-//! `verdict` what may be concluded against the OVM, `ending` how it ends, `upkeep` what is due when.
+//! | what happens | where |
+//! |---|---|
+//! | where a conversation is, and every transition | `state` |
+//! | the client, the OVM, any other server says something | `client`, `ovm`, `replica` |
+//! | the OVM closes, and RVMs are heard about it | `closing` |
+//! | the daemon plays the client towards a server, the server towards the client | `feed`, `recuperation` |
+//! | evidence against the OVM | `verdict` |
+//! | the data plane passes a conversation by itself | `passing` |
+//! | what is due when; how a conversation ends | `upkeep`, `ending` |
+//! | what it sees of its service, and what follows for that | `turn`, `share` |
 
 pub(crate) mod client;
+pub(crate) mod closing;
 pub(crate) mod ending;
 pub(crate) mod feed;
 pub(crate) mod handshake;
+pub(crate) mod ovm;
 pub(crate) mod passing;
 pub(crate) mod recuperation;
-pub(crate) mod server;
+pub(crate) mod replica;
 pub(crate) mod share;
 pub(crate) mod state;
 pub(crate) mod table;

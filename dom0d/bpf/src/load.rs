@@ -200,13 +200,16 @@ pub fn load(settings: &Settings) -> Result<(Programs, Tap), LoadError> {
     }
     let mut take = |name: &'static str| ebpf.take_map(name).ok_or(LoadError::Missing(name));
     let mut map = take("control")?;
+    let first = first_control(settings);
     if !adopts {
-        Array::<_, Control>::try_from(&mut map)?.set(0, first_control(settings), 0)?;
+        Array::<_, Control>::try_from(&mut map)?.set(0, first, 0)?;
     }
     let control = match &map {
         Map::Array(map) => SharedControl::map(map.fd())?,
         _ => return Err(LoadError::Missing("control")),
     };
+    // The configuration may have changed since another daemon left it.
+    control.set_policy(first.grace_ns, first.policy);
     let map = take("bounds")?;
     let bounds = match &map {
         Map::Array(map) => SharedBounds::map(map.fd(), conversations)?,

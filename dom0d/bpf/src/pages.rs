@@ -49,13 +49,13 @@ impl Pages {
         unsafe { std::slice::from_raw_parts_mut(self.0.address().cast().as_ptr(), self.0.length()) }
     }
 
-    /// Stores a number at an index in words of 8 bytes, after everything that was stored before. Beyond the end it does
-    /// nothing.
+    /// Stores a number, little-endian, at an index in words of 8 bytes, after everything that was stored before. Beyond the
+    /// end it does nothing.
     pub fn set_word(&mut self, place: usize, value: u64) {
         if place < self.0.length() / size_of::<u64>() {
             // SAFETY: within the mapping and aligned, as that begins with a page.
             let word = unsafe { AtomicU64::from_ptr(self.0.address().cast::<u64>().as_ptr().add(place)) };
-            word.store(value, Ordering::Release);
+            word.store(value.to_le(), Ordering::Release);
         }
     }
 
@@ -63,6 +63,6 @@ impl Pages {
     pub fn word(&self, place: usize) -> u64 {
         let at = place.saturating_mul(size_of::<u64>());
         let bytes = self.bytes().get(at..).and_then(<[u8]>::first_chunk);
-        bytes.map_or(0, |bytes| u64::from_ne_bytes(*bytes))
+        bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
     }
 }

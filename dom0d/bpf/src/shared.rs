@@ -148,6 +148,14 @@ impl SharedControl {
             .store(now_ns, Ordering::Relaxed);
     }
 
+    /// How long the daemon may be silent, and what counts then.
+    pub(crate) fn set_policy(&self, grace_ns: u64, policy: u16) {
+        // SAFETY: a field's address within the mapping.
+        self.word(|control| unsafe { addr_of_mut!((*control).grace_ns) }).store(grace_ns, Ordering::Relaxed);
+        // SAFETY: within the mapping, and half a word is never seen half changed.
+        unsafe { addr_of_mut!((*self.at()).policy).write_volatile(policy) }
+    }
+
     pub(crate) fn unrecorded(&self) -> u64 {
         // SAFETY: a field's address within the mapping.
         self.word(|control| unsafe { addr_of_mut!((*control).unrecorded) }).load(Ordering::Relaxed)

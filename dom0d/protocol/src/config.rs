@@ -6,7 +6,7 @@ use core::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// Everything the engine must know about a service before its first segment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceConfig {
     /// The operator's name of the service; appears in events and status.
     pub name: String,
@@ -43,11 +43,6 @@ impl ServiceConfig {
             masks: Vec::new(),
             seed: 0,
         }
-    }
-
-    /// Stands in for a configuration that is not saved with the state, until the restored service gets its own.
-    pub(crate) fn unconfigured() -> Self {
-        Self::new("", Vec::new(), Vec::new())
     }
 }
 
@@ -106,7 +101,7 @@ impl Default for Limits {
 }
 
 /// Waits and limits of waits. In TOML each is written in milliseconds with the suffix `_ms`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
     /// Evidence (c): how long a client segment may stay unacknowledged by the OVM though an RVM
     /// acknowledged it.
@@ -175,7 +170,7 @@ pub enum LagPolicy {
 /// A difference between servers' answers that is harmless: `length` bytes after `prefix`.
 ///
 /// Only bytes at equal stream positions are masked, so both servers' ranges must have one length.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Mask {
     /// Bytes that come right before the range, 1 to 64 of them.
     pub prefix: Vec<u8>,

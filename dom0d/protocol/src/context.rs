@@ -27,7 +27,6 @@ use crate::time::Instant;
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Context {
     pub(crate) now: Instant,
-    #[serde(skip, default = "ServiceConfig::unconfigured")]
     pub(crate) config: ServiceConfig,
     pub(crate) queue: Queue,
     pub(crate) record: Record,

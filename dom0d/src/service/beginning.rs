@@ -18,7 +18,7 @@ use crate::link::vif::Arrival;
 use crate::plane::{self, FastPath, Left};
 use crate::report::DaemonEvent;
 use crate::store::memory::ServiceMemory;
-use crate::store::succession::{Engine, Lost, remove};
+use crate::store::succession::{Engine, Lost, digest, remove};
 
 /// Where maps are pinned. Every dom0 under systemd has it.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -53,13 +53,16 @@ impl Places {
     /// The engine that a predecessor left, and what it knew; all else that it left goes.
     fn left(&self, service: &config::Service) -> Option<(Engine, Known)> {
         let name = &service.engine.name;
-        let found = Engine::left(&self.journal, service).and_then(|left| {
+        let found = Engine::left(&self.journal, digest(service), service.engine.clone()).and_then(|left| {
             let known = match left.engine.surroundings() {
                 [] => Known::default(),
                 bytes => postcard::from_bytes(bytes).map_err(|_| Lost::Damaged)?,
             };
-            let whole = service.plane == config::Plane::Bpf && is_pinned(&self.pins);
-            if whole { Ok((left, known)) } else { Err(Lost::Damaged) }
+            match service.plane {
+                config::Plane::Pcap => Err(Lost::Differs),
+                config::Plane::Bpf if is_pinned(&self.pins) => Ok((left, known)),
+                config::Plane::Bpf => Err(Lost::Damaged),
+            }
         });
         match found {
             Ok((left, known)) => {
@@ -148,7 +151,7 @@ impl Service {
             if passes {
                 engine.tell(clock::now(), Input::PlanePasses);
             }
-            if passes && has_bpffs && let Err(error) = engine.begin_journal(&places.journal, &config) {
+            if passes && has_bpffs && let Err(error) = engine.begin_journal(&places.journal, digest(&config)) {
                 tracing::error!(service = name, %error, "should dom0d be killed, replicas must be seeded anew; is there room in {}?", directory.display());
             }
             (engine, Known::default())

@@ -1,6 +1,6 @@
 //! What a dom0d that was killed has heard, in a tmpfs: a snapshot, and everything that came after it.
 //!
-//! Two files take turns, so that one of them is whole at any instant. A file, in words of the machine, then bytes:
+//! Two files take turns, so that one of them is whole at any instant. A file, in little-endian words, then bytes:
 //!
 //! ```text
 //!  0  magic | 1  digest | 2  turn, sum | 3  tries | 4  length of the snapshot | 5  length of the log, sum | snapshot | log
@@ -15,9 +15,18 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use understudy_bpf::Pages;
+use understudy_protocol::RestoreError;
 
-/// Grows with each change of what is written here or in a snapshot.
-const MAGIC: u64 = u64::from_be_bytes(*b"undstdy4");
+/// Grows with each change of what is written here; a snapshot has a format of its own.
+const FORMAT: u8 = 5;
+
+/// What a file begins with, then comes the format as an ASCII digit.
+const NAME: [u8; 7] = *b"undstdy";
+
+const MAGIC: u64 = {
+    let [a, b, c, d, e, f, g] = NAME;
+    u64::from_be_bytes([a, b, c, d, e, f, g, b'0' + FORMAT])
+};
 
 const WORD: usize = size_of::<u64>();
 
@@ -65,8 +74,16 @@ pub(crate) enum Lost {
     /// A file can't be read.
     #[error("what it left can't be read: {0}")]
     Unreadable(#[from] io::Error),
-    /// Another version, or another configuration.
-    #[error("this dom0d or its configuration differs from what it was")]
+    /// Another version wrote it.
+    #[error("its journal has format {0}, and this dom0d reads format {FORMAT}")]
+    OtherFormat(u8),
+    /// What was saved can't be restored.
+    #[error(transparent)]
+    State(#[from] RestoreError),
+    /// Conversations and the kernel's maps do not fit this dom0d's configuration, or its programs.
+    #[error(
+        "the service's PSC, ports, VLAN, bridge, plane or limit of conversations, or dom0d's programs, were others"
+    )]
     Differs,
     /// It makes daemons die.
     #[error("{TRIES} dom0ds have died over what it left; please report this with their logs")]
@@ -98,16 +115,23 @@ fn turn_of(pages: &Pages) -> Result<u32, Lost> {
         0 => Ok(0),
         word if word == head(pages, parts(word).0) => Ok(parts(word).0),
         // Another version's words mean something else.
-        _ if pages.word(PLACE_MAGIC) != MAGIC => Err(Lost::Differs),
-        _ => Err(Lost::Damaged),
+        _ => {
+            Err(format_of(pages).filter(|&format| format != FORMAT).map_or(Lost::Damaged, Lost::OtherFormat))
+        }
     }
+}
+
+/// The format that a file says it has; `None` if it is no journal.
+fn format_of(pages: &Pages) -> Option<u8> {
+    let [name @ .., digit] = pages.word(PLACE_MAGIC).to_be_bytes();
+    (name == NAME).then(|| digit.wrapping_sub(b'0'))
 }
 
 /// What vouches for the beginning of a file, with its turn.
 fn head(pages: &Pages, turn: u32) -> u64 {
     let words = [PLACE_MAGIC, PLACE_DIGEST, PLACE_SNAPSHOT].map(|place| pages.word(place));
-    let of_words = words.iter().fold(0, |sum, word| continued(sum, &word.to_ne_bytes()));
-    summed(turn, continued(of_words, &turn.to_ne_bytes()))
+    let of_words = words.iter().fold(0, |sum, word| continued(sum, &word.to_le_bytes()));
+    summed(turn, continued(of_words, &turn.to_le_bytes()))
 }
 
 fn path(base: &Path, parity: usize) -> PathBuf {
@@ -154,7 +178,7 @@ impl Journal {
         let turn = turns.into_iter().max().ok_or(Lost::Nothing)?;
         let mut journal = Self { base: base.to_owned(), digest, turn, files, at: 0, due: usize::MAX, sum: 0 };
         let pages = journal.current().filter(|_| turn > 0).ok_or(Lost::Damaged)?;
-        if (pages.word(PLACE_MAGIC), pages.word(PLACE_DIGEST)) != (MAGIC, digest) {
+        if pages.word(PLACE_DIGEST) != digest {
             return Err(Lost::Differs);
         }
         let tries = pages.word(PLACE_TRIES);
@@ -191,7 +215,7 @@ impl Journal {
         let mut log = log.filter(|log| crc32fast::hash(log) == sum).ok_or(Lost::Damaged)?;
         Ok(std::iter::from_fn(move || {
             let (length, rest) = log.split_first_chunk::<LENGTH>()?;
-            let (record, rest) = rest.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
+            let (record, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
             log = rest;
             Some(record)
         }))
@@ -269,7 +293,7 @@ impl Journal {
         let (Ok(logged), Ok(said)) = (u32::try_from(end - begin), u32::try_from(length)) else {
             return false;
         };
-        *head = said.to_ne_bytes();
+        *head = said.to_le_bytes();
         let Some(record) = pages.bytes().get(at..end) else { return false };
         let sum = continued(sum, record);
         pages.set_word(PLACE_LOG, summed(logged, sum));

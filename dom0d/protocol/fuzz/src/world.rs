@@ -761,7 +761,7 @@ impl World {
     /// Another process goes on with what this one saved.
     fn restore(&mut self) {
         let saved = self.service.save();
-        self.service = match Service::restore(self.service.config().clone(), &saved) {
+        self.service = match Service::restore(&saved) {
             Ok(service) => service,
             Err(error) => panic!("what was saved just now: {error}"),
         };

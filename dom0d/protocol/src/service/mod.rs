@@ -62,6 +62,7 @@ pub(crate) enum Purpose {
 ///
 /// Hand it what happens ([`Service::handle`]), then poll what is to be done about that ([`Service::poll`]) until `None`, in
 /// that order; [`Service::next_timeout`] says when it must be told the time. It does nothing by itself.
+#[derive(Serialize, Deserialize)]
 pub struct Service {
     pub(crate) ctx: Context,
     pub(crate) table: Table,

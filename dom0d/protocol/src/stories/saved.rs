@@ -15,7 +15,7 @@ fn busy() -> Story {
 }
 
 fn restored(story: &Story) -> Result<Service, RestoreError> {
-    Service::restore(story.service.config().clone(), &story.service.save())
+    Service::restore(&story.service.save())
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn the_same_state_is_the_same_bytes() {
 fn damage_is_noticed() {
     let story = busy();
     let saved = story.service.save();
-    let restore = |bytes: &[u8]| Service::restore(story.service.config().clone(), bytes).map(drop);
+    let restore = |bytes: &[u8]| Service::restore(bytes).map(drop);
     assert_eq!(restore(&saved), Ok(()));
     for length in 0..saved.len() {
         assert_eq!(restore(&saved[..length]), Err(RestoreError::Unreadable), "{length} bytes");
@@ -116,38 +116,40 @@ fn another_format_is_not_read() {
     saved[0] += 1;
     let (body, checksum) = saved.split_last_chunk_mut::<4>().unwrap();
     *checksum = crc32fast::hash(body).to_le_bytes();
-    let error = Service::restore(story.service.config().clone(), &saved).map(drop);
+    let error = Service::restore(&saved).map(drop);
     assert!(matches!(error, Err(RestoreError::OtherFormat(_))), "{error:?}");
 }
 
 #[test]
-fn the_configuration_must_fit_the_state() {
-    let story = Story::configured(1, |config| config.seed = 77);
-    let restore = |change: fn(&mut ServiceConfig)| {
-        let mut config = story.service.config().clone();
+fn another_configuration_comes_into_force_if_it_fits_the_conversations() {
+    let story = busy();
+    let reconfigured = |change: fn(&mut ServiceConfig)| {
+        let mut service = restored(&story)?;
+        let mut config = service.config().clone();
         change(&mut config);
-        Service::restore(config, &story.service.save())
+        service.reconfigure(config).map(|()| service)
     };
-    let misfits: [fn(&mut ServiceConfig); 4] = [
-        |config| config.name.push('2'),
+    let misfits: [fn(&mut ServiceConfig); 3] = [
         |config| config.psc[0] = [10, 0, 0, 101].into(),
         |config| config.ports.push(443),
         |config| config.limits.conversations -= 1,
     ];
     for misfit in misfits {
-        assert!(matches!(restore(misfit), Err(RestoreError::OtherConfiguration(_))));
+        assert!(matches!(reconfigured(misfit), Err(RestoreError::OtherConfiguration(_))));
     }
-    let service = restore(|config| {
-        config.seed = 78;
+    let service = reconfigured(|config| {
+        config.name.push('2');
         config.timing.close_hold = Duration::from_millis(7);
         config.limits.retained_bytes = 1 << 20;
+        config.masks.push(crate::Mask::http_date());
     });
     let service = service.unwrap();
     let config = service.config();
     assert_eq!(
-        (config.seed, config.timing.close_hold.as_millis(), config.limits.retained_bytes),
-        (77, 7, 1 << 20)
+        (config.name.as_str(), config.timing.close_hold.as_millis(), config.limits.retained_bytes),
+        ("story2", 7, 1 << 20)
     );
+    assert_eq!((service.status().conversations, config.masks.len()), (1, 1));
 }
 
 #[test]

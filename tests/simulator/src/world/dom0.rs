@@ -169,7 +169,7 @@ impl World {
             return;
         }
         let saved = self.service.save();
-        match Service::restore(self.service.config().clone(), &saved) {
+        match Service::restore(&saved) {
             Ok(service) => self.service = service,
             Err(error) => return self.fail("saved", error.to_string()),
         }

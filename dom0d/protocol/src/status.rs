@@ -66,7 +66,7 @@ pub struct ConversationStatus {
     pub client: SocketAddr,
     /// The PSC address and port.
     pub psc: SocketAddr,
-    /// RFC 9293 state as the daemon sees it.
+    /// The state that the OVM's TCP is in, by its name in RFC 9293 §3.3.2, as the daemon sees it.
     pub state: &'static str,
     /// In recuperation.
     pub recuperating: bool,

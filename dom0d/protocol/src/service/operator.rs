@@ -203,6 +203,23 @@ impl Service {
         found
     }
 
+    /// The state that the OVM's TCP is in (RFC 9293 §3.3.2). Where both sides have closed, LAST-ACK also stands for CLOSING:
+    /// the streams do not tell whose FIN came first.
+    fn tcp_state(&self, conversation: &Conversation) -> &'static str {
+        let ovm = self.ctx.ovm().and_then(|(slot, server)| conversation.legs.get(slot, server));
+        let taken = ovm.map_or(0, |ovm| ovm.rcv_nxt);
+        let client_closed = conversation.up_fin.is_some_and(|(fin, _)| taken > fin);
+        let acknowledged = conversation.down_fin.map(|fin| conversation.client.acked > fin);
+        match (client_closed, acknowledged) {
+            (false, None) => "ESTABLISHED",
+            (true, None) => "CLOSE-WAIT",
+            (false, Some(false)) => "FIN-WAIT-1",
+            (false, Some(true)) => "FIN-WAIT-2",
+            (true, Some(false)) => "LAST-ACK",
+            (true, Some(true)) => "TIME-WAIT",
+        }
+    }
+
     fn describe(&self, conversation: &Conversation) -> ConversationStatus {
         let leg = |(slot, server)| match conversation.legs.get(slot, server) {
             Some(leg) => LegStatus {
@@ -224,13 +241,7 @@ impl Service {
         ConversationStatus {
             client: conversation.key.client,
             psc: conversation.key.psc,
-            // As the OVM's TCP has it (RFC 9293 §3.3.2).
-            state: match (conversation.up_fin, conversation.down_fin) {
-                (None, None) => "ESTABLISHED",
-                (Some(_), None) => "CLOSE-WAIT",
-                (None, Some(_)) => "FIN-WAIT",
-                (Some(_), Some(_)) => "CLOSING",
-            },
+            state: self.tcp_state(conversation),
             recuperating: conversation.is_recuperating(),
             received_bytes: conversation.up.end() - 1,
             sent_bytes: conversation.down.end() - 1,

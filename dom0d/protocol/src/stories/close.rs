@@ -35,6 +35,27 @@ fn a_lone_fin_passes_after_the_hold() {
 }
 
 #[test]
+fn a_conversation_is_in_the_state_of_the_ovms_tcp() {
+    let state = |story: &Story| story.service.conversations(0, 1)[0].state;
+    // The OVM closes first.
+    let mut story = Story::established(0);
+    assert_eq!(state(&story), "ESTABLISHED");
+    fin(&mut story, 0, 1);
+    assert_eq!(state(&story), "FIN-WAIT-1");
+    story.client_says(Say { seq: at(1), ack: iss(0) + 2, ..Say::default() });
+    assert_eq!(state(&story), "FIN-WAIT-2");
+    // The client does.
+    let mut story = Story::established(0);
+    let flags = Flags::FIN.with(Flags::ACK);
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1, flags, ..Say::default() });
+    assert_eq!(state(&story), "ESTABLISHED", "the OVM has not said that it has the FIN");
+    story.server_says(0, Say { seq: iss(0) + 1, ack: at(2), ..Say::default() });
+    assert_eq!(state(&story), "CLOSE-WAIT");
+    story.server_says(0, Say { seq: iss(0) + 1, ack: at(2), flags, ..Say::default() });
+    assert_eq!(state(&story), "LAST-ACK");
+}
+
+#[test]
 fn both_sides_close_and_the_replica_follows() {
     let mut story = Story::established(1);
     story.client_says(Say {

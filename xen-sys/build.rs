@@ -1,5 +1,5 @@
-//! Which functions and struct layouts does the installed `xenctrl.h` have? Answers with
-//! `bindings.rs` and with the Xen version those headers belong to.
+//! Makes `bindings.rs` from the functions and struct layouts of the installed `xenctrl.h`, and finds out the Xen version that
+//! those headers belong to.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};

@@ -1,4 +1,4 @@
-//! What does the hypervisor say of a domain? Decodes `struct xen_domctl_getdomaininfo` and
+//! Decodes the hypervisor's view of a domain: `struct xen_domctl_getdomaininfo` and
 //! `struct xen_domctl_getvcpuinfo` of `xen/domctl.h`.
 
 use std::fmt;
@@ -17,15 +17,15 @@ pub struct DomainInfo {
     pub domid: u16,
     /// The domain's handle, byte for byte what the toolstack shows as its UUID.
     pub uuid: Uuid,
-    /// The toolstack paused it, once or more often: pauses are counted. False for a domain that
-    /// Xen itself holds still for a moment.
+    /// The toolstack paused it, at least once: pauses are counted. False for a domain that Xen itself
+    /// stops for a moment.
     pub paused: bool,
     /// At least one vCPU is on a physical CPU right now.
     pub running: bool,
     /// All vCPUs wait for events, as those of an idle healthy guest do.
     pub blocked: bool,
-    /// The domain is dead and only its remains are left (pages that others still map). While its
-    /// destruction is under way this is still false; see `shutdown` and absence from the list.
+    /// The domain is dead, and only pages are left that others still map. During its destruction this
+    /// is still false; see `shutdown`, and its absence from the list.
     pub dying: bool,
     /// Why the guest stopped, once it has.
     pub shutdown: Option<ShutdownReason>,

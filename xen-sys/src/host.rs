@@ -1,4 +1,4 @@
-//! Does Xen run on this machine, in which version, and does it fit the headers of the build?
+//! Finds out whether Xen runs on this machine, in which version, and whether that fits the headers of the build.
 
 use std::fmt;
 use std::fs;

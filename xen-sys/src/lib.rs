@@ -1,5 +1,4 @@
-//! libxenctrl behind a safe interface: which domains are there, how are they, and pause, unpause
-//! or destroy one.
+//! libxenctrl behind a safe interface: lists domains with their states, pauses, unpauses and destroys them.
 //!
 //! The library is loaded when [`Xenctrl::open`] is called, in the version of the hypervisor that
 //! runs, so a program that links this crate also starts where there is no Xen and gets a readable

@@ -1,4 +1,4 @@
-//! Where do libxenctrl's functions come from at run time?
+//! Loads libxenctrl's functions at run time.
 
 use std::ffi::{c_char, c_int, c_ulong};
 use std::sync::OnceLock;

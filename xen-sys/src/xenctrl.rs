@@ -1,4 +1,4 @@
-//! How are domains listed, paused, unpaused and destroyed? An open handle on the hypervisor.
+//! An open handle on the hypervisor: lists, pauses, unpauses and destroys domains.
 
 use std::ffi::c_int;
 use std::io;

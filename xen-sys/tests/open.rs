@@ -1,4 +1,4 @@
-//! Does `open` tell the truth about the machine it runs on, with Xen and without?
+//! `open` tells the truth about the machine that it runs on, with Xen and without.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 

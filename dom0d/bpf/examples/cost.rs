@@ -1,5 +1,5 @@
-//! What does a segment cost in the kernel? By BPF test-run, on a conversation whose translation changes nothing, so
-//! that the same segment can pass again and again; with recording a small segment, and without. Needs root.
+//! Measures the cost of a segment in the kernel by BPF test-run, with and without recording. The conversation's translation
+//! changes nothing, so that the same segment can pass again and again. Needs root.
 
 use std::net::IpAddr;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What may go on from a domain that is held? One frame per kind through the program, by BPF test-run. Needs root.
+//! Which frames pass from a held domain: one frame of each kind through the program, by BPF test-run. Needs root.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -101,7 +101,7 @@ fn what_is_allowed_goes_on_and_nothing_else() {
     }
     let dropped = cases.iter().filter(|(.., goes_on)| !goes_on).count() as u64;
     assert_eq!(holds.dropped(), BTreeMap::from([(LOOPBACK, dropped)]));
-    // Where nothing is allowed, it can't be found either; what was counted goes on.
+    // If nothing is allowed, it can't be found either; the count continues.
     holds.set(&BTreeMap::from([(LOOPBACK, Hold { v4: hold.v4, v6: hold.v6, ..Hold::default() })])).unwrap();
     for (what, frame, _) in &cases {
         assert!(program.rehearse(frame).unwrap(), "{what} goes on though nothing is allowed");
@@ -109,7 +109,7 @@ fn what_is_allowed_goes_on_and_nothing_else() {
     assert_eq!(holds.dropped()[&LOOPBACK], dropped + cases.len() as u64);
     holds.set(&BTreeMap::new()).unwrap();
     assert!(!program.rehearse(&cases[0].1).unwrap() && holds.dropped().is_empty());
-    // The OVM may say all but what it says as itself where a service listens.
+    // The OVM may send everything but segments under its own address from a port of a service.
     let mut ovm = Hold { is_ovm: 1, v4: hold.v4, v6: hold.v6, ..Hold::default() };
     ovm.tcp[1] = 6379;
     holds.set(&BTreeMap::from([(LOOPBACK, ovm)])).unwrap();
@@ -126,7 +126,7 @@ fn what_is_allowed_goes_on_and_nothing_else() {
     }
     assert_eq!(holds.dropped()[&LOOPBACK], 0);
     holds.set(&BTreeMap::new()).unwrap();
-    // Of which nobody has said anything yet.
+    // An interface without rules yet.
     program.hold(LOOPBACK).unwrap();
     assert!(program.rehearse(&cases[1].1).unwrap());
     holds.set(&BTreeMap::from([(LOOPBACK, hold)])).unwrap();

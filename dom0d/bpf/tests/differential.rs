@@ -1,4 +1,4 @@
-//! Do the programs in the kernel translate as the protocol crate says? Random and hostile segments through both,
+//! The programs in the kernel translate as the protocol crate specifies: random and hostile segments through both, compared
 //! byte for byte. Needs root.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -306,7 +306,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|number| number.parse().ok())
 }
 
-/// What nobody but the kernel can deal with: the packet as it must leave, if it must.
+/// The packet as it must leave while the daemon is away, if it must leave.
 fn alone(flow: &Flow, packet: &[u8], from_client: bool, v6: bool) -> Option<Vec<u8>> {
     let (psc, guest, _) = addresses(v6);
     let mut packet = packet.to_vec();
@@ -543,8 +543,8 @@ fn is_right(packet: &[u8], v6: bool) -> bool {
     fold(sum(&packet[addresses]) + 6 + tcp.len() as u64 + sum(tcp)) == 0xffff
 }
 
-/// Whatever the kernel passes, on its own judgment, the engine takes as it is; but for what its receiver finds broken,
-/// which it then finds broken too. No replica is ever left behind for what a client sent.
+/// Whatever the kernel passes by its own judgment, the engine takes as it is, except what its receiver finds broken, which the
+/// engine finds broken, too. No replica ever falls behind because of what a client sent.
 #[test]
 fn what_the_kernel_passes_the_engine_takes() {
     let cases = number("BPF_CASES").map_or(CASES / 4, |cases| cases as u32);

@@ -1,5 +1,5 @@
-//! What becomes of one segment in the kernel? One packet per feature through the programs, by BPF test-run: the bytes
-//! as they leave, the verdict, the record, and every counter that moved. Needs root.
+//! One packet per feature through the programs, by BPF test-run: the bytes as they leave, the verdict, the record, and every
+//! counter that moved. Needs root.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -105,7 +105,7 @@ fn sack(left: u32, right: u32) -> Vec<u8> {
     [&[1, 1, 5, 10], left.to_be_bytes().as_slice(), &right.to_be_bytes()].concat()
 }
 
-/// With lengths and checksums made anew: what is rewritten in pieces must come to the same.
+/// With lengths and checksums computed anew: incremental rewriting must give the same.
 fn packet(source: SocketAddr, destination: SocketAddr, segment: &Segment) -> Vec<u8> {
     let Segment { seq, ack, flags, window, options, payload, .. } = segment;
     let mut tcp = [source.port().to_be_bytes(), destination.port().to_be_bytes()].concat();

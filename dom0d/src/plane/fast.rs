@@ -3,7 +3,7 @@
 //! the plane `pcap`.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use understudy_api::config::{self, OnDaemonLoss};
 use understudy_bpf::layout::{self, Conversation, Key, SLOTS, Server};
 use understudy_bpf::{Copied, Packet, RingEnd, Settings, Source, Tap};
-use understudy_protocol::{Bounds, Handover, Instant, LinkAddress, Passage, ServerId};
+use understudy_protocol::{Bounds, Instant, LinkAddress, Passage, Rule, ServerId};
 
 use super::Origin;
 use crate::link::frame::is_unicast;
@@ -98,19 +98,25 @@ fn shared(bounds: Bounds) -> layout::Bounds {
 }
 
 impl FastPath {
-    /// Passes nothing yet, and knows no servers.
-    pub(super) fn new(tap: Tap) -> Self {
+    /// Goes on where a predecessor's was, with that OVM; without one it knows no servers and passes nothing yet.
+    pub(super) fn new(tap: Tap, left: &Left, ovm: Option<ServerId>) -> Self {
+        let mut slots = [None; SLOTS];
+        for (&server, &slot) in &left.slots {
+            if let Some(known) = slots.get_mut(usize::from(slot)) {
+                *known = Some(server);
+            }
+        }
         Self {
             tap,
-            slots: [None; SLOTS],
-            ovm: None,
+            slots,
+            ovm,
             stopped: false,
             end: RingEnd::default(),
             left: 0,
             rvms_left: [0; SLOTS],
             idle: false,
             busy_until: Instant::default(),
-            untold: 0,
+            untold: left.untold,
             counters: Counters::default(),
         }
     }
@@ -235,7 +241,7 @@ impl FastPath {
     }
 
     /// Passes nothing from now on. `false` if it had stopped already.
-    pub(super) fn stop(&mut self) -> bool {
+    pub(crate) fn stop(&mut self) -> bool {
         if self.stopped {
             return false;
         }
@@ -247,7 +253,7 @@ impl FastPath {
     }
 
     /// Whether it stopped and was not told of an OVM since.
-    pub(super) fn is_stopped(&self) -> bool {
+    pub(crate) fn is_stopped(&self) -> bool {
         self.stopped
     }
 
@@ -263,33 +269,29 @@ impl FastPath {
     }
 
     /// Whether everything of clients and OVM has been received.
-    pub(super) fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.idle && !self.stopped
     }
 
-    /// Passes a conversation from now on.
-    pub(super) fn hand_over(&mut self, handover: &Handover) {
-        let key = Key::new(handover.client, handover.psc.port());
-        let conversation = Conversation::new(&handover.flow, handover.link.0, handover.entry);
-        match self.tap.install(&key, conversation, shared(handover.flow.bounds)) {
-            Ok(()) => self.counters.handed_over += 1,
-            // Its segments go on through the daemon.
-            Err(_) => self.counters.hand_over_failed += 1,
+    /// Passes a conversation from now on, lets it go on further, or passes it no more.
+    pub(crate) fn apply(&mut self, rule: &Rule) {
+        match rule {
+            Rule::HandOver(handover) => {
+                let key = Key::new(handover.client, handover.psc.port());
+                let conversation = Conversation::new(&handover.flow, handover.link.0, handover.entry);
+                match self.tap.install(&key, conversation, shared(handover.flow.bounds)) {
+                    Ok(()) => self.counters.handed_over += 1,
+                    // Its segments go on through the daemon.
+                    Err(_) => self.counters.hand_over_failed += 1,
+                }
+            }
+            &Rule::Extend { entry, bounds } => self.tap.extend(entry, shared(bounds)),
+            &Rule::TakeBack { client, psc } => self.tap.remove(&Key::new(client, psc.port())),
         }
     }
 
-    /// Lets a conversation that it passes go on further than before.
-    pub(super) fn extend(&mut self, entry: u32, bounds: Bounds) {
-        self.tap.extend(entry, shared(bounds));
-    }
-
-    /// Passes a conversation no more.
-    pub(super) fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {
-        self.tap.remove(&Key::new(client, psc.port()));
-    }
-
     /// Whether something was passed since the last call that could not be told.
-    pub(super) fn take_untold(&mut self) -> bool {
+    pub(crate) fn take_untold(&mut self) -> bool {
         let untold = self.tap.unrecorded();
         std::mem::replace(&mut self.untold, untold) != untold
     }
@@ -298,17 +300,6 @@ impl FastPath {
     pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
         self.tap.beat(now.as_micros().saturating_mul(1_000));
         (now < self.busy_until).then(|| now + LOOK)
-    }
-
-    /// Goes on where a predecessor's was.
-    pub(super) fn succeed(&mut self, left: &Left, ovm: Option<ServerId>) {
-        for (&server, &slot) in &left.slots {
-            if let Some(known) = self.slots.get_mut(usize::from(slot)) {
-                *known = Some(server);
-            }
-        }
-        self.ovm = ovm;
-        self.untold = left.untold;
     }
 
     /// What a successor must know.
@@ -321,7 +312,7 @@ impl FastPath {
     }
 
     /// Whether this OVM's segments, and nobody else's, are let through to clients.
-    pub(super) fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
+    pub(crate) fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
         !self.stopped && self.tap.active() == ovm.and_then(|ovm| self.slot_of(ovm))
     }
 

@@ -16,7 +16,6 @@ mod ports;
 mod presence;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::ops::{Deref, Range};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -24,14 +23,14 @@ use std::path::Path;
 use nix::poll::PollFlags;
 use understudy_api::config;
 use understudy_bpf::{Packet, Programs};
-use understudy_protocol::{Bounds, Destination, Handover, Instant, LinkAddress, Passage, ServerId, Transmit};
+use understudy_protocol::{Destination, Instant, LinkAddress, Passage, ServerId, Transmit};
 
 use self::fast::Taken;
 use self::notes::Notes;
 use self::packet::{destination_address, opens, source_address};
 use self::ports::Ports;
 use self::presence::Presence;
-use crate::link::device::{Device, mac_text};
+use crate::link::device::mac_text;
 use crate::link::frame::{self, Content, Frame, is_unicast};
 use crate::link::psc::Psc;
 use crate::link::vif::{Interface, Vif};
@@ -86,7 +85,8 @@ pub(crate) struct Plane {
     pub(crate) notes: Notes,
     /// What passes conversations by itself, on the plane `bpf`.
     pub(crate) fast: Option<FastPath>,
-    presence: Presence,
+    /// The PSC on its bridge.
+    pub(crate) presence: Presence,
     ovm: Option<ServerId>,
     counters: Counters,
 }
@@ -98,6 +98,31 @@ struct Counters {
     no_link_address: u64,
     other_vlan_refused: u64,
     malformed: u64,
+}
+
+/// What becomes of a plane's servers.
+pub(crate) enum Change<'a> {
+    /// A server's vif is open: that of a new server, or in place of the one that it had. A server that the fast path has no
+    /// slot for is not in the plane ([`Ports::has_server`]).
+    Opened {
+        /// Whose.
+        server: ServerId,
+        /// The open interface.
+        interface: Interface,
+        /// The vif.
+        vif: &'a Vif,
+    },
+    /// A server was attached anew, and has another id.
+    Renamed {
+        /// Its id before.
+        from: ServerId,
+        /// Its id now.
+        to: ServerId,
+    },
+    /// A server is gone: its interface is closed.
+    Gone(ServerId),
+    /// Who is the OVM from now on; also after [`FastPath::stop`].
+    Ovm(Option<ServerId>),
 }
 
 /// What a captured frame means.
@@ -118,23 +143,29 @@ pub(crate) struct Choice {
     pub(crate) reason: Option<String>,
 }
 
-/// Chooses a service's plane, whose maps, if it has any, are pinned there. May take a moment: the kernel verifies
-/// programs.
-pub(crate) fn choose(service: &config::Service, pins: Option<&Path>) -> Choice {
-    let plane = |fast| Plane {
+/// Chooses a service's plane, whose maps, if it has any, are pinned there. It goes on where a predecessor's was, with that
+/// OVM. May take a moment: the kernel verifies programs.
+pub(crate) fn choose(
+    service: &config::Service,
+    pins: Option<&Path>,
+    (left, ovm): (&Left, Option<ServerId>),
+) -> Choice {
+    let plane = |fast: Option<FastPath>| Plane {
         ports: Ports::default(),
         notes: Notes::default(),
-        fast,
         presence: Presence::new(Psc::of(service)),
-        ovm: None,
+        ovm: ovm.filter(|_| fast.is_some()),
+        fast,
         counters: Counters::default(),
     };
     match service.plane {
         config::Plane::Pcap => Choice { plane: plane(None), programs: None, reason: None },
         config::Plane::Bpf => match understudy_bpf::load(&fast::settings(service, pins)) {
-            Ok((programs, tap)) => {
-                Choice { plane: plane(Some(FastPath::new(tap))), programs: Some(programs), reason: None }
-            }
+            Ok((programs, tap)) => Choice {
+                plane: plane(Some(FastPath::new(tap, left, ovm))),
+                programs: Some(programs),
+                reason: None,
+            },
             Err(error) => {
                 let reason = format!("the plane bpf can't be used here, so pcap is: {error}");
                 Choice { plane: plane(None), programs: None, reason: Some(reason) }
@@ -143,34 +174,33 @@ pub(crate) fn choose(service: &config::Service, pins: Option<&Path>) -> Choice {
     }
 }
 
-/// What the service asks of it: interfaces come and go, packets are received.
 impl Plane {
-    /// The PSC has its place on its bridge: the far end of the anchor. The PSC is announced with the next [`Plane::tick`].
-    pub(crate) fn set_anchor(&mut self, now: Instant, far_end: Device) {
-        self.ports.set_anchor(far_end);
-        self.presence.begin(now);
-    }
-
-    /// A server's vif, open. Replaces the interface of a server that is there already. One that the fast path has no slot
-    /// for is not in the plane ([`Ports::has_server`]).
-    pub(crate) fn add_server(&mut self, server: ServerId, interface: Interface, vif: &Vif) {
-        let (index, fast) = (interface.index, self.fast.as_mut());
-        if fast.is_none_or(|fast| fast.add_server(server, index, vif)) {
-            self.ports.add_server(server, interface.device, vif);
-        }
-    }
-
-    /// A server goes on under another id (it was attached anew), or, without one, leaves.
-    pub(crate) fn move_server(&mut self, from: ServerId, to: Option<ServerId>) {
-        self.presence.forget(from);
-        match (to, &mut self.fast) {
-            (Some(to), Some(fast)) => fast.rename_server(from, to),
-            (None, Some(fast)) => fast.remove_server(from),
-            (_, None) => {}
-        }
-        match to {
-            Some(to) => self.ports.rename_server(from, to),
-            None => self.ports.remove_server(from),
+    /// A server's vif opened, a server goes on under another id or is gone, or another server is the OVM.
+    pub(crate) fn change(&mut self, change: Change<'_>) {
+        match change {
+            Change::Opened { server, interface: Interface { index, device }, vif } => {
+                let fast = self.fast.as_mut();
+                if fast.is_none_or(|fast| fast.add_server(server, index, vif)) {
+                    self.ports.add_server(server, device, vif);
+                }
+            }
+            Change::Renamed { from, to } => {
+                self.presence.forget(from);
+                self.fast.iter_mut().for_each(|fast| fast.rename_server(from, to));
+                self.ports.rename_server(from, to);
+            }
+            Change::Gone(server) => {
+                self.presence.forget(server);
+                self.fast.iter_mut().for_each(|fast| fast.remove_server(server));
+                self.ports.remove_server(server);
+            }
+            Change::Ovm(ovm) => {
+                self.fast.iter_mut().for_each(|fast| fast.set_ovm(ovm));
+                if self.ovm != ovm {
+                    self.notes.forget_signs();
+                }
+                self.ovm = ovm;
+            }
         }
     }
 
@@ -235,10 +265,7 @@ impl Plane {
         counters.extend(self.fast.iter().flat_map(FastPath::counters));
         counters
     }
-}
 
-/// What the engine asks of it.
-impl Plane {
     /// Sends a packet of the engine. Failures are counted: to a TCP they are losses.
     pub(crate) fn transmit(&mut self, transmit: &Transmit) {
         let (packet, psc_mac) = (&transmit.packet, self.presence.psc().mac);
@@ -261,81 +288,11 @@ impl Plane {
         }
     }
 
-    /// Asks a server for its own link-layer address; the answer is a sign that it lives.
-    pub(crate) fn ask(&mut self, server: ServerId) {
-        self.presence.ask(server, &mut self.ports);
-    }
-
-    /// Who is the OVM from now on; also after [`Plane::stop`].
-    pub(crate) fn set_ovm(&mut self, ovm: Option<ServerId>) {
-        if let Some(fast) = &mut self.fast {
-            fast.set_ovm(ovm);
-        }
-        if self.ovm != ovm {
-            self.notes.forget_signs();
-        }
-        self.ovm = ovm;
-    }
-
-    /// Passes nothing by itself from now on. `false` if it never does, or had stopped already.
-    pub(crate) fn stop(&mut self) -> bool {
-        self.fast.as_mut().is_some_and(FastPath::stop)
-    }
-
-    /// Whether it stopped and was not told of an OVM since.
-    pub(crate) fn is_stopped(&self) -> bool {
-        self.fast.as_ref().is_some_and(FastPath::is_stopped)
-    }
-
-    /// The next packet of those that came before [`Plane::stop`], passed or not; `None` when there is none left, whatever
+    /// The next packet of those that came before [`FastPath::stop`], passed or not; `None` when there is none left, whatever
     /// clients have said since: that is received as ever.
     pub(crate) fn rest(&mut self) -> Option<Inbound<'_>> {
         let taken = self.fast.as_mut()?.rest()?;
         self.inbound(taken)
-    }
-
-    /// Whether everything of clients and OVM has been received, so that conversations can be handed over.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.fast.as_ref().is_some_and(FastPath::is_idle)
-    }
-
-    /// Whether something was passed since the last call that could not be told.
-    pub(crate) fn take_untold(&mut self) -> bool {
-        self.fast.as_mut().is_some_and(FastPath::take_untold)
-    }
-
-    /// Passes a conversation by itself from now on.
-    pub(crate) fn hand_over(&mut self, handover: &Handover) {
-        if let Some(fast) = &mut self.fast {
-            fast.hand_over(handover);
-        }
-    }
-
-    /// Lets a conversation that it passes go on further than before.
-    pub(crate) fn extend(&mut self, entry: u32, bounds: Bounds) {
-        if let Some(fast) = &mut self.fast {
-            fast.extend(entry, bounds);
-        }
-    }
-
-    /// Passes a conversation by itself no more.
-    pub(crate) fn take_back(&mut self, client: SocketAddr, psc: SocketAddr) {
-        if let Some(fast) = &mut self.fast {
-            fast.take_back(client, psc);
-        }
-    }
-
-    /// Whether this OVM's segments, and nobody else's, are let through to clients.
-    pub(crate) fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
-        self.fast.as_ref().is_none_or(|fast| fast.lets_speak(ovm))
-    }
-
-    /// Goes on where a predecessor's plane was.
-    pub(crate) fn succeed(&mut self, left: &Left, ovm: Option<ServerId>) {
-        if let Some(fast) = &mut self.fast {
-            fast.succeed(left, ovm);
-        }
-        self.ovm = ovm;
     }
 }
 

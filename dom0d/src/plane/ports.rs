@@ -37,6 +37,8 @@ pub(crate) struct Loss {
 #[derive(Default)]
 pub(crate) struct Ports {
     anchor: Option<Port>,
+    /// The anchor was opened, and nobody has asked yet.
+    is_new: bool,
     servers: BTreeMap<ServerId, Server>,
     /// Whose turns are left until the next poll.
     turns: VecDeque<Turn>,
@@ -91,10 +93,17 @@ struct Counters {
 }
 
 impl Ports {
-    /// Opens the PSC's place on its bridge: the far end of the anchor, in place of an earlier one.
-    pub(super) fn set_anchor(&mut self, far_end: Device) {
+    /// Opens the PSC's place on its bridge: the far end of the anchor, in place of an earlier one. The PSC is announced with
+    /// the next [`super::Plane::tick`].
+    pub(crate) fn set_anchor(&mut self, far_end: Device) {
         self.note_lost();
+        self.is_new = true;
         self.anchor = Some(Port::new(far_end));
+    }
+
+    /// Whether the anchor was opened since the last call.
+    pub(super) fn take_is_new(&mut self) -> bool {
+        std::mem::take(&mut self.is_new)
     }
 
     /// Whether the PSC has its place on a bridge.

@@ -23,7 +23,7 @@ const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_secs(60);
 const DEFEND_INTERVAL: Duration = Duration::from_secs(10);
 
 /// See the module.
-pub(super) struct Presence {
+pub(crate) struct Presence {
     psc: Psc,
     neighbours: Neighbours,
     announced: usize,
@@ -62,14 +62,11 @@ impl Presence {
         self.neighbours.get(address)
     }
 
-    /// The PSC came up: it is announced with the next [`Presence::tick`].
-    pub(super) fn begin(&mut self, now: Instant) {
-        self.announced = 0;
-        self.announce_at = Some(now);
-    }
-
     /// Announces the PSC if that is due, and says when to call again.
     pub(super) fn tick(&mut self, now: Instant, ports: &mut Ports) -> Option<Instant> {
+        if ports.take_is_new() {
+            (self.announced, self.announce_at) = (0, Some(now));
+        }
         let due = self.announce_at.filter(|_| ports.is_anchored())?;
         if now >= due {
             self.announce(ports);
@@ -222,7 +219,7 @@ impl Presence {
     }
 
     /// Asks a server for its own link-layer address; the answer is a sign that it lives.
-    pub(super) fn ask(&mut self, server: ServerId, ports: &mut Ports) {
+    pub(crate) fn ask(&mut self, server: ServerId, ports: &mut Ports) {
         let addresses = ports.addresses(server);
         let v4 = addresses.iter().find_map(|address| match address {
             IpAddr::V4(v4) => Some(*v4),

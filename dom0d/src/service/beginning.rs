@@ -139,7 +139,9 @@ impl Service {
                 "nothing is mounted at {BPFFS} (mount -t bpf bpf {BPFFS}): should dom0d be killed, replicas must be seeded anew"
             );
         }
-        let choice = plane::choose(&config, has_bpffs.then_some(places.pins.as_path()));
+        let nothing = Left::default();
+        let before = left.as_ref().map_or((&nothing, None), |(engine, known)| (&known.plane, engine.ovm()));
+        let choice = plane::choose(&config, has_bpffs.then_some(places.pins.as_path()), before);
         if let Some(reason) = &choice.reason {
             tracing::warn!(service = name, "{reason}");
             left = None;
@@ -157,7 +159,6 @@ impl Service {
             (engine, Known::default())
         });
         let mut service = Self::new(index, config, engine, memory, choice.plane);
-        service.plane.succeed(&known.plane, service.engine.ovm());
         let succeeds = !known.servers.is_empty();
         service.opening = succeeds.then(clock::now);
         service.rules_changed = succeeds;
@@ -205,7 +206,8 @@ impl Service {
         // A release is never refused.
         let _ = self.engine.command(now, Command::Release);
         self.drain(now, around);
-        if !self.plane.lets_speak(self.engine.ovm()) {
+        let ovm = self.engine.ovm();
+        if self.plane.fast.as_ref().is_some_and(|fast| !fast.lets_speak(ovm)) {
             // It was about to cut over.
             let _ = self.cut_over(now, around, None);
         }

@@ -9,6 +9,7 @@ use super::{Place, Server, Service, Surroundings};
 use crate::domain::{DomainId, DomainRef, KnownDomain};
 use crate::link::device::{Device, mac_text};
 use crate::link::vif::{Arrival, GuestVif, Interface};
+use crate::plane::Change;
 use crate::report::DaemonEvent;
 
 impl Service {
@@ -20,7 +21,7 @@ impl Service {
         far_end: Device,
         around: &mut Surroundings<'_>,
     ) {
-        self.plane.set_anchor(now, far_end);
+        self.plane.ports.set_anchor(far_end);
         let mac = mac_text(self.config.psc_mac);
         self.daemon_event(now, DaemonEvent::PscReady { bridge: bridge.clone(), mac }, around);
         self.bridge = Some(bridge);
@@ -39,7 +40,7 @@ impl Service {
         let life = DomainId::from(&arrival.domain);
         self.unusable.remove(&life);
         if let Some(id) = self.find_life(life) {
-            self.plane.add_server(id, vif, &arrival.vif);
+            self.plane.change(Change::Opened { server: id, interface: vif, vif: &arrival.vif });
             self.server_mut(id, |server| server.vif_opened(arrival));
             self.rules_changed = true;
             return;
@@ -51,7 +52,7 @@ impl Service {
         } else {
             Place::Preparing(rules_version)
         };
-        self.plane.add_server(id, vif, &arrival.vif);
+        self.plane.change(Change::Opened { server: id, interface: vif, vif: &arrival.vif });
         self.remember_name(id, &arrival.domain);
         self.servers.insert(id, Server::new(arrival, place));
         self.rules_changed = true;
@@ -92,7 +93,7 @@ impl Service {
             self.accuse(now, id, Evidence::DomainGone, around);
         }
         self.copying_lost(now, id, around);
-        self.plane.move_server(id, None);
+        self.plane.change(Change::Gone(id));
         self.rules_changed = true;
         let event = DaemonEvent::DomainGone { domain: self.servers[&id].domain.clone() };
         // An OVM that nobody could replace stays in the engine's books, and so here.

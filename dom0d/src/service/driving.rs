@@ -1,11 +1,11 @@
 //! The engine drives the plane, the rules and the domains: one service as [`understudy_driver`] wants it.
 
 use understudy_driver::{Driven, Engine as _, Suspicion};
-use understudy_protocol::{EventKind, Input, Instant, OperatorError, Output, Rule, ServerId};
+use understudy_protocol::{EventKind, Input, Instant, OperatorError, Output, ServerId};
 
 use super::{Service, Surroundings};
 use crate::clock;
-use crate::plane::{Inbound, Origin};
+use crate::plane::{Change, FastPath, Inbound, Origin};
 use crate::report::Happening;
 use crate::store::succession::Engine;
 
@@ -35,7 +35,7 @@ impl Driven for Driving<'_, '_> {
     }
 
     fn stop(&mut self) -> bool {
-        self.service.plane.stop()
+        self.service.plane.fast.as_mut().is_some_and(FastPath::stop)
     }
 
     fn hear_rest(&mut self, now: Instant) -> bool {
@@ -47,13 +47,14 @@ impl Driven for Driving<'_, '_> {
     }
 
     fn resume(&mut self, ovm: Option<ServerId>) {
-        if self.service.plane.is_stopped() {
-            self.service.plane.set_ovm(ovm);
+        let plane = &mut self.service.plane;
+        if plane.fast.as_ref().is_some_and(FastPath::is_stopped) {
+            plane.change(Change::Ovm(ovm));
         }
     }
 
     fn is_idle(&self) -> bool {
-        self.service.plane.is_idle()
+        self.service.plane.fast.as_ref().is_some_and(FastPath::is_idle)
     }
 }
 
@@ -94,11 +95,9 @@ impl Service {
     fn carry_out(&mut self, output: Output, around: &mut Surroundings<'_>) {
         match output {
             Output::Transmit(packet) => self.plane.transmit(&packet),
-            Output::Rule(Rule::HandOver(handover)) => self.plane.hand_over(&handover),
-            Output::Rule(Rule::Extend { entry, bounds }) => self.plane.extend(entry, bounds),
-            Output::Rule(Rule::TakeBack { client, psc }) => self.plane.take_back(client, psc),
+            Output::Rule(rule) => self.plane.fast.iter_mut().for_each(|fast| fast.apply(&rule)),
             Output::Cutover { to, .. } => {
-                self.plane.set_ovm(Some(to));
+                self.plane.change(Change::Ovm(Some(to)));
                 self.rules_changed = true;
                 if let Some(server) = self.servers.get(&to) {
                     self.memory.begin(&server.domain);
@@ -106,7 +105,7 @@ impl Service {
                 }
             }
             Output::Fence(id) => self.fence(id, around),
-            Output::Ask(server) => self.plane.ask(server),
+            Output::Ask(server) => self.plane.presence.ask(server, &mut self.plane.ports),
             Output::StopPlane { .. } => {}
             Output::Event(event) => {
                 self.note(&event.kind);

@@ -6,6 +6,7 @@ use understudy_protocol::{Command, Input, Instant, OperatorError, Seeding, Serve
 
 use super::{Place, Server, Service, Surroundings};
 use crate::domain::DomainRef;
+use crate::plane::Change;
 use crate::report::DaemonEvent;
 use crate::store::memory::InStep;
 
@@ -127,7 +128,7 @@ impl Service {
         }
         self.memory_changed |= self.memory.see(uuid);
         self.rules_changed = true;
-        self.plane.set_ovm(self.engine.ovm());
+        self.plane.change(Change::Ovm(self.engine.ovm()));
         self.drain(now, around);
     }
 
@@ -158,7 +159,7 @@ impl Service {
             self.remember_name(new, &server.domain);
             self.servers.insert(new, server);
         }
-        self.plane.move_server(id, Some(new));
+        self.plane.change(Change::Renamed { from: id, to: new });
         let uuid = self.servers[&new].domain.uuid;
         self.memory.set_detached(uuid, false);
         self.memory_changed = true;

@@ -27,7 +27,7 @@ use crate::containment::Refusal;
 use crate::domain::{DomainId, DomainRef, KnownDomain};
 use crate::host::fencing::Job;
 use crate::link::vif::GuestVif;
-use crate::plane::{Origin, Plane};
+use crate::plane::{FastPath, Origin, Plane};
 use crate::report::{DaemonEvent, Happening, Reporter};
 use crate::store::memory::{InStep, ServiceMemory};
 use crate::store::succession::Engine;
@@ -175,7 +175,7 @@ impl Service {
             self.drain(now, around);
         }
         self.note_own_connections(now, around);
-        if self.plane.take_untold() {
+        if self.plane.fast.as_mut().is_some_and(FastPath::take_untold) {
             self.engine.tell(now, Input::Untold);
             self.surroundings_changed = true;
         }

@@ -1,5 +1,5 @@
-//! What time is it? CLOCK_MONOTONIC for the engine, so that its times can be compared with those of
-//! other processes of this host.
+//! The daemon's clocks: CLOCK_MONOTONIC for the engine, so that its times compare with those of other processes of this
+//! host; the wall clock for events.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -56,10 +56,10 @@ use crate::wake::Waker;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Where the lock is on a real host, and what a killed dom0d leaves to the next.
+/// Where a real host has the lock, and what a killed dom0d leaves to its successor.
 const RUN_DIRECTORY: &str = "/run/understudy";
 
-/// Where the memory is on a real host: it outlives a reboot.
+/// Where a real host has the memory that outlives a reboot.
 const STATE_DIRECTORY: &str = "/var/lib/understudy";
 
 /// Which boot of dom0 this is.
@@ -68,7 +68,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Log filter when nothing is said: xenstore-rs warns of every watch that ends with its domain.
 const DEFAULT_LOG: &str = "info,xenstore_rs=error";
 
-/// A data path that has not come round for this long is stuck, and systemd is not told that all is well.
+/// A data path that has not begun a round for this long is stuck, and dom0d stops telling systemd that all is well.
 const STUCK: Duration = Duration::from_secs(2);
 
 /// Keeps TCP services of domUs alive when the domU that serves them freezes or dies.
@@ -143,7 +143,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
     runtime.block_on(run((Arc::new(config), &arguments.config), &hypervisor, &socket, &places))
 }
 
-/// What this dom0d has of the host's files.
+/// Where this dom0d keeps its files.
 struct Places {
     /// Emptied by a reboot.
     run: PathBuf,
@@ -225,8 +225,7 @@ async fn run(
         beginnings.push((programs, service.arrivals()));
         services.push(service);
     }
-    // Of a dom0d that was killed: its programs would go on in the name of services that this one does not have, or has
-    // on the other plane.
+    // The programs of a killed dom0d would go on passing for services that this one does not have, or has on plane `pcap`.
     let begun = macs.iter().zip(&beginnings).filter(|(_, (programs, _))| programs.is_some());
     let begun: Vec<_> = begun.map(|(&mac, _)| mac).collect();
     let left = anchor::remove_programs(&netlink, &begun).await?;
@@ -290,7 +289,7 @@ async fn run(
     result
 }
 
-/// What earlier dom0ds wrote down; doubt, where that can't be believed.
+/// What earlier dom0ds remembered; doubt, if that can't be read.
 fn remember(config: &Config, directory: &Path) -> Memory {
     durable::load(directory).unwrap_or_else(|error| {
         let reason = format!("what was written down in {} can't be used: {error}", directory.display());
@@ -365,7 +364,7 @@ fn start_threads(
     })
 }
 
-/// Tells the service manager that all is well as long as the data path comes round; never returns.
+/// Tells the service manager that all is well as long as the data path begins rounds; never returns.
 async fn watchdog(notifier: Option<&Notifier>, heartbeat: &AtomicU64) {
     let Some((notifier, interval)) =
         notifier.and_then(|notifier| Some((notifier, notifier.watchdog_interval()?)))
@@ -421,7 +420,7 @@ async fn clean_up(netlink: &Handle, macs: &[Mac]) {
             tracing::error!(%error, "an anchor stays; the next dom0d removes it");
         }
     }
-    // What a killed one left on interfaces that this one did not come to, too.
+    // Also what a killed dom0d left on interfaces that this one never used.
     let mut interfaces = anchor::remove_programs(netlink, &[]).await.unwrap_or_else(|error| {
         tracing::error!(%error, "programs may stay; the next dom0d removes them");
         Vec::new()

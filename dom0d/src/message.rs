@@ -1,4 +1,4 @@
-//! What the threads tell each other: the data path is told a [`Message`], and tells placement of a [`LostInterface`].
+//! The messages between threads: all send a [`Message`] to the data path, which sends [`LostInterface`] to placement.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc;
@@ -35,7 +35,7 @@ pub(crate) enum Message {
         /// Its vif.
         vif: Interface,
     },
-    /// A domain that a service has lives on under another number.
+    /// A domain of a service was migrated within this host: it has another domid.
     Moved {
         /// Index of the service.
         service: usize,
@@ -92,23 +92,22 @@ pub(crate) enum Message {
         /// What it asks for.
         request: String,
     },
-    /// What hinders a service, or the daemon, in the eyes of one part of it; replaces what that part
-    /// said before.
+    /// The problems that one part of the daemon has; they replace those that it had before.
     Problems {
         /// Which part.
         source: Source,
         /// What, and what to do.
         problems: Vec<String>,
     },
-    /// What became of the kernel's rules.
+    /// News of the kernel's rules.
     Rules(RulesNews),
-    /// What became of a job.
+    /// The result of a job.
     Outcome(Outcome),
     /// End the thread.
     Stop,
 }
 
-/// Which part of the daemon is hindered.
+/// The part of the daemon that has a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Source {
     /// Discovery.

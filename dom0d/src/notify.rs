@@ -1,4 +1,4 @@
-//! What does systemd hear of the daemon? sd_notify(3) by plain datagrams; nothing without NOTIFY_SOCKET.
+//! Tells systemd how the daemon is: sd_notify(3) by plain datagrams; nothing without NOTIFY_SOCKET.
 
 use std::ffi::OsStr;
 use std::io;
@@ -25,9 +25,8 @@ impl Notifier {
         Ok(Some(Self { socket: UnixDatagram::unbound()?, address: address(&path)?, watchdog }))
     }
 
-    /// How often it is looked whether the manager can be told that the daemon is well, if it watches: so
-    /// often that the daemon is killed only if it was stuck nearly all of the limit, not if a starved host
-    /// did not run it for a moment in which it was looked.
+    /// How often to tell the manager that the daemon is well, if it watches. Often enough that systemd kills the daemon only
+    /// if it was stuck for nearly the whole limit, not because a starved host did not run it for a moment.
     pub(crate) fn watchdog_interval(&self) -> Option<Duration> {
         self.watchdog.map(|limit| limit / 10)
     }

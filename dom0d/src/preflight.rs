@@ -1,4 +1,4 @@
-//! Can dom0d work on this host? Looked at before anything is touched, so that a refusal leaves no trace.
+//! Checks whether dom0d can work on this host, before it touches anything: a refusal leaves no trace.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
@@ -13,8 +13,8 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use nix::unistd::geteuid;
 
-/// How long a lock that another holds is tried. A dom0d that was killed while it started nft leaves a child that has not
-/// become nft yet, and holds the lock until then.
+/// How long to retry a lock that another process holds. If dom0d is killed while it starts nft, its child holds the lock
+/// until it has become nft.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why dom0d does not start; nothing was changed.
@@ -118,7 +118,7 @@ pub(crate) fn lock(directory: &Path) -> Result<Lock, Refusal> {
     }
 }
 
-/// Setups of this host that work worse than they could; each with what to do.
+/// What works worse on this host than it could, each with a remedy.
 pub(crate) fn warnings() -> Vec<String> {
     let mut found = Vec::new();
     for (name, family) in [("iptables", "IPv4"), ("ip6tables", "IPv6")] {

@@ -1,11 +1,11 @@
-//! How another thread gets the data-path thread out of its poll(2).
+//! Wakes the data-path thread from its poll(2).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// A cloneable eventfd: written by whoever has something for the data path, polled by it.
+/// A cloneable eventfd: other threads write it, the data path polls it.
 #[derive(Clone, Debug)]
 pub(crate) struct Waker(Arc<EventFd>);
 

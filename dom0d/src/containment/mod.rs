@@ -1,13 +1,14 @@
-//! What must dom0's kernel not forward by itself? The nft table `bridge understudy`, replaced as a whole
-//! without a moment in which a frame passes that neither the old nor the new one lets through, put back when
-//! somebody else changes it, and removed at a clean end.
+//! What dom0's kernel must not forward by itself (rule 13): the nft table `bridge understudy`, and the same for tc programs.
 //!
-//! The OVM's segments of the service are dropped here because dom0d forwards them, rewritten; were the
-//! originals to reach a client too, it would answer them with a RST. Everything an RVM sends is dropped
-//! but what the operator allows, on each of its vifs. What is for a server's own address at a port of the service is
-//! dropped, too: by that, a client would change one server behind the others' backs. A guest is known by its vifs and
-//! their MACs: one that was migrated within this host may send from a new vif before dom0d knows that one. The table is
-//! not the fence (the engine is), so it is rewritten after a promotion and off the packet path.
+//! The table is replaced as a whole; at no moment does a frame pass that both the old and the new one would drop. It is put
+//! back when somebody else changes it, and removed at a clean end.
+//!
+//! The kernel drops the OVM's segments of the service because dom0d forwards them, rewritten; a client would answer the
+//! originals with a RST. It drops everything that an RVM sends from any of its vifs, except what the operator allows. It
+//! drops what is sent to a server's own address at a port of the service: a client could change one server without the
+//! others. A guest is recognised by its vifs and by their MACs, since a guest that was migrated within this host may send
+//! from a new vif before dom0d knows it. The table is not the fence (the engine is), so it is rewritten after a promotion,
+//! off the packet path.
 
 mod table;
 mod watch;

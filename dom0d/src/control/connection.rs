@@ -1,5 +1,5 @@
-//! One client of the control server, and how long it may take for anything: whoever connects and says nothing, says half
-//! of it, or does not read what it asked for, is in nobody's way for longer than a few seconds.
+//! Connections to the control server, and their limits: a client that sends nothing, sends half a request, or does not read
+//! its answer is disconnected after a few seconds.
 
 use std::io;
 use std::pin::Pin;

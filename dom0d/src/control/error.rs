@@ -1,4 +1,4 @@
-//! What a refused or failed request is answered: a status, a stable code, and what to do.
+//! The answer to a refused or failed request: a status, a stable code, and what to do.
 
 use axum::Json;
 use axum::http::StatusCode;

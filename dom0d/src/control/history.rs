@@ -1,8 +1,7 @@
-//! What happened so far, for readers that come later: a bounded ring of events that any number of
-//! followers read at their own pace.
+//! The events so far: a bounded ring that any number of readers read at their own pace.
 //!
-//! A follower holds nothing but its place. One that is slower than the ring loses the oldest events
-//! and is told how many ([`EVENTS_LOST`]), and never slows down the daemon.
+//! A reader holds nothing but its position. A reader that is slower than the ring misses the oldest events and is told how
+//! many ([`EVENTS_LOST`]); it never slows down the daemon.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

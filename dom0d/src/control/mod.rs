@@ -1,7 +1,7 @@
-//! The control server: HTTP/1.1 with JSON on a Unix socket, for the CLI and for whoever watches.
+//! The control server: HTTP/1.1 with JSON on a Unix socket, for the CLI and for monitoring.
 //!
-//! It knows nothing by itself: each request is passed on to the data path, whose answer is put
-//! into the API's words. Events are kept here, see [`history`].
+//! It has no state of its own but the events (see [`history`]): it passes each request on to the data path, and translates the
+//! answer into the API's types.
 
 mod body;
 mod commands;

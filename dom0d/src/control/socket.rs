@@ -1,4 +1,4 @@
-//! How the control socket comes to be and goes: one daemon per path, root only, nothing left behind.
+//! The control socket: one daemon per path, root only, nothing left behind.
 
 use std::fs;
 use std::io;

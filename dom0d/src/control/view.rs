@@ -1,4 +1,4 @@
-//! How the daemon's reports look to operators: server ids get their domains, reasons get words.
+//! Translates the daemon's reports into the API's types: server ids get their domains, reasons get words.
 
 use std::collections::BTreeMap;
 

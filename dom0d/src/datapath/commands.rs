@@ -1,4 +1,4 @@
-//! How are operators' requests answered? Between packets, on the data-path thread.
+//! Answers operators' requests between packets, on the data-path thread.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::service::{Place, Service};
 type Outcome<T> = Result<T, CommandError>;
 
 impl DataPath {
-    /// Answers a request. Whoever asked may have gone; then the answer is lost, the deed is not.
+    /// Answers a request. If whoever asked is gone, the answer is lost, but not what was done.
     pub(super) fn answer(&mut self, now: Instant, request: Request) {
         match request {
             Request::Status { reply } => drop(reply.send(Ok(self.status()))),
@@ -194,7 +194,7 @@ impl DataPath {
         let id = match find(service, domain) {
             Ok(id) => id,
             Err(error) => match service.find_unusable(domain).map(|known| known.domain.clone()) {
-                // Nothing of it is in use; its network opens, and it stays out should it become usable.
+                // It is no server: its vifs are released, and it won't join if it becomes usable.
                 Some(domain) if !service.memory.is_detached(domain.uuid) => {
                     service.memory.set_detached(domain.uuid, true);
                     service.memory_changed = true;
@@ -212,7 +212,7 @@ impl DataPath {
             let error = OperatorError::UnknownServer;
             return Err(refused(service.name(), domain, error));
         }
-        // What is not in the queue is kept from joining it, too.
+        // A server that is not in the queue is kept from joining it, too.
         let domain = service.servers[&id].domain.clone();
         service.server_mut(id, |server| server.place = Place::Detached);
         service.memory.set_detached(domain.uuid, true);

@@ -1,8 +1,7 @@
 //! The data-path thread: everything that packets pass through, and what must happen between two of them.
 //!
-//! It sleeps in one ppoll(2) over all captures and a waker, for as long as no engine, no announcement and
-//! no look at the domains is due. Nothing it calls waits: files, netlink, nft and the hypervisor
-//! belong to other threads, which send it a [`Message`].
+//! It sleeps in one ppoll(2) over all captures and a waker until an engine, an announcement or a look at the domains is due.
+//! Nothing that it calls waits: files, netlink, nft and the hypervisor belong to other threads, which send it a [`Message`].
 
 mod commands;
 
@@ -45,7 +44,7 @@ pub(crate) struct Outboxes {
     pub(crate) memory: mpsc::Sender<Memory>,
     /// Interfaces to open again.
     pub(crate) lost: tokio::sync::mpsc::UnboundedSender<LostInterface>,
-    /// When the loop last came round, in microseconds of the clock: for the watchdog.
+    /// When the loop last began a round, in microseconds of the clock: for the watchdog.
     pub(crate) heartbeat: Arc<AtomicU64>,
 }
 
@@ -66,7 +65,7 @@ pub(crate) struct DataPath {
     pub(super) next_server: u32,
     rules_version: u64,
     memory: Memory,
-    /// Domains that a service is fencing, of which the others have not heard.
+    /// Domains that a service is fencing; the other services have not heard yet.
     doomed: Vec<Doomed>,
     pub(super) counters: Counters,
 }
@@ -78,7 +77,7 @@ pub(crate) struct Counters {
     pub(crate) liveness_polls: u64,
     /// Looks that failed.
     pub(crate) liveness_errors: u64,
-    /// Times that the thread was not run for so long that waits are measured anew.
+    /// Times that the thread was not run for so long that waits were measured anew.
     pub(crate) starved: u64,
     /// Times that the rules were written.
     pub(crate) rules_written: u64,
@@ -151,7 +150,7 @@ impl DataPath {
                 self.spread(now);
             }
             self.pass_on();
-            // Asked for in any case: the heartbeat is in it, and a busy daemon is no absent one.
+            // Called in any case, for the heartbeat: the kernel must not take a busy daemon for a dead one.
             let wait = self.wait(now);
             if busy && now.since(self.polled) < POLL_WHILE_BUSY {
                 self.services.iter_mut().for_each(|service| service.plane.set_ready(&[]));
@@ -169,7 +168,7 @@ impl DataPath {
         self.pass_on();
     }
 
-    /// A service, and what it needs of everything else.
+    /// A service, and what it uses of everything else.
     pub(super) fn split(&mut self, index: usize) -> (&mut Service, Surroundings<'_>) {
         let around = Surroundings {
             reporter: &self.outboxes.reporter,
@@ -180,8 +179,8 @@ impl DataPath {
         (&mut self.services[index], around)
     }
 
-    /// Tells every service of what another one is about to pause or destroy, and why: by the time that the next look
-    /// at the domains finds that done, nobody takes it for something that befell the domain.
+    /// Tells every service which domains another service is about to pause or destroy, and why. When the next look at the
+    /// domains finds them stopped, no service takes that for a new fault.
     fn spread(&mut self, now: Instant) {
         while let Some(doomed) = self.doomed.pop() {
             for index in 0..self.services.len() {
@@ -335,7 +334,7 @@ impl DataPath {
                 (service, DaemonEvent::FenceFailed { server, error })
             }
             Outcome::SetPaused { service, server, pause, done } => {
-                // Whichever service was named, it is the domain's.
+                // The operator named one service, but the pause is the domain's.
                 let life = self.services[service].servers.get(&server).map(Server::life);
                 for index in 0..self.services.len() {
                     let (service, mut around) = self.split(index);
@@ -355,7 +354,7 @@ impl DataPath {
         service.daemon_event(now, event, &around);
     }
 
-    /// Replaces what one part of the daemon complains of, and tells what is new and what is over.
+    /// Replaces the problems that one part of the daemon has, and reports the new ones and those that are over.
     fn set_problems(&mut self, now: Instant, source: Source, problems: Vec<String>) {
         let before = self.problems.remove(&source).unwrap_or_default();
         let service = match source {
@@ -435,7 +434,7 @@ impl DataPath {
         let mut polled: Vec<PollFd<'_>> =
             captures.iter().flatten().map(|&fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         polled.push(PollFd::new(self.waker.fd(), PollFlags::POLLIN));
-        // Interrupted or out of memory: the flags are stale at worst, and the next round looks again.
+        // On an error (EINTR, ENOMEM) nothing counts as ready; the next round polls again.
         let woken = ppoll(&mut polled, Some(TimeSpec::from_duration(wait)), None).is_ok();
         let flags = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::POLLIN);
         let ready: Vec<PollFlags> =

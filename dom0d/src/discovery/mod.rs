@@ -1,4 +1,4 @@
-//! Which domains are there, by what names and addresses, behind which vifs?
+//! The domains of this host, with their names, addresses and vifs, as xenstore has them.
 //!
 //! [`xenstore`] keeps a connection and publishes a [`Snapshot`] after each change; what changed is found
 //! by comparing snapshots, since watches only say that something did.
@@ -54,7 +54,7 @@ impl Domain {
     }
 }
 
-/// Suffix that xl gives to a domain that is being received; it is not that domain yet.
+/// Suffix that xl gives to a domain that it is receiving by a migration; it is not that domain yet.
 pub(crate) const INCOMING: &str = "--incoming";
 
 /// Suffix that xl gives to a domain that has been sent away; it is that domain until it is gone.

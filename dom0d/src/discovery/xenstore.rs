@@ -1,5 +1,5 @@
-//! When must the domains be listed anew? Keeps a connection to xenstored, watches what matters, and
-//! survives a xenstored that restarts.
+//! Lists the domains anew whenever xenstore changes. Keeps a connection to xenstored, watches what matters, and survives a
+//! xenstored that restarts.
 //!
 //! A task that both drained a watch and asked xenstore would deadlock inside xenstore-rs once nine
 //! events wait (its dispatcher blocks on the watch's channel and answers nobody). So each watch has a

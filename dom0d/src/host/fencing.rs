@@ -1,8 +1,7 @@
-//! How is a deposed server silenced for good, and how is a domain paused or resumed for an operator?
+//! Silences deposed servers for good, and pauses and resumes domains for operators.
 //!
-//! The data path's own fence holds from the cutover on; this thread pauses or destroys the domain beside
-//! it, verifies that it is done, and tries again until it is. It waits for the hypervisor so that the
-//! data path need not.
+//! The data path's own fence holds from the cutover on (rule 1). This thread pauses or destroys the domain beside it, verifies
+//! the result, and retries until it is verified. It waits for the hypervisor so that the data path need not.
 
 use std::io;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -18,7 +17,7 @@ use crate::domain::DomainId;
 /// Waits before an attempt is repeated: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
-/// Something to do to a domain.
+/// A job on a domain.
 pub(crate) enum Job {
     /// Silence a deposed server, until it is verified.
     Fence {
@@ -41,12 +40,12 @@ pub(crate) enum Job {
         domain: DomainId,
         /// Pause; otherwise resume.
         pause: bool,
-        /// Called with what came of it, after that was told.
+        /// Called with the result, after the data path was told of it.
         done: Box<dyn FnOnce(Result<(), HostError>) + Send>,
     },
 }
 
-/// What became of a [`Job`].
+/// The result of a [`Job`], for the data path.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// The server is silent, verified.

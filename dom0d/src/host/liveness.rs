@@ -1,5 +1,5 @@
-//! Is a server's domain at fault? Decides on evidence (a) and (b) from what the hypervisor says at each
-//! poll; the other kinds of evidence are the protocol engine's.
+//! Decides whether a server's domain is at fault: evidence (a) and (b), from what the hypervisor says at each poll. The
+//! engine finds the other kinds of evidence.
 //!
 //! Pure: a [`Watch`] sees one domain's states in order and says what to tell the engine.
 
@@ -30,14 +30,14 @@ pub(crate) struct Excuse {
     pub(crate) moving: bool,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
-    /// Not an excuse: this daemon stops it for another service that it serves, which found this.
+    /// Not an excuse: the domain serves another service too, which found this evidence and has it stopped.
     pub(crate) doomed: Option<Evidence>,
 }
 
 /// What the engine must be told after one look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Verdict {
-    /// The domain runs, or does not, other than at the last look.
+    /// Whether the domain runs, if that changed since the last look.
     pub(crate) running: Option<bool>,
     /// It is at fault.
     pub(crate) evidence: Option<Evidence>,
@@ -49,7 +49,8 @@ const REPEAT_FIRST: Duration = Duration::from_secs(1);
 /// Longest wait before a fault that persists is reported again.
 const REPEAT_MOST: Duration = Duration::from_secs(60);
 
-/// How long a domain that went while it was suspended may have moved to another domid of this host, or back.
+/// How long a domain that vanished while it was suspended may take to appear under another domid of this host, or its old
+/// one.
 const MOVES: Duration = Duration::from_secs(1);
 
 /// One domain, watched over one life of it, or over several if it moves.
@@ -59,7 +60,7 @@ pub(crate) struct Watch {
     seen_running: bool,
     running: Option<bool>,
     stopped_since: Option<Instant>,
-    /// It was when it was last there.
+    /// It was suspended when it was last listed.
     suspended: bool,
     gone_since: Option<Instant>,
     reported: Option<(Instant, Duration)>,
@@ -126,7 +127,7 @@ impl Watch {
         };
         self.suspended = state.shutdown == Some(Shutdown::Suspend);
         self.gone_since = None;
-        // A starved host stalls everybody: what it can't have seen counts for nobody's fault.
+        // A starved host stalls every domain: what the daemon can't have seen is nobody's fault.
         let since = match self.stopped_since {
             Some(since) if !starved => since,
             _ => *self.stopped_since.insert(now),

@@ -1,7 +1,8 @@
-//! Which domains are there, how are they, and how is one paused, resumed or destroyed?
+//! The host of the domains: lists them and their states, pauses, resumes and destroys them ([`Host`]). On top of that,
+//! [`liveness`] judges domains and [`fencing`] silences them.
 //!
-//! Two implementations: [`xen`] over libxenctrl and [`lab`] over the files and the socket of the
-//! namespace lab. Nothing else in the daemon knows which one runs.
+//! [`Host`] has two implementations: [`xen`] over libxenctrl and [`lab`] over the files and the socket of the namespace lab.
+//! Nothing else in the daemon knows which one runs.
 
 pub(crate) mod fencing;
 pub(crate) mod lab;
@@ -38,7 +39,7 @@ pub(crate) enum Shutdown {
     Final,
 }
 
-/// Access to the hypervisor. Each thread that needs it opens its own.
+/// Access to the host's hypervisor. Each thread opens its own.
 pub(crate) trait Host: Send {
     /// All domains at this moment. Called every millisecond: must not block.
     fn domains(&mut self) -> Result<&[DomainState], HostError>;

@@ -1,5 +1,5 @@
-//! Where does a PSC live on its bridge? On a veth pair that dom0d makes: the anchor, a port of the bridge,
-//! and its far end, where dom0d captures and injects.
+//! The PSC's place on its bridge: a veth pair that dom0d makes. The anchor is a port of the bridge; at its far end dom0d
+//! captures and injects.
 //!
 //! The far end has no addresses and another MAC than the PSC, so dom0's own kernel takes none of the
 //! PSC's frames (and can't answer them with a RST). Also: what netlink says of the interfaces that vifs
@@ -22,7 +22,7 @@ use super::device::Device;
 use super::frame::{self, Content, Mac};
 use super::psc::Psc;
 
-/// Marks the interfaces that dom0d made, so that those a crash left are recognised.
+/// Marks the interfaces that dom0d made, so that it recognises them after a crash.
 const ALIAS: &str = "understudy PSC anchor";
 
 /// Probes for the PSC's addresses before it is taken, and the wait after each (RFC 5227 asks for more;
@@ -127,7 +127,7 @@ fn link(message: &LinkMessage) -> Link {
     link
 }
 
-/// Makes a PSC's veth pair with its anchor on `bridge`, in place of one that a crash left.
+/// Makes a PSC's veth pair with its anchor on `bridge`. Replaces one that a crash left.
 pub(crate) async fn create(
     netlink: &Handle,
     psc_mac: Mac,
@@ -140,7 +140,7 @@ pub(crate) async fn create(
     refused(format!("create the veth pair {anchor}"), netlink.link().add(veth).execute().await)?;
     let result = set_up(netlink, (&anchor, &far), psc_mac, vlan, bridge).await;
     if result.is_err() {
-        // What is half made must not stay; the error of setting it up says more than one of removing it.
+        // A half-made pair must not stay. The error of setting it up says more than one of removing it.
         let _ = remove(netlink, psc_mac).await;
     }
     result.map(|()| far)
@@ -195,7 +195,7 @@ pub(crate) async fn tie(
     refused(format!("tie the PSC's MAC to {}", names(psc_mac).0), entry.execute().await)
 }
 
-/// Makes a port a tagged member of a VLAN, which a bridge that filters by them asks for.
+/// Makes a port a tagged member of a VLAN: a bridge that filters by VLAN requires it.
 async fn join(netlink: &Handle, (port, index): (&str, u32), vlan: u16) -> Result<(), AnchorError> {
     let message = LinkBridgeVlan::new(index).vlan(vlan, BridgeVlanInfoFlags::empty()).build();
     match netlink.link().set(message).execute().await {
@@ -305,7 +305,7 @@ pub(crate) async fn remove_leftovers(netlink: &Handle, psc_macs: &[Mac]) -> Resu
     let wanted: Vec<(String, String)> = psc_macs.iter().map(|&mac| names(mac)).collect();
     for link in links(netlink).await? {
         let is_wanted = wanted.iter().any(|(anchor, far)| link.name == *anchor || link.name == *far);
-        // Its other end may have gone with the one before.
+        // Deleting one end of a pair deletes the other.
         if link.ours && !is_wanted && link.name.starts_with("usa") {
             tracing::info!(interface = link.name, "removing an anchor that was left behind");
             delete(netlink, &link).await?;

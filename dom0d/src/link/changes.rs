@@ -1,5 +1,5 @@
-//! When must interfaces be looked at again? When the kernel tells (rtnetlink) that one came, went or changed, that filters
-//! were taken from one, or that the bridge forgot a PSC.
+//! Hears from the kernel (rtnetlink) when interfaces must be looked at again: one came, went or changed, somebody removed
+//! filters from one, or the bridge forgot a PSC.
 
 use std::io;
 use std::sync::Arc;

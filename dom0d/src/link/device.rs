@@ -1,4 +1,4 @@
-//! One interface, captured from through libpcap and injected to.
+//! One interface: libpcap captures from it, a packet socket injects into it.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};

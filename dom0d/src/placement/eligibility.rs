@@ -1,5 +1,5 @@
-//! Can a domain serve in a service as this host is set up? Decides from what xenstore and netlink say, and
-//! gives the reason with the remedy where it can't.
+//! Decides whether a domain can serve in a service as this host is set up, from what xenstore and netlink say. Where it
+//! can't, the reason tells the remedy.
 
 use std::net::IpAddr;
 

@@ -1,8 +1,7 @@
-//! Which domains and bridges does each service get? Compares what discovery and netlink say with what the
-//! data path was given, and gives it what is missing: the PSC's anchor, and open vifs.
+//! Gives each service its domains and its place on a bridge: compares what discovery and netlink say with what the data path
+//! has, and hands over what it lacks, open vifs and the PSC's anchor.
 //!
-//! Everything that may wait (netlink, opening captures, asking whether an address is free) happens here,
-//! off the data path.
+//! Everything that may wait (netlink, opening captures, asking whether an address is free) happens here, off the data path.
 
 mod anchoring;
 mod domains;
@@ -185,7 +184,7 @@ impl Placement {
         }
     }
 
-    /// One comparison of what is with what was given; whether nothing is missing.
+    /// Compares once. Gives whether nothing is missing.
     async fn pass(&mut self, snapshot: &Snapshot) -> bool {
         let mut complete = true;
         self.follow_moves(snapshot);
@@ -196,7 +195,7 @@ impl Placement {
             let changed: Vec<usize> =
                 services.filter(|&index| self.note_vifs(index, snapshot, links)).collect();
             self.contain(links, !changed.is_empty()).await;
-            // Now, so that what is held at first is not held for good.
+            // A new vif is held as a whole until the data path says what may pass.
             for service in changed {
                 self.tell(Message::Vifs { service, vifs: self.vifs[service].clone() });
             }
@@ -281,8 +280,8 @@ impl Placement {
     }
 }
 
-/// Waits while a lost interface is there: one that is down opens, and is lost again at once. That one is gone is to be
-/// told to every service that used it before any finds out by what its domain does not do any more.
+/// Waits until a lost interface is gone, at most [`AFTER_LOSS`]: an interface that is only down would open, and be lost
+/// again at once. All services that used a vanished interface are to hear of it before one of them accuses its domain.
 async fn after_loss(interface: &str) {
     let until = Instant::now() + AFTER_LOSS;
     while Instant::now() < until && if_nametoindex(interface).is_ok() {

@@ -73,14 +73,14 @@ pub(crate) enum DaemonEvent {
         /// Why, and what to do.
         reason: String,
     },
-    /// A deposed server is silenced for good, verified.
+    /// A deposed server is fenced for good, verified.
     Fenced {
         /// Which.
         server: ServerId,
         /// `pause`, `destroy` or `isolate`.
         by: &'static str,
     },
-    /// A deposed server could not be silenced yet; the data path drops its frames and the attempt is repeated.
+    /// A deposed server could not be fenced for good yet. The data path drops its frames, and dom0d tries again.
     FenceFailed {
         /// Which.
         server: ServerId,
@@ -113,22 +113,22 @@ pub(crate) enum DaemonEvent {
         /// Where to.
         to: SocketAddr,
     },
-    /// Somebody took away what keeps the service's guests contained, or its packets passing; it is there again.
+    /// Somebody removed rules or programs that contain the service's guests or pass its packets. dom0d put them back.
     Restored {
         /// What.
         what: String,
     },
-    /// This dom0d goes on where one was that did not end in order.
+    /// This dom0d resumed where a killed one had left the service.
     TakenOver {
-        /// Open conversations, as the other knew them.
+        /// Open conversations, as the killed dom0d knew them.
         conversations: u64,
     },
-    /// Something hinders the daemon or a service; the same text stands in the status until it is over.
+    /// The daemon or a service has a problem; the status has the same text until it is over.
     Problem {
         /// What, and what to do.
         message: String,
     },
-    /// What hindered is over.
+    /// A problem is over.
     Solved {
         /// The text of the problem.
         message: String,

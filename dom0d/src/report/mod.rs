@@ -1,4 +1,4 @@
-//! How do events leave the data path? Each to whoever follows the event stream, and to the log.
+//! Reports events: to the stream that `understudy events` follows, and to the log.
 
 mod event;
 
@@ -50,7 +50,7 @@ fn log(event: &TimedEvent) {
     let service = event.service.as_deref().unwrap_or("-");
     let domains = names(&event.domains);
     match &event.kind {
-        // A client's fate, one by one: too many for a log that is read.
+        // Events of single clients: too many for a log that somebody reads.
         Happening::Protocol(
             kind @ (EventKind::Diverged { .. } | EventKind::Unprotected { .. } | EventKind::Reset { .. }),
         ) => tracing::debug!(service, domains, ?kind),

@@ -1,4 +1,4 @@
-//! How does a service begin: anew, or where a dom0d that was killed has left it?
+//! The beginning of a service: anew, or where a killed dom0d has left it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use crate::store::succession::{Engine, Lost, digest, remove};
 /// Where maps are pinned. Every dom0 under systemd has it.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// How long interfaces that another process had may take to be opened again; some may be gone.
+/// How long a successor waits until its interfaces are open again; some may be gone.
 const OPENING: Duration = Duration::from_secs(1);
 
 /// What a successor must know beside the engine's state.
@@ -50,7 +50,7 @@ impl Places {
         Self { pins: Path::new(BPFFS).join(format!("understudy-{mac}")), journal: directory.join(mac) }
     }
 
-    /// The engine that a predecessor left, and what it knew; all else that it left goes.
+    /// The engine that a predecessor left, and what it knew. Removes everything else that it left.
     fn left(&self, service: &config::Service) -> Option<(Engine, Known)> {
         let name = &service.engine.name;
         let found = Engine::left(&self.journal, digest(service), service.engine.clone()).and_then(|left| {
@@ -92,7 +92,7 @@ impl Places {
     }
 }
 
-/// Removes what killed dom0ds left of services that there are no more: nobody will succeed those.
+/// Removes what killed dom0ds left of services that are not configured any more: nobody will succeed them.
 pub(crate) fn remove_strays(services: &[config::Service], directory: &Path) {
     let names: Vec<String> = services.iter().map(mac_name).collect();
     for (place, prefix) in [(Path::new(BPFFS), "understudy-"), (directory, "")] {
@@ -121,8 +121,8 @@ fn mac_name(service: &config::Service) -> String {
 }
 
 impl Service {
-    /// The service as it was when a dom0d was killed that served it, if there was one; else without a place and without
-    /// servers. With what goes on its interfaces, if the plane has that. May take a moment.
+    /// Resumes the service where a killed dom0d has left it; without one, it has no place and no servers yet. Also gives the
+    /// plane's programs for its interfaces, if it has any. May take a moment.
     pub(crate) fn begin(
         index: usize,
         mut config: config::Service,
@@ -165,7 +165,7 @@ impl Service {
         service.clients_seen = succeeds;
         service.first_server = known.next_server;
         for (id, mut server) in known.servers {
-            // Who was copying can't say any more whether it is done.
+            // A copy that was under way is lost.
             if matches!(server.place, Place::Waiting | Place::Preparing(_) | Place::Copying) {
                 server.place = Place::Preparing(0);
             }
@@ -175,13 +175,13 @@ impl Service {
         (service, choice.programs)
     }
 
-    /// The servers that it begins with, as they were when they came.
+    /// The servers that it begins with, as placement knew them.
     pub(crate) fn arrivals(&self) -> Vec<Arrival> {
         self.servers.values().map(Server::arrival).collect()
     }
 
-    /// Whether nothing is to be done yet, since what is sent would be lost: interfaces are to be opened again. Once they
-    /// are, or it takes too long, does what a predecessor may not have come to.
+    /// Whether the service still waits for its interfaces, without which everything sent would be lost. Once they are open, or
+    /// after [`OPENING`], finishes what a predecessor may have left undone.
     pub(crate) fn is_opening(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
         let Some(begun) = self.opening else { return false };
         let mut queued = self.servers.iter().filter(|(_, server)| server.place == Place::Queued);
@@ -196,7 +196,7 @@ impl Service {
     }
 
     fn succeed(&mut self, now: Instant, around: &mut Surroundings<'_>) {
-        // Whom the engine does not know, it will never ask for; whom only the engine knows is gone.
+        // A server that the engine does not know must join again; one that only the engine knows is gone.
         let known: Vec<ServerId> = self.engine.status().servers.iter().map(|server| server.server).collect();
         for (id, server) in &mut self.servers {
             if server.place == Place::Queued && !known.contains(id) {

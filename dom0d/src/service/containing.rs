@@ -1,4 +1,4 @@
-//! What the kernel must keep from the bridge of what a service's domains send.
+//! A service's part in the kernel's rules: which vifs of its domains are held, and as what (rule 13).
 
 use understudy_api::config::{Direct, Fence};
 use understudy_protocol::{Instant, ServerId};
@@ -40,7 +40,7 @@ impl Service {
         }
     }
 
-    /// Which version of the rules holds what was asked for up to now.
+    /// The rules of this version were sent; they have everything that was asked for so far.
     pub(crate) fn rules_sent(&mut self, version: u64) {
         for (_, needs) in &mut self.isolating {
             needs.get_or_insert(version);
@@ -73,7 +73,7 @@ impl Service {
                 Hold::NoServer { is_ovm } => add(name, (vif.mac, vif.index), None, is_ovm),
             }
         }
-        // Of those that another process had, and of one that was moved, nothing else may be known yet.
+        // Servers of a predecessor, and one that was moved: their vifs may not be listed yet.
         let ovm = self.engine.ovm();
         for (&id, server) in &self.servers {
             if server.is_contained() && !server.gone && !self.vifs.contains_key(&server.vif.name) {
@@ -82,8 +82,8 @@ impl Service {
         }
     }
 
-    /// How a vif is held. As a replica's, unless there is a reason: a domain that is starting, can't be used, or was
-    /// a server until a moment ago must not be heard either.
+    /// How a vif is held. By default as a replica's: a domain that is starting, that can't be used, or that was a server until
+    /// a moment ago must not be heard either.
     pub(super) fn hold(&self, vif: &GuestVif) -> Hold<'_> {
         let life = DomainId::from(&vif.domain);
         let former =

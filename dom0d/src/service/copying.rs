@@ -1,5 +1,5 @@
-//! How is a server made equal to the OVM? Its state is copied while clients are held, by whoever asked for that: dom0d
-//! only sees to it that nobody writes meanwhile, and believes the copy only if nobody did.
+//! Seeding by copy: an operator's command copies the OVM's state to a server while dom0d holds clients. dom0d ensures that
+//! no client writes meanwhile, and believes the copy only if none did (rule 12).
 
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ impl Service {
         Ok(told)
     }
 
-    /// How a hold is.
+    /// The state of a hold.
     pub(crate) fn holding(&self, hold: u64) -> HoldState {
         let open = self.engine.status().conversations;
         match self.copying.as_ref().filter(|copying| copying.hold == hold) {
@@ -66,7 +66,7 @@ impl Service {
         }
     }
 
-    /// Whoever asked for the hold wants it no more, or is gone.
+    /// The holder released the hold, or is gone.
     pub(crate) fn release(&mut self, now: Instant, hold: u64, around: &mut Surroundings<'_>) {
         if self.copying.as_ref().is_some_and(|copying| copying.hold == hold && copying.over.is_none()) {
             // Never refused.
@@ -75,7 +75,7 @@ impl Service {
         }
     }
 
-    /// Takes a server as equal that was made so under this hold.
+    /// Seeds a server that was made equal under this hold.
     pub(crate) fn copied(
         &mut self,
         now: Instant,
@@ -94,7 +94,7 @@ impl Service {
         attached
     }
 
-    /// This server is gone: nobody is held for it.
+    /// This server is gone: releases the clients that were held for it.
     pub(super) fn copying_lost(&mut self, now: Instant, server: ServerId, around: &mut Surroundings<'_>) {
         if let Some(hold) = self.copying.as_ref().filter(|copying| copying.server == server).map(|c| c.hold) {
             self.release(now, hold, around);

@@ -1,4 +1,4 @@
-//! What the engine's outputs mean around it: a deposed OVM is fenced, and servers stand where the engine put them.
+//! Follows the engine's outputs: fences a deposed OVM, and notes where the engine put each server.
 
 use understudy_api::config::Fence;
 use understudy_protocol::{EventKind, Evidence, ServerId, StaleReason};

@@ -1,4 +1,4 @@
-//! Who joins a service's queue, as what, and when?
+//! How domains join a service's queue: which, in which role, and when.
 
 use understudy_api::config::AttachAs;
 use understudy_driver::Engine as _;
@@ -11,7 +11,7 @@ use crate::report::DaemonEvent;
 use crate::store::memory::InStep;
 
 impl Service {
-    /// Puts those that wait into the queue, as the configuration says: the OVM first.
+    /// Puts the waiting servers into the queue as the configuration says, the OVM first.
     pub(super) fn join(&mut self, now: Instant, around: &mut Surroundings<'_>) {
         let mut waiting: Vec<ServerId> = self
             .servers
@@ -39,7 +39,7 @@ impl Service {
                 let (spec, seeding) = (spec.clone(), Seeding::AssumeIdentical);
                 attached = self.engine.command(now, Command::Attach { spec, seeding });
             }
-            // Also if that is refused, at a moment with conversations: it is fed, and seeded by a later word.
+            // If that is refused because conversations are open, it joins unseeded: fed, and seeded later.
             if attached.is_err() {
                 attached = self.engine.command(now, Command::Attach { spec, seeding: Seeding::Unseeded });
             }
@@ -50,8 +50,8 @@ impl Service {
         }
     }
 
-    /// Whether a server that appears has the OVM's state: by the operator's standing word before any
-    /// client was served, or since it had when the last dom0d ended and no client has come since.
+    /// Whether a server that appears equals the OVM: because the operator says so of every new domain and no client was served
+    /// yet, or because it did when the last dom0d ended and no client has come since.
     fn is_identical(&self, id: ServerId) -> bool {
         let server = &self.servers[&id];
         let new = !self.memory.served && !self.memory.has_seen(server.domain.uuid);
@@ -62,7 +62,7 @@ impl Service {
         (self.config.attach == AttachAs::AssumeIdentical && new) || (in_step && !self.clients_seen)
     }
 
-    /// A clean end: writes down who has everything.
+    /// A clean end: records which replicas equal the OVM.
     pub(crate) fn farewell(&mut self) {
         let status = self.engine.status();
         let life = |id: ServerId| self.servers.get(&id).map(Server::life);
@@ -92,12 +92,12 @@ impl Service {
         self.memory.serves(domain).unwrap_or_else(|| self.config.ovm.matches(&domain.name, domain.uuid))
     }
 
-    /// What the service waits for that has nobody to serve, if only an operator can say who should.
+    /// What a service without an OVM waits for, if only an operator can say who serves.
     pub(super) fn question(&self) -> Option<String> {
         self.memory.question(self.name(), self.servers.values().map(|server| &server.domain))
     }
 
-    /// Says what an operator must decide, once.
+    /// Reports once what an operator must decide.
     fn ask_operator(&mut self, now: Instant, around: &Surroundings<'_>) {
         if let Some(message) = self.question().filter(|question| self.question.as_ref() != Some(question)) {
             self.question = Some(message.clone());
@@ -105,7 +105,7 @@ impl Service {
         }
     }
 
-    /// Writes down who has everything, if that changed.
+    /// Records which replicas equal the OVM, if that changed.
     pub(crate) fn note_equals(&mut self) {
         if std::mem::take(&mut self.equals_changed) && self.engine.ovm().is_some() {
             let status = self.engine.status();
@@ -141,7 +141,7 @@ impl Service {
         self.daemon_event(now, event, around);
     }
 
-    /// Puts a server into the queue under a new id, as the engine wants it for each time.
+    /// Puts a server into the queue under a new id: the engine takes each id once.
     pub(crate) fn attach(
         &mut self,
         now: Instant,
@@ -167,7 +167,7 @@ impl Service {
         Ok(new)
     }
 
-    /// Makes a server the OVM of a service that has none, by an operator's word alone.
+    /// Makes a server the OVM of a service that has none, because an operator says so.
     pub(crate) fn install(
         &mut self,
         now: Instant,

@@ -35,13 +35,13 @@ use crate::store::succession::Engine;
 pub(crate) use beginning::{leave_nothing, remove_strays};
 pub(crate) use server::{Place, Server};
 
-/// Destinations of a replica's own connections that are told and kept.
+/// Destinations of a replica's own connections that are kept and reported.
 const DESTINATIONS: usize = 16;
 
 /// Domains whose names are kept for the events and counts of former servers.
 const NAMES: usize = 64;
 
-/// What one service needs of the data path around it.
+/// What a service uses of the data path around it.
 pub(crate) struct Surroundings<'a> {
     /// Where events go.
     pub(crate) reporter: &'a Reporter,
@@ -49,11 +49,11 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) jobs: &'a mpsc::Sender<Job>,
     /// The next server id of the daemon.
     pub(crate) next_server: &'a mut u32,
-    /// Where a service says whose domain it pauses or destroys.
+    /// Domains that a service pauses or destroys, for the other services.
     pub(crate) doomed: &'a mut Vec<Doomed>,
 }
 
-/// A domain that a service pauses or destroys to fence it: it is lost to whatever else it serves.
+/// A domain that a service pauses or destroys to fence it: every other service that it serves loses it too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Doomed {
     /// Which life of which domain.
@@ -76,27 +76,27 @@ pub(crate) struct Service {
     pub(crate) servers: BTreeMap<ServerId, Server>,
     /// What outlives this process.
     pub(crate) memory: ServiceMemory,
-    /// Roles or rules' subjects changed since this was last cleared.
+    /// What the kernel's rules depend on changed since this was last cleared.
     pub(crate) rules_changed: bool,
     /// The memory changed since this was last cleared.
     pub(crate) memory_changed: bool,
     /// What a successor must know changed since this was last cleared, other than with the rules.
     pub(crate) surroundings_changed: bool,
-    /// It goes on where another process was, and opens its interfaces again, since then.
+    /// It resumes where another process was killed, and has been reopening its interfaces since then.
     opening: Option<Instant>,
     /// Server ids below this one were given out by another process.
     pub(crate) first_server: u32,
     bridge: Option<String>,
     in_step: Option<InStep>,
-    /// Who has everything may have changed since this was last cleared.
+    /// Which replicas equal the OVM may have changed since this was last cleared.
     equals_changed: bool,
-    /// What an operator was last told that the service waits for.
+    /// The decision that the service waits for, as the operator was last told.
     question: Option<String>,
     /// The copy that clients are held for.
     copying: Option<Copying>,
     /// What the engine found against the OVM, to be acted upon once the plane is stopped.
     suspicion: Option<Suspicion>,
-    /// A segment of a client came, in this process.
+    /// A client has sent a segment to this process.
     clients_seen: bool,
     names: BTreeMap<ServerId, DomainRef>,
     unusable: BTreeMap<DomainId, KnownDomain>,
@@ -108,7 +108,7 @@ pub(crate) struct Service {
     isolating: Vec<(ServerId, Option<u64>)>,
     /// Where replicas tried to open connections of their own, and how often.
     own_connections: BTreeMap<ServerId, BTreeMap<SocketAddr, u64>>,
-    /// How long the evictions for the last and for the slowest faulty RVM kept the packet path waiting.
+    /// How long the last and the slowest eviction of a faulty RVM kept the packet path waiting, in nanoseconds.
     evictions_ns: Option<(u64, u64)>,
 }
 
@@ -133,7 +133,7 @@ impl Service {
             servers: BTreeMap::new(),
             memory,
             rules_changed: false,
-            // What a clean end left must not count again after an unclean one.
+            // What a clean end left counts once: not again after an unclean end.
             memory_changed: in_step.is_some(),
             surroundings_changed: false,
             opening: None,
@@ -183,7 +183,7 @@ impl Service {
         any
     }
 
-    /// A replica's own connections go nowhere: whose service opens some is no replica of one whose OVM's are answered.
+    /// A replica's own connections are dropped, while the OVM's are answered: such a replica does not stay equal.
     fn note_own_connections(&mut self, now: Instant, around: &mut Surroundings<'_>) {
         for (id, to) in self.plane.notes.take_own_connections() {
             let is_rvm = self.is_queued(id) && self.engine.ovm() != Some(id);
@@ -206,7 +206,7 @@ impl Service {
         }
     }
 
-    /// Calls the engine if its time has come, and sends what a burst left over.
+    /// Tells the engine if its time has come, and carries out what a burst left over.
     pub(crate) fn timeout(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
         if self.engine.next_timeout().is_some_and(|due| due <= now) {
             self.engine.tell(now, Input::Timeout);
@@ -254,7 +254,7 @@ impl Service {
         self.names.insert(id, domain.clone());
     }
 
-    /// Tells whoever listens about something that happened around the engine.
+    /// Reports something that happened around the engine.
     pub(crate) fn daemon_event(&self, now: Instant, event: DaemonEvent, around: &Surroundings<'_>) {
         self.report(now, Happening::Daemon(event), around);
     }

@@ -1,4 +1,4 @@
-//! What does an operator see of a service, and by what words is a domain found?
+//! A service as operators see it, and the names by which they find its domains.
 
 use std::collections::BTreeSet;
 
@@ -69,7 +69,7 @@ impl Service {
         found
     }
 
-    /// Replicas whose service asks somebody else, and whom.
+    /// Replicas that open connections of their own, and to whom.
     fn own_connections(&self) -> impl Iterator<Item = String> {
         let refused = self.config.own_connections == OwnConnections::Refuse;
         let all = self.own_connections.iter().filter(move |(id, _)| refused && self.is_queued(**id));

@@ -25,20 +25,20 @@ pub(crate) struct Server {
     pub(crate) announced: Option<Instant>,
     /// This daemon paused it to fence it.
     pub(crate) fenced: bool,
-    /// What its service last found against it, and acted upon.
+    /// The evidence that its service last acted upon.
     pub(crate) accused: Option<Evidence>,
-    /// Another service fences its domain, for this.
+    /// Another service fences its domain, for this evidence.
     pub(crate) doomed: Option<Evidence>,
     /// Moved to another domid, whose vif is not connected yet.
     pub(crate) moving: bool,
-    /// It left, and is known only since nobody could take its place.
+    /// Its domain is gone, and it stays the OVM only because no replica could be promoted.
     pub(crate) gone: bool,
 }
 
 /// Where a server stands relative to its service's queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Place {
-    /// Waits for its vif's rules of this version.
+    /// Waits until the kernel's rules of this version hold its vif.
     Preparing(u64),
     /// Ready to join, once the service has an OVM.
     Waiting,
@@ -73,7 +73,7 @@ impl Server {
         }
     }
 
-    /// What it was given as.
+    /// It as placement handed it over.
     pub(crate) fn arrival(&self) -> Arrival {
         Arrival { domain: self.domain.clone(), vif: self.vif.clone() }
     }
@@ -97,7 +97,7 @@ impl Server {
         DomainId::from(&self.domain)
     }
 
-    /// As the engine is told of it.
+    /// What the engine is told of it.
     pub(crate) fn spec(&self, id: ServerId) -> ServerSpec {
         ServerSpec { id, addresses: self.vif.addresses.clone(), mtu: self.vif.mtu }
     }

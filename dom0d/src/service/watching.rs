@@ -9,7 +9,7 @@ use crate::host::liveness::PausePolicy;
 use crate::report::DaemonEvent;
 
 impl Service {
-    /// Looks at every server's domain, and tells the engine what is to be told.
+    /// Looks at every server's domain, and tells the engine what changed.
     pub(crate) fn look(
         &mut self,
         now: Instant,
@@ -42,7 +42,7 @@ impl Service {
             if !self.is_queued(id) {
                 continue;
             }
-            // What is told of a domain may be what leads to a cutover.
+            // This may lead to a cutover.
             self.engine.set_urgent(true);
             if let Some(running) = verdict.running {
                 self.engine.tell(now, Input::Running { server: id, running });
@@ -76,7 +76,7 @@ impl Service {
         }
     }
 
-    /// Another service fences a domain. What it found is all that there is to find here too.
+    /// Another service fences a domain. Its evidence counts here, too.
     pub(crate) fn doomed(&mut self, now: Instant, doomed: Doomed, around: &mut Surroundings<'_>) {
         let Some(id) = self.find_life(doomed.domain).filter(|&id| self.is_queued(id)) else {
             return;

@@ -1,8 +1,8 @@
-//! What must dom0d still know when it starts again, also after dom0 has rebooted? Who served last, who was equal
-//! when, and which domains it has seen or was told to leave out.
+//! What dom0d remembers across reboots of dom0 (rule 14): which domain served last, which were equal to it and until when,
+//! which have been in the queue, and which an operator detached.
 //!
-//! Without this, a replica that missed what came after a promotion would be taken for the OVM. Where the memory is
-//! lost or does not fit what there is, nobody serves until an operator says so.
+//! Without it, dom0d would take a replica that missed what came after a promotion for the OVM. If the memory is lost or
+//! contradicts the domains that are there, nobody serves until an operator says who.
 
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::domain::{DomainId, DomainRef};
 
-/// Grows with each change of what is written here.
+/// Version of the file's format.
 pub(super) const VERSION: u32 = 1;
 
 /// Domains remembered per service and list; the oldest are forgotten first.

@@ -1,5 +1,5 @@
-//! What outlives the process: the journal of each service's inputs until the next boot of dom0, and who served last beyond
-//! that.
+//! What outlives the process. The [`journal`] of each service's inputs lasts until dom0 boots again; a successor repeats it
+//! ([`succession`]). The [`memory`] of who served last survives reboots, in a [`durable`] file.
 
 pub(crate) mod durable;
 mod journal;

@@ -281,8 +281,9 @@ impl Conversation {
         if self.is_client_silent || self.state.was_reset() {
             acknowledged = acknowledged.max(leg.said.compared.min(self.down.end()));
         }
-        // It may say what the client was sent, also where the client's window has shrunk since.
-        (acknowledged.max(leg.told.0), self.client.edge.max(self.down.end()))
+        // It may say what the client was sent, also where the client's window has shrunk since; and what it was told stays, or
+        // a client that takes its window back would have the replica's answers dropped.
+        (acknowledged.max(leg.told.0), self.client.edge.max(self.down.end()).max(leg.told.1))
     }
 
     /// A segment in the client's name with nothing in it but acknowledgment, window and time.

@@ -1,4 +1,4 @@
-//! What the client's segments do to a conversation: they are judged, recorded and passed on to the OVM.
+//! The client's segments: the daemon judges each as a TCP would, records it, and passes it on to the OVM (rule 2).
 
 use crate::conversation::turn::Turn;
 use crate::conversation::{Conversation, text_before};
@@ -13,7 +13,7 @@ impl Conversation {
     /// A segment of the client that is not a SYN.
     pub(crate) fn handle_client(&mut self, link: LinkAddress, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if self.state.was_reset() || (self.up_rst.is_some() && !segment.flags.has(Flags::RST)) {
-            // Behind its own RST a client has nothing to say either.
+            // After its own RST, too, a client has nothing to say.
             return self.answer_with_reset(link, segment, turn);
         }
         let Some(start) = position_of(self.client.iss, segment.seq, self.up.end()) else {
@@ -29,23 +29,24 @@ impl Conversation {
         }
         let sent = self.down_end();
         let ack = position_of(self.told.iss, segment.ack, self.client.acked);
-        // What was passed acknowledges nothing that was not: at most another CPU records that at this moment, which a
-        // client who waits for it can't be ahead of.
+        // A passed segment may acknowledge an answer that another CPU passed but whose record has not arrived yet. The
+        // plane has judged the acknowledgment, so it is only cut to what is recorded.
         let ack = ack.map(|ack| if turn.passed() { ack.min(sent) } else { ack });
         let Some(ack) = ack.filter(|ack| *ack <= sent) else {
-            // RFC 5961 §5: neither recorded nor passed on.
+            // RFC 5961 §5: the segment is neither recorded nor passed on.
             turn.counters.bad_ack += 1;
             return;
         };
         let mut first_copy = Vec::new();
         let mut passed = *segment;
         if segment.flags.has(Flags::URG) {
-            // Urgent bytes leave the stream of a server that reads them out of band, one for each pointer
-            // that it saw: servers that see other segments would differ (RFC 6093 §3.4: middleboxes clear it).
+            // A server that reads urgent data out of band removes one byte from its stream for each urgent pointer that
+            // it sees. Servers that get the stream in other segments would differ, so the daemon clears URG, as
+            // middleboxes do (RFC 6093 §3.4).
             turn.counters.urgent += 1;
             passed = Segment { flags: segment.flags.without(Flags::URG), urgent: 0, ..passed };
         }
-        // What was passed is what is taken: the plane has judged it by the same rules.
+        // The OVM has a passed segment already: the plane judged it by the same grammar (rule 10).
         if turn.passed() || self.is_acceptable(start, segment) {
             self.last_heard = turn.now;
             self.probes = 0;
@@ -65,25 +66,25 @@ impl Conversation {
         } else {
             turn.counters.unacceptable += 1;
             if start + segment.sequence_length() > self.told.acked {
-                // It is answered for its position or time; a guest that is more lenient must not take
-                // what was not recorded.
+                // The OVM answers it for its sequence number or timestamp; a more lenient OVM must not accept bytes
+                // that were not recorded.
                 passed = Segment { flags: passed.flags.without(Flags::FIN), payload: &[], ..passed };
             }
-            // Somebody must answer it with an ACK: the OVM, or the daemon in its place.
+            // An unacceptable segment is answered with an ACK: by the OVM, or by the daemon in its place.
             if let Some(recuperating) = self.state.recuperating_mut() {
                 recuperating.ack_due = true;
             }
         }
         if !self.is_open() && !self.is_through(turn) && segment.sequence_length() > 0 {
-            // Its last ACK was lost, and the server that sent it is gone (RFC 9293 §3.10.7.4, TIME-WAIT).
+            // The client missed the last ACK, and the server that sent it is gone (RFC 9293 §3.10.7.4, TIME-WAIT).
             let ack = self.segment_to_client();
             self.send_to_client(&ack, turn);
         }
         self.forward_to_ovm(ack, &passed, turn);
     }
 
-    /// Leaves of a segment what was recorded of it. Kernels differ in what they take beyond the window
-    /// or behind a FIN; what the OVM alone would take makes every RVM stale.
+    /// Cuts a segment to what was recorded of it. Kernels differ in what they accept beyond the window or after a FIN;
+    /// whatever the OVM alone accepted would make every RVM stale (rule 10).
     fn trim_to_recorded(&self, start: u64, segment: &mut Segment<'_>) {
         let stop = self.told.edge.max(self.told.acked).min(self.up_fin.map_or(u64::MAX, |(fin, _)| fin));
         let text = text_before(Some(stop), start, segment.payload);
@@ -93,19 +94,19 @@ impl Conversation {
         }
         segment.payload = text;
         if cut && text.is_empty() {
-            // A probe of a closed window: without its byte it is answered at an old position only.
+            // A probe of a closed window lost its byte. At an old sequence number the OVM still answers it.
             segment.seq = seq_of(self.client.iss, self.told.acked).wrapping_sub(1);
         }
     }
 
-    /// RFC 9293 §3.10.7.4 with PAWS (RFC 7323 §5). Lenient where servers differ: what is recorded and
-    /// not taken by the OVM is sent again by the client.
+    /// Acceptable by RFC 9293 §3.10.7.4 and PAWS (RFC 7323 §5). The test is lenient where kernels differ: if the OVM
+    /// drops bytes that the daemon recorded, the client retransmits them.
     fn is_acceptable(&self, start: u64, segment: &Segment<'_>) -> bool {
         let end = start + segment.sequence_length();
         let in_window = start <= self.told.edge.max(self.told.acked) && end >= self.told.acked;
         let in_time = match segment.options.timestamps {
             Some((tsval, _)) if self.client.timestamps => {
-                // One tick of tolerance, as Linux has it, for reordered segments.
+                // Like Linux, tolerate one tick for reordered segments.
                 !later(self.client.ts_recent, tsval.wrapping_add(1))
             }
             _ => true,
@@ -141,9 +142,9 @@ impl Conversation {
         }
     }
 
-    /// Records payload and FIN. `None` if there was no room: then the segment must not
-    /// be passed on either, and the client will send it again. Else whether it contradicts what was
-    /// recorded: the OVM, too, gets the first copy only, so a client can't make servers differ.
+    /// Records payload and FIN. `None` if there was no room: the caller must not pass the segment on (rule 2), and the
+    /// client retransmits it. Otherwise whether the segment contradicts recorded bytes: the OVM, too, gets the first
+    /// copy only, so that a client can't make servers differ.
     fn record(&mut self, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) -> Option<bool> {
         let end = start + segment.payload.len() as u64;
         let mut contradicts = false;
@@ -169,22 +170,23 @@ impl Conversation {
                 && let Some(ovm) = turn.ovm().and_then(|(slot, server)| self.legs.get_mut(slot, server))
                 && ovm.rcv_nxt < end
             {
-                // It may not have had this before.
+                // The OVM may receive these bytes only now.
                 ovm.waits.handed_at = turn.now;
             }
             if let Some(recuperating) = self.state.recuperating_mut() {
-                // A retransmission or a gap: the client waits for an ACK.
+                // A retransmission, or a segment beyond a gap, calls for an ACK.
                 recuperating.ack_due |= grown == 0;
             }
         }
-        // Not one with text recorded behind it: that would be taken from servers that have it.
+        // A FIN before text that is recorded already is ignored: servers may have accepted that text.
         if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
             self.up_fin = Some((end, turn.record.mark()));
         }
         Some(contradicts)
     }
 
-    /// Passes the client's segment to the OVM, if the OVM has the conversation.
+    /// Passes the client's segment on to the OVM, if the OVM is open in this conversation and the daemon does not play
+    /// the client to it.
     fn forward_to_ovm(&mut self, ack: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         self.shown.1 = self.client.edge;
         if let Passage::Passed { edge, .. } = turn.plane.passage() {
@@ -211,9 +213,9 @@ impl Conversation {
         translated.emit_large(leg.numbers.mss, |packet, size| turn.send(to, packet, size));
     }
 
-    /// RFC 5961 §3: only the exact position counts, that is, behind all that was recorded: servers would
-    /// otherwise differ in what they had taken before it. Others are answered with an ACK, by the daemon,
-    /// since a lenient OVM might close.
+    /// Only a RST at exactly RCV.NXT of the client's stream counts (RFC 5961 §3): at any other position, servers would
+    /// differ in the bytes that they accepted before it. The daemon itself answers other RSTs in the window with a
+    /// challenge ACK, because a lenient OVM might close.
     fn handle_client_reset(&mut self, start: u64, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         if start == self.up_end() {
             self.up_rst = Some((start, turn.record.mark()));
@@ -239,7 +241,7 @@ impl Conversation {
         turn.send_to_client(link, reset.emit());
     }
 
-    /// The OVM must answer a SYN that was sent again, or the daemon in its place.
+    /// The client retransmitted its SYN: the OVM must answer, or the daemon in its place.
     pub(crate) fn handle_repeated_syn(&mut self, syn: &Segment<'_>, turn: &mut Turn<'_>) {
         if let Some(recuperating) = self.state.recuperating_mut() {
             recuperating.ack_due = true;
@@ -253,8 +255,8 @@ impl Conversation {
         }
     }
 
-    /// The path to the client is narrower, or there is none. The quoted sequence number as the OVM
-    /// knows it, if the quotation is of something in flight (RFC 5927 §4.1).
+    /// An ICMP error reports that the path to the client is narrower or broken. Returns the quoted sequence number in
+    /// the OVM's numbering, if the quoted segment is in flight (RFC 5927 §4.1).
     pub(crate) fn handle_icmp(
         &mut self,
         error: IcmpError,

@@ -1,5 +1,5 @@
-//! Closes of the OVM: a FIN or RST waits until a covering RVM has done the same, or until its time is over. Closes of several
-//! conversations that no RVM shares are evidence that the service in the OVM died (rule 11).
+//! Closes of the OVM: a FIN or RST waits until a covering RVM has done the same, or until the hold ends. Closes of
+//! several conversations that no RVM shares are evidence that the service in the OVM died (rule 11).
 
 use crate::conversation::Conversation;
 use crate::conversation::state::Held;
@@ -13,10 +13,10 @@ use crate::wire::{Flags, Segment};
 impl Conversation {
     /// Whether the OVM's FIN or RST at `position` waits for a covering RVM; begins the wait.
     pub(crate) fn must_hold(&mut self, position: u64, rst: bool, had: u64, turn: &mut Turn<'_>) -> bool {
-        // Behind a FIN that was passed a RST is still one to be doubted.
+        // A RST that follows a passed FIN is held, too.
         let open = self.is_open() && (rst || self.down_fin.is_none());
         let before = self.state.held();
-        // When it closed: a kernel goes on to acknowledge what no service reads any more.
+        // RCV.NXT as of the close counts: a kernel continues to acknowledge bytes that no service reads any more.
         let had = before.map_or(had.min(self.up_end()), |held| held.had);
         let opinion = self.opinion(position, rst, had, turn);
         if !open || !matches!(opinion, Opinion::Unknown | Opinion::Disputed) {
@@ -24,7 +24,7 @@ impl Conversation {
             return false;
         }
         turn.counters.closes_held += u64::from(before.is_none());
-        // A RST after a FIN, or the other way round: the last word counts.
+        // If a RST follows a held FIN, or a FIN a held RST, the last one counts.
         let hold = turn.config.timing.close_hold;
         let (review, until) =
             before.map_or((Some(turn.now + hold * 3 / 4), turn.now + hold), |held| (held.review, held.until));
@@ -33,8 +33,9 @@ impl Conversation {
         true
     }
 
-    /// A replica may delay its ACK for longer than a close is held (RFC 9293 §3.8.6.3), or have lost a segment:
-    /// what it has not acknowledged of what the OVM `had` it is sent again, which a TCP answers at once.
+    /// Retransmits to each replica what it has not acknowledged below `had`, the OVM's RCV.NXT: a TCP answers a
+    /// retransmission at once. Otherwise a replica may delay its ACK for longer than the hold (RFC 9293 §3.8.6.3), or
+    /// lack a lost segment.
     fn ask_for_opinions(&mut self, had: u64, turn: &mut Turn<'_>) {
         for (slot, server) in turn.roster() {
             if let Some(mut leg) = self.legs.take(slot, server) {
@@ -46,13 +47,13 @@ impl Conversation {
         }
     }
 
-    /// What the OVM has, as far as it was recorded.
+    /// The OVM's RCV.NXT, as far as its bytes were recorded.
     pub(crate) fn ovm_had(&self, turn: &Turn<'_>) -> u64 {
         let leg = turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server));
         leg.map_or(self.up_end(), |leg| leg.rcv_nxt.min(self.up_end()))
     }
 
-    /// What the covering RVMs say about a close at `position`.
+    /// Whether the covering RVMs share or dispute a close at `position`.
     fn opinion(&self, position: u64, rst: bool, had: u64, turn: &Turn<'_>) -> Opinion {
         let ovm = turn.queue.ovm();
         let closes = self.up_fin.is_some_and(|(fin, _)| had > fin);
@@ -61,11 +62,12 @@ impl Conversation {
             let Some(leg) = self.legs.get(slot, server).filter(|leg| leg.covers()) else { continue };
             let doubtful = |server: &Follower| turn.is_stale(server) || server.recovering.is_some();
             if turn.queue.get(slot).is_none_or(doubtful) {
-                // It may close, or go on, for reasons of its own.
+                // A server that is stale or recovering may close, or stay open, for reasons of its own.
                 continue;
             }
             let answered = leg.said.answers.end();
-            // One that has closed still repeats what the client lacks, and hears it out; behind a RST nobody does.
+            // After a FIN a server still retransmits to the client and receives from it; after a RST it does neither.
+            // So only a RST (or a refusal) shares a RST.
             let shares = match rst {
                 true => leg.gone.is_some() && leg.produced() >= position,
                 false => leg.said.fin == Some(position),
@@ -73,8 +75,9 @@ impl Conversation {
             if shares {
                 return Opinion::Shared;
             }
-            // One that is merely behind disputes nothing: it has what the OVM had, has answered all
-            // the OVM answered, and stays. That of a client that has closed itself is no news.
+            // An RVM disputes a close only if it has received what the OVM had, has answered all that the OVM answered,
+            // and stays open. An RVM that is merely behind disputes nothing. If the client has closed, a close of the
+            // OVM is expected, and staying open disputes nothing.
             let quiet =
                 turn.now.since(turn.measured_from(leg.said.answered_at)) >= turn.config.timing.close_hold / 2;
             let stays = leg.said.fin.is_none() && leg.gone.is_none();
@@ -97,17 +100,18 @@ impl Conversation {
         segment: &Segment<'_>,
         turn: &mut Turn<'_>,
     ) {
-        // Behind a FIN that is held, the client knows of neither.
+        // If the OVM's FIN is held, the client has seen neither FIN nor RST.
         let start =
             if leg.said.fin.is_some_and(|fin| start == fin + 1) { self.down_end().min(start) } else { start };
-        // At its SND.NXT, or, where there is no socket any more, at what the client acknowledged
-        // (RFC 9293 §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so do we.
+        // A RST counts at the OVM's SND.NXT, or, if the socket is gone, at the client's acknowledgment (RFC 9293
+        // §3.10.7.1). The client ignores any other (RFC 5961 §3.2), and so does the daemon.
         if start != self.down_end() && start != self.down.end() && start != self.client.acked {
             turn.counters.unacceptable += 1;
             if (self.client.acked..self.client.edge.max(self.down_end())).contains(&start)
                 && let Some(guest) = turn.queue.ovm().and_then(|slot| turn.guest(slot, self.key.psc))
             {
-                // It is asked as the client would: if the connection is gone, the answer is exact.
+                // Send the OVM the challenge ACK that the client would send: if the connection is gone, the OVM answers
+                // with a RST at the exact position.
                 let challenge = self.segment_to_leg(leg, guest);
                 turn.send_to_server(leg.server, challenge.emit());
             }
@@ -123,8 +127,9 @@ impl Conversation {
         self.pass_reset(start, flags, leg.rcv_nxt, turn);
     }
 
-    /// Passes a RST of the OVM on, exactly where it was; servers that stay behind are reset too, when they
-    /// have what the OVM `had`. One that has more may have acted on what the OVM refused.
+    /// Passes a RST of the OVM on, at its exact position. The other servers are reset too, once they have the bytes up
+    /// to `had`, the OVM's RCV.NXT. A server that was given more may have acted on bytes that the OVM refused, and
+    /// becomes stale (rule 5).
     fn pass_reset(&mut self, position: u64, flags: Flags, had: u64, turn: &mut Turn<'_>) {
         let had = had.min(self.up_end());
         let ovm = turn.queue.ovm();
@@ -141,8 +146,8 @@ impl Conversation {
         self.abort(had, turn);
     }
 
-    /// Decides about a held FIN or RST: an RVM shares it, or its time is over. If RVMs dispute several at once and the
-    /// OVM refuses new connections, [`crate::Evidence::UnsharedClose`] is the answer instead (rule 11).
+    /// Passes a held FIN or RST on once an RVM shares it, or once the hold ends. If RVMs dispute several at once and
+    /// the OVM refuses new connections, accuses the OVM by [`crate::Evidence::UnsharedClose`] instead (rule 11).
     pub(crate) fn review_hold(&mut self, turn: &mut Turn<'_>) {
         let Some(mut held) = self.state.held() else { return };
         let opinion = self.opinion(held.position, held.rst, held.had, turn);
@@ -156,11 +161,11 @@ impl Conversation {
             if turn.now < held.ends(turn) {
                 return;
             }
-            // A handshake that was refused meanwhile is a conversation too.
+            // A handshake that the OVM refused meanwhile counts as a conversation.
             let unshared = turn.closes.unshared_beside(self.id) + usize::from(held.is_disputed);
             let several = unshared > 1 && !self.suspicion.close_disputed;
             let hold = turn.config.timing.close_hold;
-            // What was heard before a dispute says nothing about it.
+            // An answer that the daemon heard before the dispute says nothing about it.
             let is_news = held.is_disputed && !turn.closes.is_disputed(self.id);
             let on_purpose = turn.closes.are_on_purpose(hold, turn.now).filter(|_| !is_news);
             if several && on_purpose.is_none() {
@@ -171,7 +176,7 @@ impl Conversation {
             turn.counters.closes_unshared += 1;
             turn.counters.acquittals += u64::from(several && on_purpose == Some(true));
             if several && on_purpose == Some(false) {
-                // If nothing can be promoted, it passes next time.
+                // If no server can be promoted, the close passes at the next review.
                 self.suspicion.close_disputed = true;
                 turn.accuse_ovm(Evidence::UnsharedClose);
                 self.state.hold(Held { until: turn.now + hold, ..held });
@@ -180,7 +185,8 @@ impl Conversation {
         }
         self.state.let_go();
         if held.position < self.down.end() {
-            // A new OVM that left behind what the client has: nothing that it says can be passed on.
+            // A new OVM closed before the position that the client has received: nothing that it sends can be passed
+            // on.
             return self.reset(turn);
         }
         if held.rst {
@@ -197,15 +203,15 @@ impl Conversation {
     }
 }
 
-/// What covering RVMs say about a close of the OVM.
+/// Whether covering RVMs share a close of the OVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Opinion {
     /// There is no covering RVM.
     None,
-    /// One did the same.
+    /// At least one did the same.
     Shared,
-    /// One has had the chance, and goes on.
+    /// At least one could have done the same by now, and stays open.
     Disputed,
-    /// They are behind.
+    /// They are behind, so neither is known.
     Unknown,
 }

@@ -1,5 +1,5 @@
-//! How the daemon plays the client towards a server: in order, from the recorded stream, within the
-//! server's window, never acknowledging what the client has not acknowledged.
+//! The daemon plays the client towards a server: it sends the recorded stream in order, in the order of the record
+//! (rule 3), within the server's window, and acknowledges nothing that the client has not acknowledged.
 
 use core::net::SocketAddr;
 
@@ -15,11 +15,13 @@ use crate::tcp::seq::seq_of;
 use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};
 
-/// Bytes of payload in one packet; headers and options have the rest of what IP can say.
+/// Most bytes of payload in one packet; headers and options take the rest of the 65,535 bytes that an IP packet can
+/// have.
 const LARGEST: u64 = 65_000;
 
 impl Conversation {
-    /// Compares, feeds and times the leg of one server. An error uncovers the conversation there.
+    /// Compares a server's answers, feeds it, and keeps its timers. After an error the server no longer covers the
+    /// conversation.
     pub(crate) fn tend(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) -> Result<(), Uncovered> {
         if leg.through {
             return Ok(());
@@ -34,8 +36,8 @@ impl Conversation {
             let unsaid = self.up_rst.is_none() && leg.covers() && leg.said.answers.end() < self.down.end();
             let lacks =
                 turn.queue.ovm() != Some(slot) && (leg.rcv_nxt.max(1) < self.told.acked.max(ovm) || unsaid);
-            // It left before it had all that others took, or had said all that the client was sent; or
-            // nobody follows it.
+            // The server reset the conversation before it had every byte that the OVM or the client's acknowledgments
+            // cover, or before it had produced every answer; or the conversation is still open after the grace time.
             let alone = lacks || (self.is_open() && turn.now >= gone + GONE_GRACE);
             return if alone { Err(Uncovered::RvmReset) } else { Ok(()) };
         }
@@ -46,7 +48,7 @@ impl Conversation {
 
     fn tend_handshake(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) -> Result<(), Uncovered> {
         if self.up_rst.is_some_and(|(position, _)| position <= 1) {
-            // The client is gone before the server ever knew of it, and has said nothing.
+            // The client reset the conversation before the server knew of it, and had sent no data.
             self.note_gone(slot, leg, turn);
             return Ok(());
         }
@@ -80,14 +82,14 @@ impl Conversation {
         if leg.covers() {
             let compared =
                 match mask::compare(&turn.config.masks, &self.down, &leg.said.answers, leg.said.compared) {
-                    // It closed where the client was sent more.
+                    // The server closed where the client was sent more.
                     Compared::Equal(_)
                         if turn.queue.ovm() != Some(slot)
                             && leg.said.fin.is_some_and(|fin| fin < self.down.end()) =>
                     {
                         Compared::Diverged(leg.said.fin.unwrap_or(leg.said.compared))
                     }
-                    // It goes on where the client was sent FIN.
+                    // The server continues where the client was sent a FIN.
                     Compared::Equal(position)
                         if self.down_fin.is_some_and(|fin| leg.said.answers.end() > fin) =>
                     {
@@ -112,7 +114,7 @@ impl Conversation {
         leg.said.answers.release(if leg.covers() { leg.said.compared } else { leg.said.answers.end() });
     }
 
-    /// Sends what the server may have: data, FIN, RST, or an ACK.
+    /// Sends what the server may have now (rule 3): data, FIN, RST, or an ACK.
     fn feed(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
         let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let una = leg.rcv_nxt;
@@ -124,8 +126,8 @@ impl Conversation {
         }
         while self.feed_data(slot, leg, guest, turn) {}
         self.feed_fin(slot, leg, guest, turn);
-        // A RST makes a kernel forget what its service has not read yet: it comes after the answers that
-        // the client had been sent.
+        // At a RST a kernel discards what its service has not read yet, so the RST follows once the server has produced
+        // the answers that the client was sent.
         if self.up_rst.is_some_and(|(position, mark)| {
             position <= leg.rcv_nxt && self.has_answered(leg, turn) && turn.permits(slot, mark, self.id)
         }) {
@@ -143,7 +145,7 @@ impl Conversation {
             && leg.sender.nxt < self.up.end()
             && turn.then.progressed[slot.index()]
         {
-            // What it just said may be what its next bytes have waited for: they take the acknowledgment along.
+            // The server's next bytes may have waited for what it just produced; they carry the acknowledgment.
             turn.then.unacknowledged = true;
         } else if is_due || told.0 > leg.told.0 {
             leg.ack_due = false;
@@ -154,8 +156,8 @@ impl Conversation {
         }
     }
 
-    /// The record does not wait for one that diverged. That it has read the requests shows in the length
-    /// of its answers, as far as these have the same length; hence the limit.
+    /// The record does not wait for a server that diverged. Only the length of its answers shows that it has read the
+    /// requests, and only if its answers have the same length; hence the time limit.
     fn has_answered(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
         leg.covers()
             || leg.said.answers.end() >= self.down.end()
@@ -244,7 +246,7 @@ impl Conversation {
         let Some(slot) = turn.queue.slot_of(leg.server) else { return };
         let Some(guest) = turn.guest(slot, self.key.psc) else { return };
         let from = leg.rcv_nxt;
-        // What was not sent yet may have to wait for earlier answers.
+        // Bytes that were never sent may have to wait for earlier answers (rule 3).
         let known = if leg.through { self.up.end() } else { self.up.end().min(leg.sender.highest) };
         let to = known.min(from + u64::from(leg.numbers.mss).saturating_sub(12).max(1));
         if from < to && from >= self.up.base() {
@@ -257,7 +259,8 @@ impl Conversation {
         }
     }
 
-    /// RFC 9293 §3.8.6.1, as Linux does it: an old sequence number asks for the present window.
+    /// Probes a closed window (RFC 9293 §3.8.6.1) as Linux does: a segment with an old sequence number makes the server
+    /// send its present window.
     pub(crate) fn probe_window(&mut self, leg: &mut Leg, guest: SocketAddr, turn: &mut Turn<'_>) {
         let present = self.segment_to_leg(leg, guest);
         let old = seq_of(self.client.iss, leg.rcv_nxt).wrapping_sub(1);
@@ -266,13 +269,13 @@ impl Conversation {
         leg.sender.arm(turn.now);
     }
 
-    /// What the server is to be told: never an ACK of what it has not sent, nor of what the client has
-    /// not acknowledged; the client's window.
+    /// The acknowledgment (a down position) and right window edge to tell the server: never an ACK of bytes that the
+    /// server has not sent or the client has not acknowledged.
     ///
-    /// With one exception: a client that acknowledges nothing any more would stop this server short of
-    /// where the OVM, with its larger congestion window, came; and by the service-wide record all other
-    /// clients' requests with it. What that client was sent is retained by the daemon, which can supply
-    /// it whoever serves, so the server need not.
+    /// One exception: if the client stops acknowledging, a server whose congestion window is smaller than the OVM's
+    /// would stop before the OVM's position, and through the record (rule 3) hold up the requests of all other clients.
+    /// The daemon retains what it sent that client and can supply it whoever serves, so it acknowledges those bytes to
+    /// the server.
     fn told_to(&self, leg: &Leg) -> (u64, u64) {
         if leg.through {
             return (self.client.acked, self.client.edge.min(self.bounds.1));
@@ -281,12 +284,13 @@ impl Conversation {
         if self.is_client_silent || self.state.was_reset() {
             acknowledged = acknowledged.max(leg.said.compared.min(self.down.end()));
         }
-        // It may say what the client was sent, also where the client's window has shrunk since; and what it was told stays, or
-        // a client that takes its window back would have the replica's answers dropped.
+        // The server may send everything that the client was sent, even if the client's window has shrunk since. It
+        // also keeps the window that it was told: otherwise a client that shrinks its window would have the replica's
+        // answers dropped.
         (acknowledged.max(leg.told.0), self.client.edge.max(self.down.end()).max(leg.told.1))
     }
 
-    /// A segment in the client's name with nothing in it but acknowledgment, window and time.
+    /// A segment in the client's name that carries only acknowledgment, window and timestamps.
     pub(crate) fn segment_to_leg(&self, leg: &Leg, guest: SocketAddr) -> Segment<'static> {
         let (ack, edge) = self.told_to(leg);
         let window = edge.saturating_sub(ack) >> self.client.shift.unwrap_or(0);
@@ -305,11 +309,11 @@ impl Conversation {
         }
     }
 
-    /// Notices a server that owes an answer of its kernel for too long.
+    /// Notices a server whose kernel has owed an acknowledgment or a SYN-ACK for too long.
     fn note_debt(&mut self, slot: Slot, leg: &mut Leg, turn: &mut Turn<'_>) {
         let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;
         let shut = leg.rcv_nxt < self.up.end() && leg.edge <= leg.rcv_nxt;
-        // One that is excused for not running owes nothing meanwhile.
+        // A server whose domain does not run owes nothing meanwhile.
         let runs = turn.queue.get(slot).filter(|server| server.running);
         let Some(excused_at) = runs.map(|server| server.excused_at).filter(|_| owes || shut) else {
             leg.waits.owes_since = None;
@@ -321,7 +325,8 @@ impl Conversation {
         }
         let since = *leg.waits.owes_since.get_or_insert(turn.now);
         if !owes && leg.waits.ovm_edge == ovm_edge {
-            // Its service reads nothing, and neither does the OVM's, whose buffer may be the larger one.
+            // The window is closed because the service reads nothing. The OVM's service reads nothing either: its
+            // buffer may just be larger.
             return;
         }
         if turn.now.since(turn.excuses.unstarved(since).max(excused_at)) >= turn.config.timing.lag_limit
@@ -335,7 +340,8 @@ impl Conversation {
         queue.ovm_server().and_then(|ovm| self.legs.get(ovm.slot, ovm.id)).map_or(0, |ovm| ovm.edge)
     }
 
-    /// The server in `slot` owes its kernel's answer since `at` or before, and the OVM has had more.
+    /// The kernel of the server in `slot` has owed an acknowledgment, a SYN-ACK or an open window since `at` or
+    /// earlier. A closed window counts only if the OVM's window has moved meanwhile.
     pub(crate) fn has_owed_since(&self, slot: Slot, server: ServerId, at: Instant, queue: &Queue) -> bool {
         self.legs.get(slot, server).is_some_and(|leg| {
             let owes = leg.phase == Phase::SynSent || leg.rcv_nxt < leg.sender.highest;

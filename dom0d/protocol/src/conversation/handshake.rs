@@ -1,6 +1,6 @@
-//! Clients' handshakes with the OVM, until the client's third segment shows that it exists.
+//! Clients' handshakes with the OVM, until the client's third segment proves its address.
 //!
-//! They live in a table of their own: a SYN flood fills nothing else, and costs replicas nothing.
+//! Handshakes have a table of their own: a SYN flood fills nothing else, and costs replicas nothing (rule 6).
 
 use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
@@ -20,14 +20,14 @@ use crate::tcp::seq::{later, position_of};
 use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};
 
-/// How long a handshake keeps its place whoever else comes: in a flood the answer, and what completes it, come behind as
-/// many SYNs as the plane has room for.
+/// How long a handshake keeps its entry whatever else arrives: in a flood the SYN-ACK and the third segment queue
+/// behind as many SYNs as the plane has room for.
 const YOUNG: Duration = Duration::from_secs(1);
 
-/// The OVM's answer to a SYN, as the client saw it.
+/// The OVM's SYN-ACK, as the client saw it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct SynAck {
-    /// Whose it is; `None` if that server has forgotten the handshake since.
+    /// The server that sent it; `None` if that server has forgotten the handshake since.
     server: Option<ServerId>,
     iss: u32,
     window: u16,
@@ -37,7 +37,7 @@ struct SynAck {
 /// A handshake that a client began.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Embryonic {
-    /// When the daemon heard of it.
+    /// When the daemon received the SYN.
     begun: Instant,
     link: LinkAddress,
     iss: u32,
@@ -64,7 +64,7 @@ pub(crate) struct Handshakes {
     by_key: HashMap<Key, Embryonic>,
     ages: VecDeque<(u64, Key)>,
     begun: u64,
-    /// The first handshake since the OVM was last heard.
+    /// The first handshake since the daemon last received anything from the OVM.
     unheard: Option<Unheard>,
 }
 
@@ -73,7 +73,7 @@ impl Handshakes {
         self.by_key.len()
     }
 
-    /// A client's SYN; forwarded to the OVM without what can't be replicated (Fast Open, MPTCP, data).
+    /// A client's SYN. The daemon forwards it to the OVM without what can't be replicated: Fast Open, MPTCP and data.
     pub(crate) fn handle_syn(&mut self, key: Key, link: LinkAddress, syn: &Segment<'_>, turn: &mut Turn<'_>) {
         let known = self.by_key.get(&key).is_some_and(|embryonic| embryonic.iss == syn.seq);
         if !known {
@@ -101,7 +101,7 @@ impl Handshakes {
         }
         if let (Some(embryonic), Some((slot, ovm))) = (self.by_key.get(&key), turn.ovm()) {
             if let Some(answer) = embryonic.answer.filter(|answer| answer.server != Some(ovm)) {
-                // The client may have accepted the deposed OVM's answer: that one stands.
+                // The client may have accepted the deposed OVM's SYN-ACK, so that SYN-ACK stands.
                 return embryonic.repeat(&key, &answer, turn);
             }
             embryonic.forward(&key, slot, turn);
@@ -109,7 +109,7 @@ impl Handshakes {
         }
     }
 
-    /// The OVM lives.
+    /// The daemon received something from the OVM: the OVM lives.
     pub(crate) fn note_ovm_heard(&mut self, counters: &mut Counters) {
         if self.unheard.take().is_some_and(|unheard| unheard.reminders > 0) {
             counters.acquittals += 1;
@@ -121,7 +121,7 @@ impl Handshakes {
         self.unheard = None;
     }
 
-    /// When the silent OVM must be reminded of a SYN, or RVMs be asked about it.
+    /// When the daemon must send the silent OVM a SYN again, or send the SYN to RVMs.
     pub(crate) fn question_due(&self, limit: Duration) -> Option<Instant> {
         self.unheard
             .as_ref()
@@ -129,7 +129,8 @@ impl Handshakes {
             .map(|unheard| unheard.due(patience(limit)))
     }
 
-    /// A SYN is a segment too: if the OVM is silent altogether, would an RVM have answered it?
+    /// Evidence (c) for a SYN: if the OVM answers nothing at all, sends the SYN to the OVM again, asks it for a sign of
+    /// life, and then sends the SYN to the promotable RVMs: an RVM that answers is a witness (rule 11).
     pub(crate) fn ask_witnesses(&mut self, turn: &mut Turn<'_>) {
         let limit = patience(turn.config.timing.unacked_limit);
         let Some(unheard) = &mut self.unheard else { return };
@@ -143,7 +144,7 @@ impl Handshakes {
             if !unheard.is_asked() {
                 if let Some((slot, _)) = turn.ovm() {
                     embryonic.forward(&unheard.key, slot, turn);
-                    // Whoever can't reach that client, or has no room for another handshake, is alive all the same.
+                    // An OVM that can't reach that client, or has no room for another handshake, is still alive.
                     turn.ask_ovm();
                 }
                 continue;
@@ -158,15 +159,15 @@ impl Handshakes {
         }
     }
 
-    /// An RVM answers such a question; true if that speaks against the OVM.
+    /// True if the segment is an RVM's answer to the SYN of [`Self::ask_witnesses`], which is evidence against the OVM.
     pub(crate) fn is_witness(&self, key: &Key, segment: &Segment<'_>) -> bool {
         segment.flags.has(Flags::SYN)
             && self.unheard.as_ref().is_some_and(|unheard| unheard.is_asked() && unheard.key == *key)
             && self.acknowledges(key, segment)
     }
 
-    /// There is no room but that of handshakes which have not had their time. The SYN is dropped, as a listener with a
-    /// full backlog does it, and sent again; one that makes room would be refused its next segment.
+    /// The table is full of young handshakes. The daemon drops the SYN, as a listener with a full backlog does, and the
+    /// client retransmits it. If a young handshake made room instead, its client's third segment would be refused.
     fn is_full_of_young(&self, key: &Key, turn: &Turn<'_>) -> bool {
         let oldest = self.ages.front().and_then(|(_, key)| self.by_key.get(key));
         self.by_key.len() >= turn.config.limits.embryonic as usize
@@ -191,7 +192,7 @@ impl Handshakes {
         }
     }
 
-    /// The OVM's SYN-ACK to a handshake; true if it is one's.
+    /// Notes the OVM's SYN-ACK; true if it answers a known handshake.
     pub(crate) fn handle_syn_ack(&mut self, key: &Key, server: ServerId, segment: &Segment<'_>) -> bool {
         let Some(embryonic) = self.by_key.get_mut(key) else { return false };
         if segment.ack != embryonic.iss.wrapping_add(1) {
@@ -206,8 +207,8 @@ impl Handshakes {
         true
     }
 
-    /// Another SYN-ACK stands already, of another server or of a handshake that this one has forgotten:
-    /// the client may have accepted it.
+    /// Another SYN-ACK stands already, from another server or from a handshake that this server has forgotten: the
+    /// client may have accepted that one.
     pub(crate) fn is_answered_otherwise(&mut self, key: &Key, server: ServerId, iss: u32) -> bool {
         let Some(answer) = self.by_key.get_mut(key).and_then(|embryonic| embryonic.answer.as_mut()) else {
             return false;
@@ -218,14 +219,15 @@ impl Handshakes {
         answer.server != Some(server)
     }
 
-    /// Whether a segment acknowledges the SYN of a handshake, as a refusal does.
+    /// Whether a server's segment acknowledges the SYN of a handshake, as a SYN-ACK or a refusing RST does.
     pub(crate) fn acknowledges(&self, key: &Key, segment: &Segment<'_>) -> bool {
         self.by_key.get(key).is_some_and(|embryonic| {
             segment.flags.has(Flags::ACK) && segment.ack == embryonic.iss.wrapping_add(1)
         })
     }
 
-    /// A server acknowledges no more than the SYN; true if it does. The client learns its time.
+    /// True if a server's segment acknowledges the SYN and nothing more. Its TSval becomes the last one that the client
+    /// was sent.
     pub(crate) fn note_acknowledgment(&mut self, key: &Key, segment: &Segment<'_>) -> bool {
         let begins = segment.sequence_length() == 0 && self.acknowledges(key, segment);
         let told = self.by_key.get_mut(key).and_then(|embryonic| embryonic.answer.as_mut());
@@ -239,17 +241,17 @@ impl Handshakes {
         begins
     }
 
-    /// The OVM refused the handshake; true if it is one's.
+    /// The OVM refused a handshake; true if the segment refuses a known one.
     pub(crate) fn handle_refusal(&mut self, key: &Key, segment: &Segment<'_>) -> bool {
         self.acknowledges(key, segment) && self.by_key.remove(key).is_some()
     }
 
-    /// A client's segment with an ACK: its third, or data that overtook it.
+    /// A client's segment with an ACK: the third segment of its handshake, or data that overtook the third.
     pub(crate) fn handle_third(&mut self, key: &Key, segment: &Segment<'_>, ovm: Option<ServerId>) -> Third {
         let Some(embryonic) = self.by_key.get(key) else { return Third::NotYet };
         let accepted = embryonic.answer.is_some_and(|answer| {
-            // What the OVM would not take for the third opens nothing at RVMs either. Where the server that
-            // answered was deposed, the daemon takes a keepalive as well: this client has a connection.
+            // A segment that the OVM would not accept as the third opens nothing at RVMs either. If the server that
+            // answered was deposed, the daemon accepts a keepalive, too: its client has a connection.
             let known = ovm == answer.server;
             let window = u64::from(known)..=1 + u64::from(answer.window);
             segment.flags.has(Flags::ACK)
@@ -262,7 +264,7 @@ impl Handshakes {
         self.by_key.remove(key).map_or(Third::NotYet, Third::Complete)
     }
 
-    /// A client began it, and has not completed it.
+    /// A client has begun this handshake and not completed it.
     pub(crate) fn knows(&self, key: &Key) -> bool {
         self.by_key.contains_key(key)
     }
@@ -272,10 +274,10 @@ impl Handshakes {
         self.by_key.remove(key);
     }
 
-    /// A new OVM knows nothing of these: those that the old one has not answered are opened at once.
+    /// A new OVM knows no handshake: the daemon sends it at once the SYNs that the old OVM has not answered.
     pub(crate) fn reopen(&mut self, turn: &mut Turn<'_>) {
         self.unheard = None;
-        // In order of age: the same inputs give the same outputs.
+        // In order of age, so that the same inputs give the same outputs.
         for (number, key) in &self.ages {
             let embryonic = self.by_key.get(key).filter(|embryonic| embryonic.number == *number);
             if let (Some(embryonic), Some((slot, _))) = (embryonic, turn.ovm())
@@ -287,7 +289,7 @@ impl Handshakes {
     }
 }
 
-/// A SYN that the OVM, silent since, has not answered.
+/// A SYN after which the OVM has sent nothing at all.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Unheard {
     key: Key,
@@ -295,14 +297,14 @@ struct Unheard {
     reminders: u32,
 }
 
-/// How long a SYN may stay unanswered before RVMs are asked: longer than the second that a kernel takes
-/// to ask again for a link address when the first ARP or neighbour question was lost (RFC 4861 §10).
+/// How long a SYN may stay unanswered before the daemon sends it to RVMs: longer than the second after which a kernel
+/// repeats a lost ARP request or Neighbor Solicitation (RFC 4861 §10).
 fn patience(unacked_limit: Duration) -> Duration {
     unacked_limit * 6
 }
 
 impl Unheard {
-    /// RVMs were asked, the OVM having been reminded often enough.
+    /// The OVM was reminded often enough, and RVMs were asked.
     fn is_asked(&self) -> bool {
         self.reminders > REMINDERS
     }
@@ -331,7 +333,7 @@ impl Embryonic {
         turn.send_to_server(server, syn.emit());
     }
 
-    /// Sends the client a SYN-ACK again.
+    /// Retransmits the SYN-ACK to the client.
     fn repeat(&self, key: &Key, answer: &SynAck, turn: &mut Turn<'_>) {
         let syn_ack = Segment {
             src: key.psc,
@@ -348,7 +350,7 @@ impl Embryonic {
         turn.send_to_client(self.link, syn_ack.emit());
     }
 
-    /// The conversation that the handshake leads to, with legs being opened on every other server.
+    /// The conversation that the handshake leads to, with legs that are yet to be opened on every other server.
     pub(crate) fn open(self, id: ConversationId, key: Key, turn: &mut Turn<'_>) -> Option<Box<Conversation>> {
         let answer = self.answer?;
         let default_mss = if key.psc.is_ipv4() { 536 } else { 1220 };
@@ -361,8 +363,8 @@ impl Embryonic {
             let leg = if Some(server) == answer.server {
                 let mut leg = Conversation::through_leg(server, &told, answer.window);
                 leg.numbers.mss = leg.numbers.mss.max(LEAST_MSS).min(mtu_mss(slot, &key, turn.queue));
-                // A new OVM that has not caught up yet must not see this client's bytes before the
-                // causes that the client may have seen.
+                // A new OVM that has not caught up yet must not see this client's bytes before the answers that the
+                // client may have seen (rule 3).
                 leg.through = turn.queue.ovm() == Some(slot) && !turn.is_catching_up();
                 leg.ack_due = !leg.through;
                 recuperates = !leg.through;
@@ -373,15 +375,15 @@ impl Embryonic {
             conversation.add_leg(slot, leg, turn);
         }
         if recuperates {
-            // The daemon carries it over: the new OVM is behind, or the client speaks with a server
-            // that was deposed in mid-handshake.
+            // The daemon plays the OVM: the new OVM is behind, or the server that the client's handshake was with has
+            // been deposed.
             conversation.begin_recuperation();
         }
         Some(conversation)
     }
 }
 
-/// What fits into the vif's MTU (RFC 9293 §3.7.1: less the fixed headers).
+/// The MSS that fits the vif's MTU: the MTU less the fixed headers (RFC 9293 §3.7.1).
 pub(crate) fn mtu_mss(slot: Slot, key: &Key, queue: &Queue) -> u16 {
     let headers = if key.psc.is_ipv4() { 40 } else { 60 };
     queue.get(slot).map_or(u16::MAX, |server| server.mtu.saturating_sub(headers))

@@ -6,13 +6,13 @@
 //! | what happens | where |
 //! |---|---|
 //! | where a conversation is, and every transition | `state` |
-//! | the client, the OVM, any other server says something | `client`, `ovm`, `replica` |
-//! | the OVM closes, and RVMs are heard about it | `closing` |
+//! | a segment of the client, of the OVM, of any other server | `client`, `ovm`, `replica` |
+//! | the OVM closes, and RVMs confirm or dispute that | `closing` |
 //! | the daemon plays the client towards a server, the server towards the client | `feed`, `recuperation` |
 //! | evidence against the OVM | `verdict` |
 //! | the data plane passes a conversation by itself | `passing` |
-//! | what is due when; how a conversation ends | `upkeep`, `ending` |
-//! | what it sees of its service, and what follows for that | `turn`, `share` |
+//! | deadlines; how a conversation ends | `upkeep`, `ending` |
+//! | what a conversation sees of its service; what follows for the service | `turn`, `share` |
 
 pub(crate) mod client;
 pub(crate) mod closing;
@@ -46,13 +46,13 @@ use crate::tcp::stream::Stream;
 use crate::time::Instant;
 use crate::wire::{Flags, Options, SackBlocks, Segment};
 
-/// What a client said of itself in its SYN, as far as the OVM agreed.
+/// What a client announced in its SYN, as far as the OVM agreed, and what it has acknowledged since.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Client {
     pub(crate) iss: u32,
-    /// Largest segment it takes, options included.
+    /// Largest segment that it accepts, options included.
     pub(crate) mss: u16,
-    /// Shift of the windows it advertises; `None` if windows are not scaled.
+    /// Window scale (RFC 7323) of the windows that it advertises; `None` if windows are not scaled.
     pub(crate) shift: Option<u8>,
     pub(crate) sack: bool,
     pub(crate) timestamps: bool,
@@ -60,18 +60,18 @@ pub(crate) struct Client {
     pub(crate) tsval: u32,
     /// TS.Recent of the OVM (RFC 7323 §4.3): the basis of PAWS.
     pub(crate) ts_recent: u32,
-    /// SND.UNA of the servers: down position that it acknowledged.
+    /// SND.UNA of the servers: the down position that the client has acknowledged.
     pub(crate) acked: u64,
-    /// The latest acknowledgment came only with what is no news, a keepalive or a repetition: a server that
-    /// is strict about that (RFC 9293 §3.10.7.4) has not taken notice of it.
+    /// SND.UNA was last advanced by a keepalive or a retransmission, and no acceptable segment has repeated that
+    /// acknowledgment since: a server that drops unacceptable segments whole (RFC 9293 §3.10.7.4) has not processed it.
     pub(crate) acked_beside: bool,
     /// Right edge of its window.
     pub(crate) edge: u64,
 }
 
 impl Client {
-    /// A client whose handshake is complete, by the numbers of its SYN and what its `options` and the OVM's `answer` agree
-    /// on. `default_mss` is what it takes where it names no size.
+    /// A client whose handshake is complete: the numbers of its SYN, and the options that both its SYN (`options`) and
+    /// the OVM's SYN-ACK (`answer`) carry. `default_mss` holds if the client sent no MSS.
     pub(crate) fn agreed(
         iss: u32,
         window: u16,
@@ -96,25 +96,25 @@ impl Client {
     }
 }
 
-/// What the client was told by any server so far; never taken back.
+/// What the client was told so far, by whichever server. Nothing of it is ever taken back (rule 2).
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Told {
     /// ISS_client_view: fixed by the SYN-ACK that the client accepted.
     pub(crate) iss: u32,
-    /// Shift of the windows that it is told.
+    /// Window scale of the windows that the client is told.
     pub(crate) shift: u8,
     /// MSS of that SYN-ACK.
     pub(crate) mss: u16,
-    /// Highest up position acknowledged to it.
+    /// Highest up position that was acknowledged to the client.
     pub(crate) acked: u64,
-    /// Furthest right edge of the window.
+    /// Furthest right edge of the window that the client was offered, as an up position.
     pub(crate) edge: u64,
-    /// Last TSval.
+    /// Last TSval that the client was sent.
     pub(crate) tsval: u32,
 }
 
 impl Told {
-    /// What the SYN-ACK told a client that scales windows or does not.
+    /// What the SYN-ACK told the client; `scales` says whether both sides scale windows.
     pub(crate) fn by_syn_ack(
         iss: u32,
         window: u16,
@@ -133,7 +133,7 @@ impl Told {
     }
 }
 
-/// Least segment size (RFC 9293 §3.7.1) that is believed: one that names less would multiply packets.
+/// The smallest MSS that the daemon honours (RFC 9293 §3.7.1): a smaller one would multiply packets.
 pub(crate) const LEAST_MSS: u16 = 88;
 
 /// See the module.
@@ -159,32 +159,32 @@ pub(crate) struct Conversation {
     pub(crate) down_fin: Option<u64>,
     pub(crate) legs: Legs,
     suspicion: Suspicion,
-    /// Where RVMs, ahead of the OVM, went on unasked and after a pause: first and last of those positions.
+    /// First and last position at which RVMs, ahead of the OVM, sent unsolicited data after a pause.
     paused: (u64, u64),
     last_heard: Instant,
-    /// Since when the client owes an ACK of what it was sent up to a position (a client that
-    /// acknowledges byte by byte still owes the rest); and whether that is too
-    /// long for servers to share the wait.
+    /// Since when the client owes an ACK, and of which down position: a client that acknowledges byte by byte still
+    /// owes the rest.
     client_owes: Option<(Instant, u64)>,
+    /// The client has owed that ACK for so long that servers no longer wait for it.
     is_client_silent: bool,
     probes: u8,
-    /// When it is registered to be looked at.
+    /// When the service is to look at this conversation next.
     pub(crate) deadline: Option<Instant>,
-    /// An RVM keeps client or OVM from going on, or did and has not made up for that.
+    /// An RVM stops the client or the OVM, or has not yet made up for having done so.
     is_slowed: bool,
-    /// It is in the service's list of work.
+    /// The conversation is in the service's list of work.
     pub(crate) queued: bool,
-    /// The data plane passes it by itself, since it was stopped that often.
+    /// If the data plane passes the conversation by itself: how often the plane had been stopped when it began.
     passing: Option<u32>,
-    /// How far the data plane lets both sides go on, up and down, while it passes the conversation.
+    /// The up and down positions at which the data plane stops the client and the OVM while it passes the conversation.
     bounds: (u64, u64),
-    /// Right edges of the windows that client and OVM were last told.
+    /// Right edges of the windows that the client and the OVM were last told.
     shown: (u64, u64),
-    /// It is in the service's list of conversations that the data plane may pass.
+    /// The conversation is in the service's list of those that the data plane may pass.
     pub(crate) is_passable_queued: bool,
     /// Its share of the service's retained bytes.
     retained: u64,
-    /// What of that is beyond gaps, of client and OVM.
+    /// Of these, the bytes of client and OVM that lie beyond gaps.
     beyond: u64,
 }
 
@@ -229,12 +229,12 @@ impl Conversation {
         }
     }
 
-    /// Something is in flight anywhere: bytes that somebody has not acknowledged or produced.
+    /// The conversation is open, and some server or the client has not yet acknowledged or produced every byte.
     pub(crate) fn is_busy(&self) -> bool {
         self.is_open() && !self.is_settled()
     }
 
-    /// Everybody has said and followed everything.
+    /// Client and servers have acknowledged and produced every byte, and nothing speaks against the OVM.
     pub(crate) fn is_settled(&self) -> bool {
         self.retained == 0
             && !self.is_recuperating()
@@ -262,19 +262,20 @@ impl Conversation {
         self.up_fin.map_or(self.up.end(), |(fin, _)| fin + 1)
     }
 
-    /// The OVM speaks with the client itself.
+    /// Client and OVM exchange their own segments; the daemon plays neither.
     pub(crate) fn is_through(&self, turn: &Turn<'_>) -> bool {
         turn.ovm().and_then(|(slot, server)| self.legs.get(slot, server)).is_some_and(|leg| leg.through)
     }
 
-    /// For the record: the server has answered up to `position`, or never will comparably.
+    /// Tells the record (rule 3) whether the server has produced its answer up to `position`, or can no longer be
+    /// compared there.
     pub(crate) fn has_produced(&self, slot: Slot, server: ServerId, position: u64) -> bool {
         self.legs.get(slot, server).is_none_or(|leg| {
             leg.through || !leg.covers() || leg.gone.is_some() || leg.said.answers.end() >= position
         })
     }
 
-    /// A segment to the client with nothing in it but the present acknowledgment, window and time.
+    /// A segment to the client that carries only the present acknowledgment, window and timestamps.
     pub(crate) fn segment_to_client(&self) -> Segment<'static> {
         let window = self.told.edge.saturating_sub(self.told.acked) >> self.told.shift;
         Segment {
@@ -294,7 +295,7 @@ impl Conversation {
         }
     }
 
-    /// Sends a segment to the client, split as it needs.
+    /// Sends a segment to the client, split to the client's MSS.
     pub(crate) fn send_to_client(&mut self, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         turn.note_sent_to_client(segment.payload);
         let link = self.link;
@@ -302,7 +303,7 @@ impl Conversation {
         segment.emit_large(self.client.mss, |packet, size| turn.send(to, packet, size));
     }
 
-    /// A TSval for the client: never earlier than the last one.
+    /// The TSval to send to the client: never earlier than the last one, or PAWS would drop the segment (RFC 7323 §5).
     pub(crate) fn advance_tsval(&mut self, tsval: u32) -> u32 {
         if later(tsval, self.told.tsval) {
             self.told.tsval = tsval;
@@ -323,7 +324,7 @@ impl Conversation {
         }
     }
 
-    /// Gives the server a leg, or says why it has none.
+    /// Gives the server a leg. A server without an address of the PSC's family gets none, and becomes stale (rule 5).
     pub(crate) fn add_leg(&mut self, slot: Slot, leg: Leg, turn: &mut Turn<'_>) {
         if turn.guest(slot, self.key.psc).is_none() {
             self.legs.set_absent(slot, Uncovered::OptionsDiffer);
@@ -333,7 +334,7 @@ impl Conversation {
         self.legs.put(slot, Box::new(leg));
     }
 
-    /// The server does not cover the conversation any more, so its state may differ from now on.
+    /// The server no longer covers the conversation, so its state may differ from the OVM's from now on (rule 5).
     pub(crate) fn drop_leg(&mut self, slot: Slot, leg: &Leg, reason: Uncovered, turn: &mut Turn<'_>) {
         if leg.is_open() {
             self.send_reset_to(slot, leg, turn);
@@ -352,7 +353,8 @@ impl Conversation {
         }
     }
 
-    /// A leg as it begins: handshake with `server` complete as the client saw it.
+    /// The leg of the server that answered the client's SYN: its handshake is complete, with the numbers that the
+    /// client saw.
     pub(crate) fn through_leg(server: ServerId, told: &Told, window: u16) -> Leg {
         Leg {
             phase: Phase::Open,
@@ -369,7 +371,7 @@ impl Conversation {
             rcv_nxt: 1,
             edge: 1 + u64::from(window),
             told: (1, 0),
-            // The SYN is acknowledged: what the daemon itself may have to send begins behind it.
+            // The SYN is acknowledged: anything that the daemon itself may have to send comes after it.
             sender: Sender::new(1),
             ..Leg::opening(server)
         }
@@ -382,8 +384,8 @@ impl Conversation {
         }
     }
 
-    /// SACK blocks for an ACK of the daemon's own: without them a sender that was permitted SACK takes
-    /// its duplicates for nothing, and each loss costs a retransmission timeout.
+    /// SACK blocks (RFC 2018) for an ACK of the daemon's own. Without them a sender that negotiated SACK ignores
+    /// duplicate ACKs, and each loss costs a retransmission timeout.
     pub(crate) fn sack_blocks(&self, stream: &Stream, iss: u32) -> SackBlocks {
         let mut blocks = SackBlocks::default();
         if self.client.sack {
@@ -395,7 +397,8 @@ impl Conversation {
     }
 }
 
-/// Text behind a FIN is ignored (RFC 9293 §3.10.7.4); some keepalives carry a byte in the FIN's place.
+/// The part of `text` before the FIN's position. Text after a FIN is ignored (RFC 9293 §3.10.7.4); some keepalives
+/// carry a byte at the FIN's position.
 pub(crate) fn text_before(fin: Option<u64>, start: u64, text: &[u8]) -> &[u8] {
     let room = fin.map_or(u64::MAX, |fin| fin.saturating_sub(start));
     &text[..text.len().min(usize::try_from(room).unwrap_or(usize::MAX))]

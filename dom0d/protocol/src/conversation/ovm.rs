@@ -1,4 +1,5 @@
-//! What the OVM's segments do to a conversation: they are recorded and passed on. (`replica` has everybody else's.)
+//! The OVM's segments: the daemon records them and passes them on to the client (rule 2). Those of all other servers
+//! are in `replica`.
 
 use crate::config::LagPolicy;
 use crate::conversation::turn::Turn;
@@ -11,7 +12,7 @@ use crate::rules::rule;
 use crate::tcp::seq::{position_of, seq_of};
 use crate::wire::{Flags, Options, Segment};
 
-/// Kernels take a segment whole that begins in their window; the FIN takes one place more.
+/// Kernels accept a whole segment if it begins in their window; a FIN occupies one more sequence number.
 const BEYOND_WINDOW: u64 = (64 << 10) + 1;
 
 impl Conversation {
@@ -60,24 +61,24 @@ impl Conversation {
             return self.handle_ovm_reset(leg, start, segment, turn);
         }
         if leg.gone.is_some() {
-            // Behind its RST, which may be held, there is nothing to hear.
+            // The OVM has sent a RST, which may be held: whatever follows is ignored.
             return;
         }
         let ack = position_of(self.client.iss, segment.ack, leg.rcv_nxt);
         if let Some(ack) = ack.filter(|ack| segment.flags.has(Flags::ACK) && *ack > self.up_end()) {
             if ack > leg.edge.max(self.told.edge) + BEYOND_WINDOW {
-                // Nobody was ever told to send so much (RFC 9293 §3.10.7.4): no kernel says that.
+                // No client was ever offered such a window (RFC 9293 §3.10.7.4): no kernel acknowledges that.
                 turn.counters.bad_ack += 1;
                 return;
             }
-            // By whatever way they came there, it has bytes that no RVM will get.
+            // However they reached it, the OVM has bytes that no RVM will get (rule 10).
             turn.counters.acknowledged_unrecorded += 1;
             self.go_on_alone(ack, turn);
         }
         turn.counters.ovm_segments += 1;
         if segment.flags.has(Flags::SYN) {
             if start != 0 {
-                // It began anew, and will refuse the client's next segment.
+                // The OVM began another connection, and will refuse the client's next segment.
                 turn.counters.unacceptable += 1;
                 return;
             }
@@ -88,8 +89,8 @@ impl Conversation {
         if segment.flags.has(Flags::ACK) {
             self.note_ovm_acknowledgment(leg, segment, turn);
         }
-        // What the client has no window for it does not take; a window probe may carry one byte more. What the plane has
-        // passed may be within a window that the client took back since.
+        // The client drops what exceeds its window; a window probe may exceed it by one byte. A passed segment may lie
+        // in a window that the client has shrunk since.
         let stop = if turn.passed() { u64::MAX } else { (self.client.edge + 1).max(self.down.highest()) };
         if start > stop {
             turn.counters.unacceptable += 1;
@@ -137,8 +138,8 @@ impl Conversation {
         leg.waits.owes_since = None;
     }
 
-    /// Records the OVM's payload. `None`: it must not be passed on. `Some(Some(bytes))`: these must be
-    /// passed on in its place, since the client may have the first copy of some.
+    /// Records the OVM's payload. `None`: the caller must not pass it on. `Some(Some(bytes))`: the caller must pass
+    /// these on instead, because the client may already have another copy of some (rule 2).
     fn record_answer(&mut self, start: u64, payload: &[u8], turn: &mut Turn<'_>) -> Option<Option<Vec<u8>>> {
         if payload.is_empty() {
             return Some(None);
@@ -156,7 +157,7 @@ impl Conversation {
             return Some(None);
         }
         if turn.passed() {
-            // The client has both copies.
+            // The client was sent both copies.
             self.uncover(turn);
         }
         turn.counters.ovm_contradictions += 1;
@@ -165,7 +166,7 @@ impl Conversation {
         Some(Some(first_copy))
     }
 
-    /// What the client is sent grew from `before`: the record follows.
+    /// The answer to the client grew from `before` on: appends that to the record.
     pub(crate) fn note_answer(&mut self, before: u64, turn: &mut Turn<'_>) {
         let end = self.down.end();
         if end == before {
@@ -175,7 +176,7 @@ impl Conversation {
         self.suspicion.note_answer();
         if turn.queue.rvms().next().is_some() {
             turn.record.answered(self.id, end);
-            // An RVM that was faster has produced this already.
+            // A faster RVM may have produced this already.
             turn.note_all_produced();
         }
     }
@@ -215,8 +216,8 @@ impl Conversation {
         self.send_to_client(&translated, turn);
     }
 
-    /// Moves the right edge of the client's window, never back. Where clients wait for RVMs, no
-    /// further than there is room to keep what an RVM still lacks.
+    /// Moves the right edge of the client's window, never back, and no further than there is room to keep what an RVM
+    /// still lacks.
     pub(crate) fn offer_window(&mut self, edge: u64, turn: &mut Turn<'_>) {
         let limit = if turn.passed() { self.bounds.0 } else { self.room_up(turn) };
         if limit < edge {
@@ -225,12 +226,12 @@ impl Conversation {
         self.told.edge = self.told.edge.max(edge.min(limit));
     }
 
-    /// Up to where there is room to keep what the client sends.
+    /// The up position up to which there is room to keep what the client sends (rule 6).
     pub(crate) fn room_up(&self, turn: &Turn<'_>) -> u64 {
         let limit = u64::from(turn.config.limits.conversation_bytes);
         self.up.base()
             + match turn.config.on_lag {
-                // No more than can be kept: what finds no room would be sent in vain.
+                // No more than the daemon can keep: it would drop the rest.
                 LagPolicy::Evict => limit,
                 LagPolicy::Wait => limit / 2,
             }

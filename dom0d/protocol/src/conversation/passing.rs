@@ -1,5 +1,5 @@
-//! A conversation that the data plane passes between client and OVM by itself (see [`crate::Flow`]): from when to when, and
-//! how far both sides may go on meanwhile.
+//! A conversation that the data plane passes between client and OVM by itself (see [`crate::Flow`]): when that begins
+//! and ends, and how far both sides may get ahead of the RVMs meanwhile.
 
 use crate::conversation::Conversation;
 use crate::conversation::state::State;
@@ -14,32 +14,34 @@ use crate::tcp::stream::Stream;
 use crate::tcp::translate::{Bounds, Flow};
 use crate::wire::Segment;
 
-/// Conversations are handed over while the daemon holds less than this part of its limit for all of them, and taken
-/// back at twice that.
+/// Conversations are handed over while the daemon keeps less than this part of [`crate::Limits::retained_bytes`], and
+/// taken back at twice that.
 const HANDOVER_SHARE: u64 = 4;
 
-/// Bounds are moved on by this part of [`crate::Limits::ahead_bytes`] at least.
+/// Bounds advance by at least this part of [`crate::Limits::ahead_bytes`].
 const STEP_SHARE: u64 = 32;
 
-/// Bounds where no RVM lacks anything: less than half of the sequence space.
+/// Distance of the bounds when no RVM lacks anything: less than half of the sequence space.
 const FAR: u64 = 1 << 30;
 
-/// Who may send less than this counts as stopped by its window.
+/// A side whose window has less room than this counts as stopped by it.
 const NEARLY_SHUT: u64 = 64 << 10;
 
 /// Bounds of a conversation that the plane does not pass.
 pub(crate) const UNBOUNDED: (u64, u64) = (u64::MAX, u64::MAX);
 
 impl Conversation {
-    /// The plane may have given the conversation back with the segment at hand.
+    /// Notes whether the plane gave the conversation back with the segment at hand.
     pub(crate) fn note_passage(&mut self, plane: &Plane) {
         if plane.passage() == Passage::HandedOver && self.passing == plane.stops() {
-            // Not forgotten: what the plane keeps of it is to be removed in the end.
+            // The plane still has an entry, which must be removed in the end: mark it as one from before the plane was
+            // last stopped.
             self.passing = self.passing.map(|times| times.wrapping_sub(1));
         }
     }
 
-    /// After all work: whether the plane may pass it, or must no longer. True if it is to be queued for being handed over.
+    /// Called after all other work: extends the bounds of a passed conversation, or takes it back. True if the caller
+    /// must queue the conversation for the handover to the plane.
     pub(crate) fn review_passing(&mut self, turn: &mut Turn<'_>) -> bool {
         let Some(times) = turn.plane.stops() else { return false };
         let mut is_queued_now = false;
@@ -58,7 +60,8 @@ impl Conversation {
         is_queued_now
     }
 
-    /// Nothing but new segments are to be expected, and the engine has room for them.
+    /// Whether the plane may pass the conversation: only new segments are to be expected, and the engine has room for
+    /// them.
     pub(crate) fn may_pass(&self, turn: &Turn<'_>, shares: u64) -> bool {
         let room_for_all = turn.config.limits.retained_bytes / HANDOVER_SHARE * shares;
         let through = turn
@@ -71,7 +74,7 @@ impl Conversation {
             && turn.retained(self.retained) < room_for_all
     }
 
-    /// In the middle of a repair of gaps most segments would come straight back.
+    /// Not while gaps are being repaired: the plane would return most segments to the engine.
     pub(crate) fn may_begin_to_pass(&self, turn: &Turn<'_>) -> bool {
         self.up.highest() == self.up.end() && self.down.highest() == self.down.end() && self.may_pass(turn, 1)
     }
@@ -114,7 +117,8 @@ impl Conversation {
         Bounds { up: seq_of(self.client.iss, up), down: seq_of(self.told.iss, down) }
     }
 
-    /// How far client and OVM may go on, so that what RVMs then lack can be kept.
+    /// The up and down positions that client and OVM may reach, so that the engine can keep whatever RVMs then lack
+    /// (rule 6).
     fn reach(&self, turn: &Turn<'_>) -> (u64, u64) {
         let room = u64::from(turn.config.limits.ahead_bytes);
         let (mut up, mut down) = (self.up.end() + FAR, self.down.end() + FAR);
@@ -128,7 +132,7 @@ impl Conversation {
         (up, down)
     }
 
-    /// Moves the plane's bounds on, as RVMs do, if that is worth it.
+    /// Advances the plane's bounds as RVMs advance, if the step is large enough.
     pub(crate) fn extend(&mut self, turn: &mut Turn<'_>) {
         let step = u64::from(turn.config.limits.ahead_bytes) / STEP_SHARE;
         let (up, down) = self.reach(turn);
@@ -139,14 +143,14 @@ impl Conversation {
         }
     }
 
-    /// Client or OVM is about to stop for RVMs that are behind.
+    /// Client or OVM will soon stop at the plane's bounds, because RVMs are behind.
     pub(crate) fn is_held_back(&self, turn: &Turn<'_>) -> bool {
         let near = NEARLY_SHUT.min(u64::from(turn.config.limits.ahead_bytes) / 4);
         self.up.end() + near >= self.bounds.0 || self.down.end() + near >= self.bounds.1
     }
 
-    /// Client or OVM may wait for a window that has opened since it was last told, and nothing else would tell
-    /// them: the other side has nothing to say.
+    /// Sends window updates to a client or OVM that stopped at a window which has opened since. Nothing else would tell
+    /// them if the opposite side has nothing to send.
     pub(crate) fn reopen_windows(&mut self, turn: &mut Turn<'_>) {
         let Some((slot, server)) = turn.ovm().filter(|_| self.is_open()) else { return };
         let Some(ovm) = self.legs.get(slot, server).filter(|leg| leg.through && leg.gone.is_none()) else {
@@ -171,7 +175,7 @@ impl Conversation {
         }
     }
 
-    /// Takes the conversation back from the plane, if that has it.
+    /// Takes the conversation back from the plane, if the plane passes it.
     pub(crate) fn stop_passing(&mut self, turn: &mut Turn<'_>) {
         if self.passing.take().is_some() {
             let Key { client, psc } = self.key;
@@ -179,7 +183,8 @@ impl Conversation {
         }
     }
 
-    /// What ends here goes on between client and OVM, and in the plane.
+    /// The engine forgets the conversation, which continues between client and OVM through the plane: no RVM covers it
+    /// any more.
     pub(crate) fn leave_to_plane(&mut self, turn: &mut Turn<'_>) {
         self.passing = None;
         let ovm = turn.queue.ovm();
@@ -191,7 +196,7 @@ impl Conversation {
         }
     }
 
-    /// The plane has passed what is not recorded: no RVM can carry the conversation on.
+    /// The plane has passed what is not recorded: no RVM can continue the conversation (rule 10).
     pub(crate) fn uncover(&mut self, turn: &mut Turn<'_>) {
         turn.counters.passed_unrecorded += 1;
         let ovm = turn.queue.ovm();
@@ -202,17 +207,18 @@ impl Conversation {
         }
     }
 
-    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded.
+    /// The OVM has, or may have, bytes of the client up to `end` that are not recorded: every RVM becomes stale at once
+    /// (rule 10).
     pub(crate) fn go_on_alone(&mut self, end: u64, turn: &mut Turn<'_>) {
         self.uncover(turn);
-        // One that has no part in this conversation lacks them, too.
+        // A server without a leg in this conversation lacks these bytes, too.
         turn.mark_all_stale(StaleReason::UncoveredConversation);
         turn.event(EventKind::Unprotected { client: self.key.client, reason: Uncovered::Unrecorded });
         self.up = Stream::new(end);
         self.up_fin = None;
     }
 
-    /// What the plane has passed to the OVM must be recorded, or no RVM can follow.
+    /// If the plane has passed bytes to the OVM that are not recorded, no RVM can follow.
     pub(crate) fn check_passed_to_ovm(&mut self, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         turn.then.looked_at = true;
         if turn.passed() && !segment.payload.is_empty() {
@@ -224,7 +230,7 @@ impl Conversation {
         }
     }
 
-    /// What the plane has passed to the client must be recorded, or no RVM can go on from there.
+    /// If the plane has passed bytes to the client that are not recorded, no RVM can continue from there.
     pub(crate) fn check_passed_to_client(
         &mut self,
         server_iss: u32,

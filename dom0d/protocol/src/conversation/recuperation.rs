@@ -1,5 +1,6 @@
-//! From promotion until a conversation's counts on the new OVM reach those of the old (paper §IV.B):
-//! the daemon plays the server towards the client, from what it recorded and what the new OVM answers.
+//! Recuperation: from a promotion until a conversation's counts on the new OVM reach those of the old (paper §IV.B).
+//! The daemon plays the server towards the client, from what it recorded and what the new OVM answers, so that the
+//! client sees one stream (rule 2).
 
 use crate::conversation::Conversation;
 use crate::conversation::state::Recuperating;
@@ -11,11 +12,12 @@ use crate::tcp::stream::Stream;
 use crate::wire::{Flags, Segment};
 
 impl Conversation {
-    /// Arranges the legs for the service's present epoch.
+    /// Prepares the legs for the service's present epoch. A conversation that the new OVM does not cover is reset (rule
+    /// 7).
     pub(crate) fn enter_epoch(&mut self, turn: &mut Turn<'_>) {
         self.epoch = turn.epoch;
         self.suspicion = Default::default();
-        // What the deposed OVM wanted to close is the new OVM's to decide.
+        // A close that the deposed OVM began is for the new OVM to decide.
         self.state.let_go();
         self.play_client(turn);
         if !self.is_open() {
@@ -33,8 +35,8 @@ impl Conversation {
         }
     }
 
-    /// From now on the daemon plays the client towards every server, also towards one that was the OVM
-    /// (and may be it again): everything that the client was sent came from that one.
+    /// From now on the daemon plays the client towards every server, including the deposed OVM (which may become the
+    /// OVM again): that server has produced everything that the client was sent.
     pub(crate) fn play_client(&mut self, turn: &mut Turn<'_>) {
         let (down_end, down_fin, acked) = (self.down.end(), self.down_fin, self.client.acked);
         let direct = self.up.highest().max(self.up_end());
@@ -45,7 +47,7 @@ impl Conversation {
                 leg.direct = direct;
                 leg.said.answers = Stream::new(down_end);
                 leg.said.compared = down_end;
-                // It may have closed, and the client not been told yet.
+                // The deposed OVM may have sent a FIN that the client was not sent yet.
                 leg.said.fin = leg.said.fin.or(down_fin);
                 leg.told = (acked, 0);
                 leg.ack_due = true;
@@ -53,12 +55,13 @@ impl Conversation {
         });
     }
 
-    /// From now on the daemon plays the server.
+    /// From now on the daemon plays the server towards the client.
     pub(crate) fn begin_recuperation(&mut self) {
         self.state.recuperate(Box::new(Recuperating::from(self.client.acked, self.down_end())));
     }
 
-    /// One step: take what the new OVM answered, tell the client, hand back if the counts are reached.
+    /// One step of recuperation: adopts what the new OVM answered, sends the client what it lacks, and ends
+    /// recuperation once the counts are reached.
     pub(crate) fn recuperate(&mut self, turn: &mut Turn<'_>) {
         if !self.is_recuperating() {
             return;
@@ -69,7 +72,7 @@ impl Conversation {
         self.adopt_answers(&mut leg, turn);
         let early = leg.said.fin.filter(|fin| *fin < self.down.end());
         if !leg.covers() || leg.gone.is_some() || early.is_some() {
-            // A close of the new OVM's own is held like any other: its service may have died in turn.
+            // A close of the new OVM is held like any other: its service may have died, too.
             let position = leg.covers().then(|| early.unwrap_or(leg.said.answers.end()));
             self.state.recuperate(recuperating);
             self.legs.put(slot, leg);
@@ -98,7 +101,7 @@ impl Conversation {
         self.legs.put(slot, leg);
     }
 
-    /// What the new OVM answered beyond what the client was sent is now what the client is sent.
+    /// Moves what the new OVM answered beyond the client's stream into the client's stream.
     fn adopt_answers(&mut self, leg: &mut Leg, turn: &mut Turn<'_>) {
         loop {
             let before = self.down.end();
@@ -113,7 +116,7 @@ impl Conversation {
             }
             self.note_answer(before, turn);
             if let Some(slot) = turn.queue.slot_of(leg.server) {
-                // Bytes beyond a gap, sent under the old OVM, are compared as they are reached.
+                // Bytes beyond a gap that the old OVM sent are compared as the answers reach them.
                 self.compare(slot, leg, turn);
             }
         }
@@ -126,13 +129,14 @@ impl Conversation {
         }
     }
 
-    /// Sends the client what it lacks, or an ACK if one is due.
+    /// Sends the client the bytes that it lacks, or an ACK if one is due.
     fn serve(&mut self, recuperating: &mut Recuperating, turn: &mut Turn<'_>) {
         let una = self.client.acked;
         if recuperating.sender.expired(una, turn.now) {
             turn.counters.retransmissions += 1;
             if una == recuperating.sender.highest || self.client.edge <= una {
-                // The client's window is closed: ask for it.
+                // Nothing is in flight, or the client's window is closed: an old sequence number makes the client send
+                // its present window.
                 let probe =
                     Segment { seq: seq_of(self.told.iss, una).wrapping_sub(1), ..self.segment_to_client() };
                 self.send_to_client(&probe, turn);
@@ -180,7 +184,7 @@ impl Conversation {
         recuperating.ack_due = false;
     }
 
-    /// What a full segment to the client carries (RFC 6691: the MSS counts options).
+    /// Payload of a full segment to the client, in bytes (RFC 6691: TCP options count against the MSS).
     fn payload_to_client(&self) -> u64 {
         let options = if self.client.timestamps { 12 } else { 0 };
         u64::from(self.client.mss.saturating_sub(options).max(1))
@@ -197,16 +201,18 @@ impl Conversation {
         self.send_to_client(&segment, turn);
     }
 
-    /// The new OVM has acknowledged whatever the client was acknowledged and has answered whatever the
-    /// client was sent; every conversation's earlier causes have reached it.
+    /// Whether the new OVM has acknowledged every byte whose ACK the client got, has produced every byte that the
+    /// client was sent, and has caught up with the record in all conversations.
     fn has_recuperated(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
         leg.phase == Phase::Open
             && leg.rcv_nxt >= self.told.acked
             && leg.sender.nxt >= self.up_end()
-            // It keeps what it was not told to be acknowledged; the daemon supplies the rest.
+            // The OVM must still hold every byte that the client lacks: it frees bytes that the daemon acknowledged to
+            // it.
             && self.client.acked >= leg.told.0
             && leg.said.compared >= self.down.highest()
-            // It was told that these arrived: nobody but the daemon has them.
+            // The daemon has selectively acknowledged (SACK) bytes beyond a gap that the client lacks: the OVM would
+            // not retransmit them.
             && leg.said.answers.islands().next().is_none()
             && (self.down_fin.is_none() || leg.said.fin == self.down_fin)
             && !turn.is_catching_up()

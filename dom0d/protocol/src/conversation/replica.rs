@@ -1,5 +1,5 @@
-//! What the segments of a server do that the daemon plays the client towards: an RVM, or a new OVM in recuperation. Nothing of
-//! them reaches a client as it is (rule 4); they move the daemon's picture of that server, what it acknowledged and answered.
+//! The segments of a server towards which the daemon plays the client: an RVM, or a new OVM in recuperation. The daemon
+//! suppresses them all (rule 4) and notes what that server acknowledged and answered.
 
 use crate::conversation::handshake::mtu_mss;
 use crate::conversation::turn::Turn;
@@ -11,7 +11,7 @@ use crate::tcp::seq::position_of;
 use crate::wire::{Flags, Segment};
 
 impl Conversation {
-    /// The answer to the SYN that the daemon sent in the client's name (RFC 9293 §3.10.7.3).
+    /// The server's answer to the SYN that the daemon sent in the client's name (RFC 9293 §3.10.7.3).
     pub(super) fn handle_syn_ack(
         &mut self,
         leg: &mut Leg,
@@ -22,7 +22,7 @@ impl Conversation {
         let acknowledges = segment.flags.has(Flags::ACK) && segment.ack == self.client.iss.wrapping_add(1);
         if segment.flags.has(Flags::RST) {
             if acknowledges && turn.queue.ovm() == Some(slot) {
-                // A new OVM refuses what the client has: its service may have died in turn.
+                // A new OVM refuses a connection that the client has: the new OVM's service may have died, too.
                 self.note_gone(slot, leg, turn);
                 return Ok(());
             }
@@ -30,15 +30,15 @@ impl Conversation {
         }
         if !segment.flags.has(Flags::SYN) || !acknowledges {
             if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::SYN) {
-                // An old connection of the same client on this server: reset it, then try again.
+                // The server still has an old connection with these addresses: reset it, then send the SYN again.
                 self.refuse(slot, leg, segment, turn);
             }
             return Ok(());
         }
         let options = &segment.options;
         let mss = options.mss.unwrap_or(if self.key.psc.is_ipv4() { 536 } else { 1220 });
-        // The client relies on what the OVM agreed to; without resizing and reformatting segments
-        // such a server could never take over.
+        // The client relies on what the OVM agreed to. A server that agrees to less could take over only if the daemon
+        // resized or reformatted segments.
         if options.timestamps.is_some() != self.client.timestamps
             || (options.window_shift.is_none() && self.client.shift.is_some())
             || mss < self.told.mss
@@ -49,7 +49,7 @@ impl Conversation {
         leg.numbers.iss = segment.seq;
         leg.numbers.shift = options.window_shift.filter(|_| self.client.shift.is_some()).unwrap_or(0);
         leg.numbers.mss = mss.max(LEAST_MSS).min(mtu_mss(slot, &self.key, turn.queue));
-        // For a server that was promoted before it had answered: its time begins here.
+        // If the server was promoted before it answered the SYN, its timestamps begin here.
         leg.numbers.ts_delta = self.told.tsval.wrapping_sub(leg.numbers.tsval);
         leg.numbers.ts_floor = leg.numbers.tsval;
         leg.rcv_nxt = 1;
@@ -62,7 +62,7 @@ impl Conversation {
         Ok(())
     }
 
-    /// An RVM, or the new OVM in recuperation: nothing of this segment reaches a client as it is.
+    /// A segment of an RVM, or of the new OVM in recuperation: the daemon suppresses it (rule 4).
     pub(super) fn handle_suppressed(
         &mut self,
         leg: &mut Leg,
@@ -77,7 +77,8 @@ impl Conversation {
             return;
         }
         if leg.gone.is_some() {
-            // Behind its RST there is nothing to hear; or it has not heard the daemon's.
+            // The server has sent a RST, and whatever follows is ignored; or it has not received the daemon's RST,
+            // which is then sent again.
             if segment.flags.has(Flags::ACK) {
                 self.refuse(slot, leg, segment, turn);
             }
@@ -94,11 +95,11 @@ impl Conversation {
         self.note_suppressed_acknowledgment(leg, segment, turn);
         let before = leg.said.answers.end();
         let was_stopped = leg.is_stopped(self.client.mss);
-        // It was never told of a larger window: what it sends beyond is no answer, only memory.
+        // The server was never told of a larger window: bytes beyond it would only cost memory (rule 6).
         let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
         let text = text_before(leg.said.fin.into_iter().chain([edge]).min(), start, segment.payload);
         if !text.is_empty() {
-            // What the client was sent already need not be kept until it is compared.
+            // Bytes that equal what the client was sent need not be kept for a later comparison.
             let is_repetition = leg.covers()
                 && start == leg.said.compared
                 && start == before
@@ -119,10 +120,10 @@ impl Conversation {
                 leg.said.answered_at = turn.now;
                 turn.note_produced(slot);
             }
-            // A gap or a repetition: it waits for an ACK (RFC 9293 §3.10.7.4).
+            // A segment beyond a gap, or a retransmission, calls for an ACK (RFC 9293 §3.10.7.4).
             leg.ack_due |= grown == 0;
         } else if start < leg.said.answers.end() || !segment.payload.is_empty() {
-            // A keepalive or a window probe.
+            // A keepalive or a window probe calls for an ACK.
             leg.ack_due = true;
         }
         if segment.flags.has(Flags::FIN) {

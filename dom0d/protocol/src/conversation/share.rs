@@ -1,11 +1,11 @@
-//! What a conversation stands for in the sums and lists of its service.
+//! A conversation's share in the sums and lists of its service.
 
 use crate::accounts::{ServerShare, Share};
 use crate::conversation::Conversation;
 use crate::follower::queue::Queue;
 
 impl Conversation {
-    /// What it stands for now, at the servers in the queue.
+    /// The conversation's present share, with what it means to each server in the queue.
     pub(crate) fn share(&self, queue: &Queue) -> Share {
         let is_open = self.is_open();
         let mut share = Share {

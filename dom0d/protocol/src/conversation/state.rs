@@ -1,4 +1,4 @@
-//! Where a conversation is, from the client's third segment on. Before that it is a handshake ([`super::handshake`]).
+//! A conversation's state from the client's third segment on. Before that it is a handshake ([`super::handshake`]).
 //!
 //! ```text
 //!            promotion (rule 2)            counts reached (rule 2)
@@ -10,7 +10,7 @@
 //!     Closed ◀────────────────────────┘
 //! ```
 //!
-//! Which sides have said FIN is no state of its own: each FIN is a position in a stream, which servers reach at different
+//! No state says which sides have sent FIN: each FIN is a position in a stream, and servers reach it at different
 //! times.
 
 use serde::{Deserialize, Serialize};
@@ -22,44 +22,45 @@ use crate::time::Instant;
 /// See the module.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum State {
-    /// The OVM speaks with the client itself.
+    /// Client and OVM exchange their own segments.
     Open {
-        /// Its FIN or RST, if that waits for an RVM to do the same.
+        /// The OVM's FIN or RST, if it waits for an RVM to do the same.
         held: Option<Held>,
     },
-    /// The OVM has yet to follow to where its predecessors were; the daemon plays it towards the client.
+    /// The new OVM has not yet reached the positions of its predecessors; the daemon plays the OVM towards the client.
     Recuperating {
-        /// How.
+        /// What the daemon still owes the client.
         playing: Box<Recuperating>,
         /// As in [`State::Open`].
         held: Option<Held>,
     },
-    /// Ended for client and OVM.
+    /// The conversation has ended for client and OVM.
     Closed {
         /// When.
         at: Instant,
-        /// By the daemon, or a RST that it passed: whatever the client still sends is answered with a RST.
+        /// The daemon reset it, or passed on a RST of the OVM: the daemon answers whatever the client still sends with
+        /// a RST.
         was_reset: bool,
     },
 }
 
-/// A FIN or RST of the OVM that is not passed on yet.
+/// A FIN or RST of the OVM that the daemon has not passed on yet.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Held {
     pub(crate) position: u64,
     pub(crate) rst: bool,
-    /// What the OVM had of the client's bytes when it closed.
+    /// RCV.NXT of the OVM when it closed: an up position.
     pub(crate) had: u64,
-    /// When RVMs are asked (`None`: they were), so that the opinions on all conversations are there when the
-    /// first hold ends.
+    /// When the daemon asks the RVMs (`None`: it has), early enough that their opinions on all conversations are known
+    /// when the first hold ends.
     pub(crate) review: Option<Instant>,
     pub(crate) until: Instant,
-    /// A covering RVM has had the chance to do the same, and goes on.
+    /// A covering RVM could have done the same by now, and keeps the conversation open.
     pub(crate) is_disputed: bool,
 }
 
 impl Held {
-    /// RVMs get the time that a late daemon did not hear them.
+    /// When the hold ends. It is extended by the time in which a late daemon may not have processed what RVMs sent.
     pub(crate) fn ends(&self, turn: &Turn<'_>) -> Instant {
         self.until.max(turn.excuses.heard_since() + turn.config.timing.close_hold)
     }
@@ -70,22 +71,22 @@ impl Held {
 pub(crate) struct Recuperating {
     /// What the daemon sends the client.
     pub(crate) sender: Sender,
-    /// The client must be sent an ACK.
+    /// The daemon must send the client an ACK.
     pub(crate) ack_due: bool,
-    /// The segment at SND.UNA must be sent again at once.
+    /// The daemon must retransmit the segment at SND.UNA at once.
     pub(crate) resend: bool,
 }
 
 impl Recuperating {
-    /// Whatever the client lacks from `acked` on, of what it was sent up to `sent`, is due at once: nobody waits for a
-    /// retransmission timer.
+    /// Recuperation from SND.UNA `acked` and SND.NXT `sent` on: the daemon resends at once whatever lies between,
+    /// without waiting for a retransmission timer.
     pub(crate) fn from(acked: u64, sent: u64) -> Self {
         let mut sender = Sender::new(acked);
         sender.highest = sent;
         Self { sender, ack_due: false, resend: false }
     }
 
-    /// The client acknowledged `newly` bytes up to `ack`, or repeated itself.
+    /// The client acknowledged `newly` bytes up to `ack`, or sent a duplicate ACK.
     pub(crate) fn acknowledged(&mut self, ack: u64, newly: u64, duplicate: bool, now: Instant) {
         if newly > 0 {
             self.resend |= self.sender.acknowledged(ack, newly, now);
@@ -104,7 +105,7 @@ impl State {
         !matches!(self, Self::Closed { .. })
     }
 
-    /// When it ended.
+    /// When the conversation ended.
     pub(crate) fn closed_at(&self) -> Option<Instant> {
         match self {
             Self::Closed { at, .. } => Some(*at),
@@ -130,7 +131,7 @@ impl State {
         }
     }
 
-    /// A close of the OVM's that waits.
+    /// The OVM's FIN or RST that waits.
     pub(crate) fn held(&self) -> Option<Held> {
         match self {
             Self::Open { held } | Self::Recuperating { held, .. } => *held,
@@ -140,29 +141,30 @@ impl State {
 
     // ---- transitions --------------------------------------------------------------------------
 
-    /// A close of the OVM's waits (rule 11: nobody is accused for it before RVMs had the time to do the same).
+    /// The OVM's FIN or RST waits: before the daemon accuses the OVM of a close, RVMs get the time to do the same (rule
+    /// 11).
     pub(crate) fn hold(&mut self, close: Held) {
         if let Self::Open { held } | Self::Recuperating { held, .. } = self {
             *held = Some(close);
         }
     }
 
-    /// No close waits any more: it was passed on, or its sender was deposed.
+    /// Nothing waits any more: the FIN or RST was passed on, or the OVM that sent it was deposed.
     pub(crate) fn let_go(&mut self) {
         if let Self::Open { held } | Self::Recuperating { held, .. } = self {
             *held = None;
         }
     }
 
-    /// From now on the daemon plays the OVM: another server was promoted, or the one that answered the handshake was deposed
-    /// (rule 2).
+    /// From now on the daemon plays the OVM: another server was promoted, or the server that answered the handshake was
+    /// deposed (rule 2).
     pub(crate) fn recuperate(&mut self, playing: Box<Recuperating>) {
         if let Self::Open { held } | Self::Recuperating { held, .. } = self {
             *self = Self::Recuperating { playing, held: held.take() };
         }
     }
 
-    /// The OVM speaks for itself, from now on or until [`State::recuperate`] puts back what this gives.
+    /// Ends recuperation, for good or until the caller gives the value back to [`State::recuperate`].
     pub(crate) fn take_recuperating(&mut self) -> Option<Box<Recuperating>> {
         match core::mem::replace(self, Self::OPENED) {
             Self::Recuperating { playing, held } => {
@@ -183,8 +185,8 @@ impl State {
         }
     }
 
-    /// The client is, or will be, sent a RST: the OVM's own (RFC 9293 §3.5.3), or since nobody can carry the conversation on
-    /// (rule 7).
+    /// The daemon sends the client a RST: the OVM's own (RFC 9293 §3.5.3), or its own because no server can continue
+    /// the conversation (rule 7).
     pub(crate) fn reset(&mut self, now: Instant) {
         *self = Self::Closed { at: self.closed_at().unwrap_or(now), was_reset: true };
     }

@@ -1,5 +1,5 @@
-//! The conversation table: bounded, found by addresses or by id. A conversation in which nothing happens sleeps: it is
-//! kept as the bytes that it would be saved as, a fraction of what it takes while awake.
+//! The table of conversations: bounded (rule 6), searched by addresses or by id. A conversation in which nothing
+//! happens sleeps: the table keeps it in its saved form, a fraction of its size while awake.
 
 use core::time::Duration;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -11,7 +11,7 @@ use crate::encoding;
 use crate::key::{ConversationId, Key};
 use crate::time::Instant;
 
-/// How long nothing has happened in a conversation that falls asleep.
+/// How long a conversation must be quiet before it may fall asleep.
 const QUIET: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -31,7 +31,7 @@ enum Tenant {
 impl Tenant {
     fn wake(&mut self) {
         if let Self::Asleep(bytes) = self {
-            // What was written here reads back.
+            // These bytes were written by `fall_asleep`, so they decode.
             *self = postcard::from_bytes(bytes).map_or(Self::None, Self::Awake);
         }
     }
@@ -52,16 +52,16 @@ pub(crate) struct Table {
     free: Vec<u32>,
     #[serde(serialize_with = "encoding::by_key")]
     by_key: HashMap<Key, ConversationId>,
-    /// Closed ones, oldest first; they make room when the table is full.
+    /// Closed conversations, oldest first; they make room when the table is full.
     closed: VecDeque<ConversationId>,
-    /// Those that have something in flight anywhere.
+    /// Conversations with something in flight anywhere.
     busy: BTreeSet<ConversationId>,
-    /// Which place is looked at next for a conversation that may fall asleep.
+    /// The place at which [`Table::calm`] continues to look for conversations that may fall asleep.
     drowsy: usize,
 }
 
 impl Table {
-    /// Conversations that there is room for so far, never more than the limit.
+    /// Places that the table has allocated so far, never more than the limit.
     pub(crate) fn places(&self) -> u64 {
         self.places.len() as u64
     }
@@ -70,7 +70,7 @@ impl Table {
         self.by_key.get(key).copied()
     }
 
-    /// A conversation, unless it is asleep: everybody has followed everything then.
+    /// A conversation, unless it is asleep. In a conversation that sleeps, every server has followed everything.
     pub(crate) fn get_awake(&self, id: ConversationId) -> Option<&Conversation> {
         let place = self.places.get(id.index as usize).filter(|place| place.generation == id.generation)?;
         match &place.tenant {
@@ -98,7 +98,7 @@ impl Table {
         self.review(id, false);
     }
 
-    /// A conversation has worked, and perhaps just closed.
+    /// A conversation's turn is over: notes whether something is in flight, and whether it just closed.
     pub(crate) fn review(&mut self, id: ConversationId, closed: bool) {
         if self.get_awake(id).is_some_and(Conversation::is_busy) {
             self.busy.insert(id);
@@ -125,7 +125,7 @@ impl Table {
         Some(id)
     }
 
-    /// Gives a reserved place back that nobody moved into.
+    /// Frees a reserved place in which no conversation was put.
     pub(crate) fn cancel(&mut self, id: ConversationId, key: &Key) {
         self.by_key.remove(key);
         self.free.push(id.index);
@@ -146,10 +146,10 @@ impl Table {
         Some(conversation)
     }
 
-    /// A conversation closed: it is remembered, and makes room when room is needed.
+    /// A conversation closed: the table remembers it until it needs the room.
     fn note_closed(&mut self, id: ConversationId) {
         self.closed.push_back(id);
-        // Ids of conversations that are gone already pile up at the front.
+        // Ids of removed conversations accumulate at the front.
         while self.closed.front().is_some_and(|id| self.is_gone(*id)) {
             self.closed.pop_front();
         }
@@ -159,7 +159,7 @@ impl Table {
         self.places.get(id.index as usize).is_none_or(|place| place.generation != id.generation)
     }
 
-    /// The conversation that closed first and still takes room.
+    /// The conversation that closed first, of those still in the table; takes it off the list of closed ones.
     pub(crate) fn oldest_closed(&mut self) -> Option<ConversationId> {
         while let Some(id) = self.closed.pop_front() {
             if !self.is_gone(id) {
@@ -174,14 +174,14 @@ impl Table {
         self.busy.iter().copied()
     }
 
-    /// The id of whatever is in the `index`th place, and whether there are further places.
+    /// The id of the conversation at `index` (`Some(None)`: the place is free); `None` beyond the last place.
     pub(crate) fn at(&self, index: usize) -> Option<Option<ConversationId>> {
         let place = self.places.get(index)?;
         let id = ConversationId { index: index as u32, generation: place.generation };
         Some((!matches!(place.tenant, Tenant::None)).then_some(id))
     }
 
-    /// Lets conversations in up to `count` further places fall asleep, if nothing happens in them.
+    /// Looks at the next `count` places, at most, and lets quiet conversations in them fall asleep.
     pub(crate) fn calm(&mut self, now: Instant, count: usize) {
         for _ in 0..count.min(self.places.len()) {
             self.drowsy = (self.drowsy + 1) % self.places.len();
@@ -196,7 +196,7 @@ impl Table {
         }
     }
 
-    /// Shows every conversation, as long as `visit` wants more; those asleep sleep on.
+    /// Shows every conversation until `visit` returns false. Those that sleep stay asleep.
     pub(crate) fn visit(&self, mut visit: impl FnMut(&Conversation) -> bool) {
         for place in &self.places {
             let more = match &place.tenant {

@@ -1,7 +1,7 @@
-//! A conversation's turn: what it sees of its service while it works, and what follows for the service from that.
+//! A conversation's turn: what the conversation sees of its service while it works, and what follows for the service.
 //!
-//! A conversation changes itself, appends to the record, and says things to clients, servers and operators. Whatever else
-//! follows, it names ([`Consequences`]), and the service does it afterwards.
+//! A conversation changes itself, appends to the record, and sends packets and events. It names everything else that
+//! must follow ([`Consequences`]); the service does that afterwards.
 
 use core::net::SocketAddr;
 
@@ -30,13 +30,14 @@ pub(crate) struct Consequences {
     pub(crate) laggards: Vec<Slot>,
     /// RVMs whose state may differ from now on.
     pub(crate) stale: [Option<StaleReason>; MAX_SERVERS],
-    /// Servers that produced something: the record may move on.
+    /// Servers that produced something: their marks in the record may advance.
     pub(crate) progressed: [bool; MAX_SERVERS],
-    /// An RVM is still to be acknowledged what it said, once the record has moved on.
+    /// An RVM's answer is to be acknowledged after its mark has advanced: the segment that the mark releases carries
+    /// the ACK.
     pub(crate) unacknowledged: bool,
-    /// The client is to be sent a RST.
+    /// The service must send the client a RST.
     pub(crate) reset: bool,
-    /// It goes on by itself on the new OVM.
+    /// The conversation has ended recuperation: client and new OVM exchange their own segments.
     pub(crate) recuperated: bool,
     /// The OVM sent a new byte.
     pub(crate) answered: bool,
@@ -48,7 +49,8 @@ pub(crate) struct Consequences {
     pub(crate) first_byte: bool,
     /// The client was sent something.
     pub(crate) spoke: bool,
-    /// It has looked at the packet at hand, and its bytes are recorded or accounted for.
+    /// The conversation has processed the packet at hand: its bytes are recorded, or the RVMs that lack them are
+    /// marked.
     pub(crate) looked_at: bool,
 }
 
@@ -68,13 +70,13 @@ pub(crate) struct Turn<'a> {
     pub(crate) excuses: &'a Excuses,
     pub(crate) closes: &'a Closes,
     pub(crate) plane: &'a Plane,
-    /// What the conversation stood for when the turn began.
+    /// The conversation's share when the turn began.
     pub(crate) before: Share,
     pub(crate) then: Consequences,
 }
 
 impl Turn<'_> {
-    /// The turn is over: what the conversation stood for before it, and what follows.
+    /// The turn is over. Returns the conversation's share before it, and what follows.
     pub(crate) fn end(self) -> (Share, Consequences) {
         (self.before, self.then)
     }
@@ -89,7 +91,7 @@ impl Turn<'_> {
         self.send(Destination::Server(server), packet, 0);
     }
 
-    /// What [`crate::wire::Segment::emit_large`] made.
+    /// Sends a packet that [`crate::wire::Segment::emit_large`] made.
     pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
         self.then.spoke |= matches!(to, Destination::Client(_));
         self.outbox.send(to, packet, segment);
@@ -100,7 +102,7 @@ impl Turn<'_> {
         self.counters.events += u64::from(!self.outbox.event(event, self.config.limits.events));
     }
 
-    /// The client was sent something: the first byte of an epoch is told.
+    /// The client was sent `payload`: reports the first byte of an epoch.
     pub(crate) fn note_sent_to_client(&mut self, payload: &[u8]) {
         if self.recuperation.first_byte_due && !self.then.first_byte && !payload.is_empty() {
             self.then.first_byte = true;
@@ -120,7 +122,7 @@ impl Turn<'_> {
 
     // ---- what follows -------------------------------------------------------------------------
 
-    /// The server in `slot` may be in another state than the OVM from now on.
+    /// The state of the server in `slot` may differ from the OVM's from now on (rule 5).
     pub(crate) fn mark_stale(&mut self, slot: Slot, reason: StaleReason) {
         if self.then.stale[slot.index()].is_none()
             && let Some(event) = self.queue.stale_event(slot, reason)
@@ -137,7 +139,7 @@ impl Turn<'_> {
         }
     }
 
-    /// Something speaks against the OVM.
+    /// Accuses the OVM.
     pub(crate) fn accuse_ovm(&mut self, evidence: Evidence) {
         self.then.evidence.get_or_insert(evidence);
     }
@@ -147,12 +149,12 @@ impl Turn<'_> {
         self.then.laggards.push(slot);
     }
 
-    /// The server in `slot` produced something, or never will.
+    /// The server in `slot` produced something, or the record need no longer wait for it.
     pub(crate) fn note_produced(&mut self, slot: Slot) {
         self.then.progressed[slot.index()] = true;
     }
 
-    /// What every server has produced is to be looked at again.
+    /// The record must look again at what every server has produced.
     pub(crate) fn note_all_produced(&mut self) {
         self.then.progressed = [true; MAX_SERVERS];
     }
@@ -167,7 +169,7 @@ impl Turn<'_> {
         if self.then.answered { self.now } else { self.signs.answered_at() }
     }
 
-    /// When the OVM last took in anything, or gave another sign of life.
+    /// When the OVM last acknowledged something new, or gave another sign of life.
     pub(crate) fn lived_at(&self) -> Instant {
         if self.then.taken { self.now } else { self.signs.lived_at() }
     }
@@ -200,13 +202,14 @@ impl Turn<'_> {
         server.stale.is_some() || self.then.stale[server.slot.index()].is_some()
     }
 
-    /// Bytes of both directions that the server in `slot` has followed, ever, where it is `behind` now in this conversation.
+    /// Bytes of both directions that the server in `slot` has ever followed, given that it is `behind` bytes behind in
+    /// this conversation now.
     pub(crate) fn followed(&self, slot: Slot, behind: u64) -> u64 {
         let before = self.before.servers[slot.index()].behind;
         self.queue.get(slot).map_or(0, |server| server.sums.followed) + before.saturating_sub(behind)
     }
 
-    /// Bytes kept for all conversations, where it is `own` now in this one.
+    /// Bytes kept for all conversations, given that this one keeps `own` bytes now.
     pub(crate) fn retained(&self, own: u64) -> u64 {
         self.accounts.retained().saturating_sub(self.before.retained) + own
     }
@@ -216,23 +219,23 @@ impl Turn<'_> {
         self.recuperation.is_catching_up(self.queue, self.record)
     }
 
-    /// Whether client bytes of `mark` may be handed to the server in `slot` now. A new OVM waits only
-    /// for answers of its predecessors: the later ones are its own.
+    /// Whether client bytes that were recorded at `mark` may be handed to the server in `slot` now (rule 3). A new OVM
+    /// waits only for answers of its predecessors: the later ones are its own.
     pub(crate) fn permits(&mut self, slot: Slot, mark: u64, conversation: ConversationId) -> bool {
         let own = self.queue.ovm() == Some(slot);
         let mark = if own { mark.min(self.recuperation.mark) } else { mark };
         self.record.permits(slot, mark, conversation)
     }
 
-    /// The packet at hand is with its receiver already.
+    /// The data plane has already passed the packet at hand to its receiver.
     pub(crate) fn passed(&self) -> bool {
         self.plane.passed()
     }
 
-    /// Bytes that one direction of the conversation may hold now, if a segment is to join it that does (not) come behind a
-    /// gap.
+    /// Bytes that one direction of the conversation may hold now (rule 6), for a segment that lies beyond a gap
+    /// (`beyond`) or not.
     pub(crate) fn room(&self, beyond: bool) -> usize {
-        // What was passed is with its receiver; the plane's own buffer bounds how much that can be.
+        // The receiver has a passed segment already; the plane's ring bounds how much that can be.
         if self.passed() { usize::MAX } else { self.accounts.room(beyond, &self.config.limits) }
     }
 
@@ -241,7 +244,7 @@ impl Turn<'_> {
         self.accounts.count_refused(beyond, &self.config.limits, self.counters);
     }
 
-    /// From when on evidence that began at `since` speaks against the OVM.
+    /// The time from which evidence that began at `since` counts against the OVM.
     pub(crate) fn measured_from(&self, since: Instant) -> Instant {
         self.excuses.measured_from(since)
     }

@@ -1,4 +1,4 @@
-//! What is due in a conversation, and when: servers are tended, laggards noticed, memory released.
+//! What is due in a conversation, and when: it feeds servers, notices laggards, and releases memory.
 
 use crate::config::LagPolicy;
 use crate::conversation::Conversation;
@@ -8,32 +8,34 @@ use crate::follower::mask;
 use crate::rules::rule;
 use crate::time::Instant;
 
-/// How often a closed conversation that a new OVM has yet to catch up with is looked at.
+/// How often the service looks at a closed conversation in which a new OVM still has to catch up.
 const AWAITED_INTERVAL: core::time::Duration = core::time::Duration::from_secs(1);
 
-/// Time in which an RVM must get on while room for what it lacks runs out: longer than a retransmission.
+/// Time in which an RVM must make progress while the room for what it lacks runs out: longer than a retransmission
+/// timeout.
 const STANDSTILL: core::time::Duration = core::time::Duration::from_millis(500);
 
-/// Who keeps clients from going on is evicted when that comes to this part of [`crate::Timing::lag_limit`].
+/// An RVM that stops clients is evicted when the time for which it did so reaches [`crate::Timing::lag_limit`] divided
+/// by this.
 const SLOWED_SHARE: u32 = 2;
 
-/// Client or OVM is about to stop when less than this part of the room for what RVMs lack is left: a segment that found
-/// none is sent again after a retransmission timeout, in which an RVM gets on by more than a segment.
+/// Client or OVM counts as stopped once less than one part in this many is left of the room for what RVMs lack: a
+/// sender that finds no room retransmits only after a timeout, in which an RVM takes more than one segment.
 const NEARLY_FULL_SHARE: u64 = 8;
 
 /// Longer than any delayed ACK of a client on a usable path.
 const CLIENT_SILENCE: core::time::Duration = core::time::Duration::from_millis(500);
 
 impl Conversation {
-    /// Arranges itself for the present epoch if it is of an older one.
+    /// Prepares the conversation for the present epoch, if it was last prepared for an older one.
     pub(crate) fn follow_epoch(&mut self, turn: &mut Turn<'_>) {
         if self.epoch != turn.epoch {
             self.enter_epoch(turn);
         }
     }
 
-    /// Does whatever is due: feeds servers, recuperates, judges, releases. Called after each segment
-    /// and when the deadline has come. False if the conversation is to be forgotten.
+    /// Does whatever is due: feeds servers, recuperates, judges the OVM, releases memory. The service calls it after
+    /// each segment and at the deadline. False if the service is to forget the conversation.
     pub(crate) fn work(&mut self, turn: &mut Turn<'_>) -> bool {
         self.legs.retain(|index, server| {
             turn.queue.iter().any(|known| known.id == server && known.slot.index() == index)
@@ -67,7 +69,7 @@ impl Conversation {
         self.is_wanted(turn)
     }
 
-    /// Forgets bytes that nobody needs any more.
+    /// Forgets bytes that no server and no client needs any more (rules 2 and 6).
     fn release(&mut self, turn: &mut Turn<'_>) {
         let mut up = self.up.end();
         let (mut lacking, mut covers) = (self.up.end(), true);
@@ -102,7 +104,7 @@ impl Conversation {
         self.beyond = (self.up.beyond() + self.down.beyond()) as u64;
     }
 
-    /// Looks for RVMs for which client or OVM must stop, or soon will.
+    /// Looks for RVMs that stop the client or the OVM, or soon will.
     fn review_pace(&mut self, turn: &mut Turn<'_>) {
         let is_pressed = self.retained >= u64::from(turn.config.limits.conversation_bytes) / 2;
         if is_pressed || self.is_held_back(turn) || self.is_slowed {
@@ -110,8 +112,8 @@ impl Conversation {
         }
     }
 
-    /// Room for what RVMs lack runs out. One that hardly moves must not stop the client, nor one that follows at a
-    /// pace of its own slow it for long, unless the operator chose that.
+    /// Names the laggards when the room for what RVMs lack runs out. Unless the operator chose so, an RVM that hardly
+    /// moves must not stop the client, and an RVM that follows more slowly must not slow the client for long (rule 4).
     pub(crate) fn blame_laggards(&mut self, turn: &mut Turn<'_>) {
         if turn.config.on_lag == LagPolicy::Wait {
             return;
@@ -135,7 +137,7 @@ impl Conversation {
             let lacks = taken.saturating_sub(leg.rcv_nxt);
             let unsaid = if leg.covers() { acked.saturating_sub(leg.said.compared) } else { 0 };
             let blamed = Some(slot) != ovm && !leg.through && leg.gone.is_none() && lacks.max(unsaid) >= much;
-            // In any conversation: in this one it may wait for its turn in the service-wide record.
+            // Progress in any conversation counts: in this one the RVM may wait for its turn in the record (rule 3).
             let progress = turn.followed(slot, leg.behind(up_end, down_end));
             let (since, before) = *leg.waits.paced.get_or_insert((now, progress));
             if !blamed || progress - before >= least {
@@ -152,7 +154,7 @@ impl Conversation {
         self.is_slowed = is_slowed;
     }
 
-    /// When it must be looked at again.
+    /// When the service must look at the conversation again.
     pub(crate) fn next_deadline(&self, turn: &Turn<'_>) -> Instant {
         let mut next = match self.state.closed_at() {
             Some(closed) => (closed + turn.config.timing.linger).max(turn.now + AWAITED_INTERVAL),

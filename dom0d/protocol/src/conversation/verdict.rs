@@ -1,11 +1,11 @@
-//! What one conversation says against the OVM: evidence (c) and (d) of liveness.
+//! Evidence against the OVM that one conversation gives: kinds (c) and (d) of [`Evidence`].
 //!
-//! The intuition: an RVM is a witness. It got the same bytes by the same host, so if it acknowledged
-//! or answered and the OVM did not, the host, the client and the request are not to blame.
+//! An RVM is a witness. The same host gave it the same bytes, so if the RVM acknowledged or answered and the OVM did
+//! not, neither the host nor the client nor the request is to blame.
 //!
-//! A client is no witness. Its segments, its silence and its address can keep an OVM from answering that is well, so
-//! the daemon itself asks before it accuses: with the client's bytes and its acknowledgment in segments of its own,
-//! and for a sign of life that has nothing to do with any client.
+//! A client is no witness (rule 11). Its segments, its silence and its address can keep a healthy OVM from answering.
+//! So the daemon itself asks before it accuses: it sends the client's bytes and acknowledgment in segments of its own,
+//! and asks for a sign of life that depends on no client.
 
 use core::time::Duration;
 
@@ -19,12 +19,12 @@ use crate::suspicion::{REMINDERS, Suspicion, reminder};
 use crate::tcp::seq::seq_of;
 use crate::wire::Segment;
 
-/// Longer than a service that is at it leaves between two pieces of one answer. One that goes on later may do so by
-/// its own clock, which is another on each server.
+/// Longer than a busy service pauses between two pieces of one answer. Data that follows a longer pause may be
+/// unsolicited: each server sends it by its own timers, not at the same time as the others.
 const PAUSE: Duration = Duration::from_millis(10);
 
 impl Conversation {
-    /// Looks for evidence; what is found goes into [`Turn::suspicion`].
+    /// Looks for evidence against the OVM, and accuses it through [`Turn::accuse_ovm`].
     pub(crate) fn judge(&mut self, turn: &mut Turn<'_>) {
         let Some((slot, server)) = turn.ovm() else { return };
         if !turn.queue.ovm_server().is_some_and(|ovm| ovm.running) {
@@ -57,8 +57,8 @@ impl Conversation {
             self.suspicion.unacked_since = None;
             return;
         }
-        // A kernel that takes in what others send, or gives another sign, is not dead: one conversation, which a client
-        // may have brought to a standstill, deposes nobody.
+        // A kernel that acknowledges other clients' bytes, or gives another sign of life, is not dead. One
+        // conversation, which its client may have brought to a standstill, deposes nobody.
         let sign = turn.lived_at();
         let lives = self.suspicion.unacked_since.is_some_and(|since| sign > since);
         turn.counters.acquittals += u64::from(lives && self.suspicion.reminders > 0);
@@ -78,7 +78,7 @@ impl Conversation {
             && waited >= reminder(limit, self.suspicion.reminders + 1)
         {
             if waited >= limit {
-                // Nobody is accused who was not asked.
+                // The daemon accuses no OVM that it has not asked: ask now, and begin the wait anew (rule 11).
                 self.suspicion.unacked_since = Some(turn.now);
             }
             self.suspicion.reminders += 1;
@@ -90,19 +90,19 @@ impl Conversation {
         }
     }
 
-    /// End of what the OVM was given and has room for. What the daemon still withholds from a new OVM is
-    /// not held against it.
+    /// End of the bytes that the OVM was given and has room for, as an up position. Bytes that the daemon still
+    /// withholds from a new OVM do not count.
     fn given_to(&self, ovm: &Leg) -> u64 {
         if ovm.phase == Phase::SynSent {
-            // The SYN is a segment too.
+            // The OVM was given the SYN.
             return 1;
         }
         let given = if ovm.through { self.up_end() } else { self.up_end().min(ovm.sender.highest) };
         given.min(ovm.edge)
     }
 
-    /// The OVM may wait for what only the daemon believes that it has: it is sent the client's acknowledgment and
-    /// window again, and asked where it is, in segments that no client has spoilt.
+    /// The OVM may have missed an acknowledgment or window that the daemon believes it has. So the daemon sends both
+    /// again, and asks for the OVM's own, in segments that no client could have spoilt.
     fn nudge(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
         self.suspicion.nudges += 1;
         turn.ask_ovm();
@@ -114,7 +114,7 @@ impl Conversation {
         }
     }
 
-    /// Whether the OVM was asked again often enough, for a wait that ends with the limit of (d).
+    /// Asks the OVM when the next reminder is due, in a wait that ends at [`crate::Timing::progress_limit`].
     fn nudge_if_due(&mut self, slot: Slot, ovm: &mut Leg, waited: Duration, turn: &mut Turn<'_>) {
         let limit = turn.config.timing.progress_limit;
         if waited < reminder(limit, 1) {
@@ -124,8 +124,8 @@ impl Conversation {
         }
     }
 
-    /// An RVM goes on behind `from`. Where it was free to and asked nothing, and had paused, others may be about to say
-    /// the same by clocks of their own.
+    /// An RVM sent data after `from`. If it was free to send, was not asked for anything, and had paused before, the
+    /// data is unsolicited: other servers may be about to send the same by their own timers.
     pub(crate) fn note_pause(&mut self, rvm: &Leg, from: u64, was_stopped: bool, turn: &Turn<'_>) {
         let paused = turn.now.since(turn.measured_from(rvm.said.answered_at)) >= PAUSE;
         if rvm.said.asked || was_stopped || !paused || from < self.down.end() {
@@ -135,8 +135,9 @@ impl Conversation {
         self.paused = if last < self.down.end() { (from, from) } else { (first.min(from), last.max(from)) };
     }
 
-    /// Whether the client waits for the OVM to go on from `position`: it asked and was not answered since, or RVMs went
-    /// on there in one go. (Who did not acknowledge what was asked yet may still do so late.) What else RVMs say at another time than the OVM, they say by their own clocks.
+    /// Whether the OVM owes the client bytes from `position` on: the client asked and got no answer since, or RVMs
+    /// continued there without a pause. (An OVM that has not acknowledged the request yet may still do so late.)
+    /// Whatever else RVMs send at another time than the OVM is unsolicited data, by their own timers.
     fn is_owed(&self, position: u64, ovm: &Leg) -> bool {
         let (first, last) = self.paused;
         let is_asked = ovm.said.asked || ovm.rcv_nxt < self.given_to(ovm);
@@ -144,17 +145,18 @@ impl Conversation {
     }
 
     fn judge_progress(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
-        // Where the OVM is. In recuperation that can be behind what the client was sent.
+        // The OVM's SND.NXT, as a down position. In recuperation it can be less than what the client was sent.
         let position = if ovm.through { self.down.end() } else { ovm.said.answers.end() };
-        // It has been given all that its next answer takes: else that is the daemon's to hand on.
+        // Whether the OVM was given every byte that its next answer depends on: until then the daemon owes them.
         let given = ovm.through
             || ovm.sender.highest >= self.up_end()
             || (turn.is_catching_up() && turn.record.awaited(slot) == Some(self.id));
-        // It knows of room for a segment: it may have been told of less than the client has, for an RVM that is behind.
+        // Whether the OVM knows of room for a segment: for an RVM that is behind, the OVM may have been told of a
+        // smaller window than the client's.
         let has_room = !ovm.through
             || self.shown.1 >= self.client.edge
             || self.shown.1 >= position + u64::from(self.client.mss);
-        // If the client lacks something, the OVM may be waiting for the network, not for itself.
+        // If the client has not acknowledged everything, the OVM may be waiting for the network.
         let idle = given
             && self.client.acked >= position
             && !(ovm.through && self.client.acked_beside)
@@ -183,15 +185,17 @@ impl Conversation {
         } else if !is_over {
             Some(since)
         } else if ovm.rcv_nxt < self.given_to(ovm) {
-            // It lacks some of the request, which is (c)'s to judge, or its delayed ACK is still to come.
+            // The OVM has not acknowledged the whole request: that is for (c) to judge, or its delayed ACK is still to
+            // come.
             Some(turn.now)
         } else if witnesses == 1 && turn.answered_at() > since {
-            // A single RVM could be the one that is wrong: then the OVM must be silent altogether.
+            // A single RVM could itself be at fault: against its word alone, the OVM must be silent in every
+            // conversation.
             Some(turn.answered_at())
         } else if !was_asked {
             Some(turn.now)
         } else if turn.signs.is_unreached(self.key.client.ip(), self.link, since) {
-            // What it says can't leave it.
+            // The OVM can't reach this client: it lacks a next hop's link address.
             turn.counters.acquittals += 1;
             Some(turn.now)
         } else if self.is_agreed(&ahead, witnesses, position, turn) {
@@ -202,8 +206,8 @@ impl Conversation {
         };
     }
 
-    /// A service that hangs in the middle of an upload answers nothing, and its kernel acknowledges all
-    /// that it has room for: what tells is that it takes nothing more where RVMs do.
+    /// A service that hangs during an upload answers nothing, while its kernel acknowledges all that it has room for.
+    /// The evidence is that its window stays closed where those of RVMs are open.
     fn judge_window(&mut self, slot: Slot, ovm: &mut Leg, turn: &mut Turn<'_>) {
         let least = u64::from(ovm.numbers.mss);
         let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.numbers.shift);
@@ -241,7 +245,8 @@ impl Conversation {
         }
     }
 
-    /// Legs of promotable RVMs that have an answer at `position`, and how many RVMs are promotable.
+    /// By slot: the legs of promotable RVMs that have produced an answer beyond `position`. Also the number of
+    /// promotable RVMs.
     fn ahead(&self, position: u64, ovm: &Leg, turn: &Turn<'_>) -> ([Option<&Leg>; MAX_SERVERS], usize) {
         let mut witnesses = 0;
         let mut ahead = [None; MAX_SERVERS];
@@ -255,10 +260,10 @@ impl Conversation {
         (ahead, witnesses)
     }
 
-    /// A majority has the same answer from `position` on, as far as each has answered.
+    /// Whether a majority of the promotable RVMs has the same answer from `position` on, as far as each has answered.
     fn is_agreed(&self, ahead: &[Option<&Leg>], witnesses: usize, position: u64, turn: &Turn<'_>) -> bool {
         let majority = |count: usize| count * 2 > witnesses;
-        // What the client was sent already needs no comparison among RVMs.
+        // Answers that the client was already sent are compared with the client's stream, not among RVMs.
         if position < self.down.end() {
             return majority(ahead.iter().flatten().filter(|rvm| rvm.said.compared > position).count());
         }

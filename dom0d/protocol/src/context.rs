@@ -126,6 +126,11 @@ impl Context {
         self.heed(then);
     }
 
+    /// When the daemon must send the OVM a SYN of its own.
+    pub(crate) fn probe_due(&self) -> Option<Instant> {
+        self.closes.probe_due(self.config.timing.close_hold, self.excuses.heard_since(), self.now)
+    }
+
     /// What follows of a turn, whose ever it was.
     fn heed(&mut self, then: Consequences) {
         for (slot, reason) in Slot::all().zip(then.stale) {

@@ -42,6 +42,12 @@ impl Service {
     fn hindrances(&self) -> Vec<String> {
         let mut found = Vec::new();
         let name = self.name();
+        if self.opening.is_some() {
+            found.push(
+                "dom0d resumes where its predecessor was killed, and has yet to read what was said meanwhile"
+                    .to_owned(),
+            );
+        }
         if !self.plane.ports.is_anchored() {
             found.push("the PSC has no place on a bridge yet, so clients can't find it".to_owned());
         }

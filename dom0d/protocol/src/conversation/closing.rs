@@ -167,7 +167,8 @@ impl Conversation {
             let hold = turn.config.timing.close_hold;
             // An answer that the daemon heard before the dispute says nothing about it.
             let is_news = held.is_disputed && !turn.closes.is_disputed(self.id);
-            let on_purpose = turn.closes.are_on_purpose(hold, turn.now).filter(|_| !is_news);
+            let on_purpose =
+                turn.closes.are_on_purpose(hold, turn.excuses.heard_since(), turn.now).filter(|_| !is_news);
             if several && on_purpose.is_none() {
                 // The OVM's answer to the daemon's SYN is still to come.
                 self.state.hold(Held { until: turn.now + hold / 4, ..held });

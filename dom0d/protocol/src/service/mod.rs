@@ -343,8 +343,7 @@ impl Service {
         let tick = self.ctx.queue.rvms().next().map(|_| self.next_tick);
         let drain = drain.map(|deadline| deadline.min(self.next_tick));
         let question = tick.and(self.handshakes.question_due(self.ctx.config.timing.unacked_limit));
-        let probe = self.ctx.closes.probe_due(self.ctx.config.timing.close_hold, self.ctx.now);
-        [timer, resets, drain, tick, question, probe].into_iter().flatten().min()
+        [timer, resets, drain, tick, question, self.ctx.probe_due()].into_iter().flatten().min()
     }
 
     pub(crate) fn begin(&mut self, now: Instant) {

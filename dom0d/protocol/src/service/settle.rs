@@ -33,7 +33,7 @@ impl Service {
     /// a clock of its own.
     fn probe_service(&mut self) {
         let Self { ctx, table, handshakes, .. } = self;
-        if ctx.closes.probe_due(ctx.config.timing.close_hold, ctx.now).is_none_or(|due| due > ctx.now) {
+        if ctx.probe_due().is_none_or(|due| due > ctx.now) {
             return;
         }
         let conversation = ctx.closes.begin_probe(ctx.now).and_then(|id| table.get_awake(id));

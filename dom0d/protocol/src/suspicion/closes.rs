@@ -20,6 +20,10 @@ const REFUSALS: usize = 16;
 /// 50,000 conversations has closed them, and its listening socket, by then.
 const WAIT: u32 = 50;
 
+/// The OVM closes on purpose if it accepts a connection this many holds after the last close. A process that dies may lose
+/// its listening socket last, and a busy machine may stop it in between.
+const SURE: u32 = 5;
+
 /// Ports that are drawn for the daemon's SYN until one is free.
 const DRAWS: u64 = 16;
 
@@ -35,8 +39,9 @@ pub(crate) struct Closes {
     disputed: BTreeSet<ConversationId>,
     /// Handshakes that the OVM refused meanwhile.
     refused: BTreeSet<Key>,
-    /// When RVMs first and last disputed one of those closes, or the OVM refused one of those handshakes.
+    /// When RVMs first disputed one of those closes, or the OVM refused one of those handshakes.
     first: Instant,
+    /// When the OVM last closed a conversation, or RVMs last disputed that, or the OVM last refused a handshake.
     last: Instant,
     /// Whether the OVM accepted the daemon's last SYN, and when the daemon heard so.
     listens: Option<(bool, Instant)>,
@@ -83,11 +88,14 @@ impl Closes {
 
     /// A conversation's close is held now, or no longer.
     pub(crate) fn set(&mut self, id: ConversationId, is_held: bool, is_disputed: bool, now: Instant) {
-        let disputed = self.disputed();
+        let (held, disputed) = (self.held.len(), self.disputed());
         set(&mut self.held, id, is_held);
         set(&mut self.disputed, id, is_disputed);
         if self.disputed() > disputed {
             self.note_unshared(now);
+        }
+        if self.held.len() > held {
+            self.last = now;
         }
         if self.held.is_empty() {
             self.refused.clear();
@@ -106,22 +114,22 @@ impl Closes {
         self.disputed() + self.refused.len()
     }
 
-    /// Whether the OVM closes several conversations on purpose: it accepts a connection some time after the last close.
+    /// Whether the OVM closes several conversations on purpose: it accepts a connection [`SURE`] holds after the last close.
     /// Only a refusal speaks against it: a client can fill a backlog, so that a living service does not answer. `None`
-    /// while the answer is still to come.
-    pub(crate) fn are_on_purpose(&self, hold: Duration, now: Instant) -> Option<bool> {
+    /// while the answer is still to come. `heard_since` is when the daemon last was late: what it heard until then the OVM
+    /// may have said long before.
+    pub(crate) fn are_on_purpose(&self, hold: Duration, heard_since: Instant, now: Instant) -> Option<bool> {
         match self.listens {
             Some((false, _)) => Some(false),
-            // A process that dies may lose its listening socket last.
-            Some((true, at)) if at >= self.last + hold / 4 => Some(true),
-            _ => (now >= self.first + hold * WAIT).then_some(true),
+            Some((true, at)) if at >= self.last.max(heard_since) + hold * SURE => Some(true),
+            _ => (now >= self.first.max(heard_since) + hold * WAIT).then_some(true),
         }
     }
 
     /// When the daemon must send the OVM a SYN, because RVMs dispute several closes: not at once, since a process that
     /// dies may lose its connections before its listening socket; and again while the answer is not conclusive.
-    pub(crate) fn probe_due(&self, hold: Duration, now: Instant) -> Option<Instant> {
-        let is_wanted = self.unshared() > 1 && self.are_on_purpose(hold, now).is_none();
+    pub(crate) fn probe_due(&self, hold: Duration, heard_since: Instant, now: Instant) -> Option<Instant> {
+        let is_wanted = self.unshared() > 1 && self.are_on_purpose(hold, heard_since, now).is_none();
         is_wanted.then(|| self.probed.max(self.first) + hold / 2)
     }
 

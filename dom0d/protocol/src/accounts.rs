@@ -1,5 +1,6 @@
-//! What conversations stand for in their service's sums and lists. It follows from each conversation alone, so nothing of it
-//! is counted while a conversation works: what it was before is compared with what it is after.
+//! The sums and lists of a service over its conversations. Each conversation's share follows from that conversation
+//! alone. So nothing is counted while a conversation works: the service compares its share before the turn with its
+//! share after.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,35 +10,35 @@ use crate::config::Limits;
 use crate::counters::Counters;
 use crate::key::{ConversationId, MAX_SERVERS};
 
-/// What one conversation stands for. The default is the share of a conversation that does not exist.
+/// What one conversation contributes. The default is the share of a conversation that does not exist.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Share {
     pub(crate) is_open: bool,
-    /// Bytes that it keeps.
+    /// Bytes that the conversation keeps.
     pub(crate) retained: u64,
-    /// What of that is beyond gaps, of client and OVM.
+    /// Of these, the bytes of client and OVM that lie beyond gaps.
     pub(crate) beyond: u64,
     /// A FIN or RST of the OVM is held.
     pub(crate) is_held: bool,
-    /// RVMs dispute that close.
+    /// RVMs dispute that FIN or RST.
     pub(crate) is_disputed: bool,
     pub(crate) is_recuperating: bool,
-    /// It ended under an earlier OVM, and the present one has yet to end it.
+    /// The conversation ended under an earlier OVM, and the present OVM has not ended it yet.
     pub(crate) is_owed: bool,
-    /// The client was sent bytes beyond a gap, up to here.
+    /// The client was sent bytes beyond a gap, up to this down position.
     pub(crate) gap: Option<u64>,
-    /// By slot: what it means to each server.
+    /// By slot: the share of each server.
     pub(crate) servers: [ServerShare; MAX_SERVERS],
 }
 
-/// What a conversation means to one server.
+/// What a conversation contributes to one server's sums.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ServerShare {
     /// The conversation is open and the server covers it.
     pub(crate) covered: bool,
     /// The conversation is open and the server has diverged in it.
     pub(crate) diverged: bool,
-    /// Bytes of both directions that the others have and the server has not.
+    /// Bytes of both directions that the server has not acknowledged or not produced.
     pub(crate) behind: u64,
     /// Bytes of its answers that are kept until they are compared.
     pub(crate) kept: u64,
@@ -64,24 +65,25 @@ impl Accounts {
         self.retained
     }
 
-    /// Conversations that may still change the OVM's state: open ones, and those that it has yet to be given to the end.
+    /// Conversations that may still change the OVM's state: open ones, and those whose last bytes the OVM still lacks.
     pub(crate) fn unsettled(&self) -> u64 {
         self.open + self.owed.len() as u64
     }
 
-    /// Conversations whose client was sent bytes beyond a gap, and up to where. Once a gap closes, the client has answers
-    /// behind it that a new OVM must give itself before anybody's next request: at a promotion they must be known.
+    /// Conversations whose client was sent bytes beyond a gap, each with the end of those bytes. Once the gap closes,
+    /// the client has seen these answers, so a new OVM must produce them before it is given any client's next request
+    /// (rule 3). Hence a promotion appends them to the record.
     pub(crate) fn take_gaps(&mut self) -> impl Iterator<Item = (ConversationId, u64)> + use<> {
         core::mem::take(&mut self.gaps).into_iter()
     }
 
-    /// Bytes that one direction of a conversation may hold now, if a segment is to join it that does (not) come behind a gap.
+    /// Bytes that one direction of a conversation may hold now, for a segment that lies beyond a gap (`beyond`) or not.
     pub(crate) fn room(&self, beyond: bool, limits: &Limits) -> usize {
         let full = self.retained >= limits.retained_bytes || (beyond && self.has_enough_beyond(limits));
         if full { 0 } else { limits.conversation_bytes as usize }
     }
 
-    /// Who has bytes on the other side of a gap repeats them: so long as that closes first.
+    /// The daemon keeps as many bytes beyond gaps as it may. Senders retransmit the rest once the gaps have closed.
     fn has_enough_beyond(&self, limits: &Limits) -> bool {
         self.beyond >= limits.out_of_order_bytes
     }
@@ -97,7 +99,7 @@ impl Accounts {
         }
     }
 
-    /// The conversation `id` was `before`, and is `after` now.
+    /// Replaces the share `before` of the conversation `id` by `after`.
     pub(crate) fn settle(&mut self, id: ConversationId, before: &Share, after: &Share) {
         self.open = moved(self.open, before.is_open.into(), after.is_open.into());
         self.retained = moved(self.retained, before.retained, after.retained);

@@ -1,4 +1,4 @@
-//! What an operator decides about one service, with units and defaults.
+//! The configuration of one service, with units and defaults.
 
 use core::net::IpAddr;
 use core::time::Duration;
@@ -16,7 +16,7 @@ pub struct ServiceConfig {
     pub ports: Vec<u16>,
     /// Bounds on memory and queues.
     pub limits: Limits,
-    /// Waits and their limits.
+    /// How long the engine waits.
     pub timing: Timing,
     /// How the next OVM is chosen.
     pub candidate: CandidatePolicy,
@@ -24,8 +24,8 @@ pub struct ServiceConfig {
     pub on_lag: LagPolicy,
     /// Byte ranges of answers that may differ between servers.
     pub masks: Vec<Mask>,
-    /// Seed for what must be unpredictable to peers (ISS towards nobody; hash keys). Same seed and
-    /// same inputs give the same outputs.
+    /// Seed of the port and ISS of the daemon's own SYNs to the OVM, which clients must not be able to predict. The
+    /// same seed and the same inputs give the same outputs.
     pub seed: u64,
 }
 
@@ -46,32 +46,33 @@ impl ServiceConfig {
     }
 }
 
-/// Bounds. Each has a counter of the same name in the counters of [`crate::ServiceStatus`] that grows when it bites.
+/// Bounds on memory and queues (rule 6). Each has a counter of the same name in [`crate::ServiceStatus`], which grows
+/// when the bound takes effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Conversations in the table. A further one flows unprotected, and makes RVMs stale.
+    /// Conversations in the table. Any further conversation flows unprotected, and makes RVMs stale.
     pub conversations: u32,
-    /// Handshakes that clients have begun and not completed. The oldest makes room for the newest
-    /// once it is a second old; until then a further SYN is dropped, and sent again.
+    /// Handshakes that clients have begun and not completed. The oldest makes room for the newest once it is a second
+    /// old; until then the engine drops further SYNs, and clients retransmit them.
     pub embryonic: u32,
-    /// Bytes, per conversation, of one direction that are kept because a server still lacks them.
+    /// Bytes of one direction of a conversation that the daemon keeps because a server or the client still lacks them.
     pub conversation_bytes: u32,
-    /// Bytes, per direction of a conversation that the data plane passes by itself, that client or OVM may be
-    /// ahead of an RVM: their windows end there.
+    /// Bytes of one direction of a passed conversation by which client or OVM may be ahead of an RVM: the windows that
+    /// they are told end there.
     pub ahead_bytes: u32,
-    /// Bytes that the daemon keeps for the whole service, of all conversations. Beyond it an RVM is
-    /// evicted; where that doesn't help, segments find no room and are sent again by their sender.
+    /// Bytes that the daemon keeps for all conversations of the service. Beyond that it evicts an RVM; if that does not
+    /// help, it drops segments, and their senders retransmit them.
     pub retained_bytes: u64,
-    /// Bytes that the daemon keeps beyond gaps, of clients and OVM, for the whole service: further ones find no room before
-    /// anything else does, and are sent again by their sender.
+    /// Bytes of clients and OVM beyond gaps that the daemon keeps for the whole service. It drops further ones, before
+    /// it drops anything else, and their senders retransmit them.
     pub out_of_order_bytes: u64,
-    /// Bytes, over the whole service, that one RVM may be behind before it is evicted (or the
-    /// clients are slowed, see [`LagPolicy`]).
+    /// Bytes, over the whole service, that one RVM may be behind before the engine evicts it, or slows the clients (see
+    /// [`LagPolicy`]).
     pub lag_bytes: u64,
     /// Bytes in flight from the daemon to one RVM in one conversation.
     pub inflight_bytes: u32,
-    /// Entries of the service-wide record that an RVM may have unfulfilled.
+    /// Entries of the record that an RVM may still have to produce.
     pub order_entries: u32,
     /// Resets sent to clients in one millisecond after a promotion.
     pub resets_per_ms: u32,
@@ -100,31 +101,32 @@ impl Default for Limits {
     }
 }
 
-/// Waits and limits of waits. In TOML each is written in milliseconds with the suffix `_ms`.
+/// How long the engine waits. In TOML each value is in milliseconds, and its name has the suffix `_ms`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
     /// Evidence (c): how long a client segment may stay unacknowledged by the OVM though an RVM
     /// acknowledged it.
     pub unacked_limit: Duration,
-    /// Evidence (d): how long the OVM may not begin an answer that the RVMs agree on.
+    /// Evidence (d): how long the OVM may take to begin an answer on which the RVMs agree.
     pub progress_limit: Duration,
     /// How long a FIN or RST of the OVM is held for a covering RVM to do the same.
     pub close_hold: Duration,
-    /// How long an RVM may keep a client byte waiting for the service-wide record before it is
-    /// lagging, and unacknowledged before it is evicted. Half of it, less what it made up for, may client or OVM be kept
-    /// from going on for it.
+    /// How long an RVM may keep client bytes waiting in the record before it counts as lagging, and leave bytes
+    /// unacknowledged before it is evicted. For half of this, less what it has made up for, it may stop client or OVM
+    /// before it is evicted.
     pub lag_limit: Duration,
-    /// How long an OVM that lost its seat for (c) or (d), and whose domain lives, may take to catch up as an RVM before
+    /// How long an OVM that was deposed for (c) or (d), and whose domain lives, may take to catch up as an RVM before
     /// it is fenced. Zero: it is fenced at once.
     pub recover_limit: Duration,
     /// Window in which [`Limits::promotions`] are counted.
     pub promotion_window: Duration,
-    /// A closed conversation is remembered this long (late segments, TIME-WAIT); one that a new OVM has yet
-    /// to end, for [`Timing::idle_probe`].
+    /// How long the engine remembers a closed conversation (late segments, TIME-WAIT). It remembers a conversation that
+    /// a new OVM has not ended yet for [`Timing::idle_probe`].
     pub linger: Duration,
-    /// A conversation silent for this long is probed, and dropped when nobody answers.
+    /// After this long without a segment from the client the engine probes it, and resets the conversation if it does
+    /// not answer.
     pub idle_probe: Duration,
-    /// The daemon was starved if it was not called for this long; evidence is measured anew.
+    /// If a call to the engine is late by this much, the daemon was starved of CPU: evidence is measured anew.
     pub starvation: Duration,
 }
 
@@ -135,7 +137,7 @@ impl Default for Timing {
             progress_limit: Duration::from_millis(250),
             close_hold: Duration::from_millis(20),
             lag_limit: Duration::from_secs(10),
-            // As long as any other RVM may stand still.
+            // As long as `lag_limit` lets any other RVM stand still.
             recover_limit: Duration::from_secs(10),
             promotion_window: Duration::from_secs(60),
             linger: Duration::from_secs(60),
@@ -152,11 +154,11 @@ pub enum CandidatePolicy {
     /// Fewest conversations that would be reset, then fewest bytes behind, then queue order.
     #[default]
     Progress,
-    /// The first in the queue (the paper's rule, §IV.B).
+    /// The first promotable RVM in the queue (the paper's rule, §IV.B).
     Queue,
 }
 
-/// What happens when an RVM is behind [`Limits::lag_bytes`] or [`Timing::lag_limit`].
+/// What happens when an RVM exceeds [`Limits::lag_bytes`] or [`Timing::lag_limit`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LagPolicy {
@@ -169,7 +171,7 @@ pub enum LagPolicy {
 
 /// A difference between servers' answers that is harmless: `length` bytes after `prefix`.
 ///
-/// Only bytes at equal stream positions are masked, so both servers' ranges must have one length.
+/// Only bytes at equal stream positions are masked, so the range must have the same length on every server.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Mask {
     /// Bytes that come right before the range, 1 to 64 of them.

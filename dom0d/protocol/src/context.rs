@@ -1,5 +1,5 @@
-//! What a service knows beside its conversations. A conversation that works sees this through its [`Turn`], and what follows
-//! from the turn is done here.
+//! Everything of a service except its conversations. A conversation sees it through its [`Turn`]; [`Context::follow`]
+//! then carries out what the turn's [`Consequences`] name.
 
 use core::net::SocketAddr;
 use std::collections::VecDeque;
@@ -42,15 +42,15 @@ pub(crate) struct Context {
     pub(crate) pending: Pending,
 }
 
-/// What follows from turns and is still to be done.
+/// Consequences of turns that the service has not carried out yet.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Pending {
-    /// Conversations whose clients are to be sent a RST.
+    /// Conversations whose clients must be sent a RST.
     pub(crate) resets: VecDeque<ConversationId>,
-    /// Slots whose server produced something: its mark may move on.
+    /// Slots whose server produced something: its mark in the record may advance.
     pub(crate) progressed: [bool; MAX_SERVERS],
-    /// Conversations in which an RVM is still to be acknowledged what it said, once its mark has moved on: at the end
-    /// of the input at hand.
+    /// Conversations in which an RVM's answer is acknowledged once its mark has advanced: at the end of the input at
+    /// hand.
     #[serde(skip)]
     pub(crate) unacknowledged: Vec<ConversationId>,
     /// Evidence against the OVM.
@@ -79,7 +79,7 @@ impl Context {
         }
     }
 
-    /// The turn of a conversation that stands for `before`.
+    /// A turn of the conversation whose share is `before`.
     pub(crate) fn turn(&mut self, before: Share) -> Turn<'_> {
         Turn {
             now: self.now,
@@ -100,7 +100,8 @@ impl Context {
         }
     }
 
-    /// The conversation `id` had its turn, and stands for `after` now: what follows is done, or noted.
+    /// The turn of conversation `id` is over, and its share is `after` now: carries out what follows, or notes it in
+    /// [`Pending`].
     pub(crate) fn follow(
         &mut self,
         id: ConversationId,
@@ -131,7 +132,7 @@ impl Context {
         self.closes.probe_due(self.config.timing.close_hold, self.excuses.heard_since(), self.now)
     }
 
-    /// What follows of a turn, whose ever it was.
+    /// Carries out or notes what follows from any turn, a conversation's or not.
     fn heed(&mut self, then: Consequences) {
         for (slot, reason) in Slot::all().zip(then.stale) {
             if let (Some(reason), Some(server)) = (reason, self.queue.get_mut(slot)) {
@@ -156,7 +157,7 @@ impl Context {
         }
     }
 
-    /// Does what is no conversation's, but needs what a conversation sees.
+    /// Runs `act`, which belongs to no conversation but needs a [`Turn`].
     pub(crate) fn act<R>(&mut self, act: impl FnOnce(&mut Turn<'_>) -> R) -> R {
         let mut turn = self.turn(Share::default());
         let done = act(&mut turn);
@@ -173,7 +174,7 @@ impl Context {
         self.send(Destination::Server(server), packet, 0);
     }
 
-    /// What [`crate::wire::Segment::emit_large`] made.
+    /// Sends a packet that [`crate::wire::Segment::emit_large`] made.
     pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
         self.outbox.send(to, packet, segment);
     }
@@ -203,13 +204,13 @@ impl Context {
         self.recuperation.is_catching_up(&self.queue, &self.record)
     }
 
-    /// Forgets what nobody follows any more of the service-wide record.
+    /// Forgets entries of the record that every follower has produced.
     pub(crate) fn release_record(&mut self) {
         let behind = self.queue.ovm().filter(|_| self.is_catching_up());
         self.record.release(self.queue.rvms().chain(behind));
     }
 
-    /// All conversations of the epoch are through: says so once.
+    /// All conversations of the epoch have ended recuperation: reports that once.
     pub(crate) fn report_recuperated(&mut self) {
         self.recuperation.reported = true;
         let (recuperated, reset) = (self.recuperation.recuperated, self.recuperation.reset);

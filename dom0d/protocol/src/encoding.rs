@@ -1,10 +1,10 @@
-//! How some of the state is written, so that the same state is the same bytes.
+//! How some parts of the state are saved, so that the same state gives the same bytes.
 
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Serialize, Serializer};
 
-/// Saves a map in the order of its keys: a hash map's own order is another in every process.
+/// Saves a map in the order of its keys: a hash map's own order differs from process to process.
 pub(crate) fn by_key<K, V, S>(map: &HashMap<K, V>, serializer: S) -> Result<S::Ok, S::Error>
 where
     K: Ord + Serialize,
@@ -14,7 +14,7 @@ where
     map.iter().collect::<BTreeMap<_, _>>().serialize(serializer)
 }
 
-/// Saves a value as JSON: the shape of an event is the control API's, and only a format that names fields can carry that.
+/// Saves a value as JSON: an event has the shape of the control API, which only a self-describing format can carry.
 pub(crate) mod as_text {
     use serde::de::DeserializeOwned;
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};

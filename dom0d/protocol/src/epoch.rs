@@ -1,4 +1,4 @@
-//! How the present epoch's recuperation goes.
+//! The progress of the present epoch's recuperation.
 
 use std::collections::BTreeSet;
 
@@ -11,20 +11,20 @@ use crate::record::Record;
 /// See the module.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Recuperation {
-    /// Conversations still in it.
+    /// Conversations that are still in recuperation.
     pub(crate) pending: BTreeSet<ConversationId>,
     pub(crate) recuperated: u64,
     pub(crate) reset: u64,
     /// No byte of this epoch was sent to a client yet.
     pub(crate) first_byte_due: bool,
-    /// Length of the service-wide record at the cutover: the new OVM is fed in its order up to here.
+    /// Length of the record at the cutover: up to here the new OVM is fed in the order of the record (rule 3).
     pub(crate) mark: u64,
-    /// The end of this recuperation was told, or there is none.
+    /// The end of this recuperation was reported, or there is none to report.
     pub(crate) reported: bool,
 }
 
 impl Recuperation {
-    /// No conversation is left in it, and nobody was told.
+    /// No conversation is left in recuperation, and that was not reported yet.
     pub(crate) fn is_to_be_reported(&self) -> bool {
         !self.reported && self.pending.is_empty()
     }
@@ -34,7 +34,7 @@ impl Recuperation {
         queue.ovm().is_some_and(|ovm| record.cursor(ovm) < self.mark)
     }
 
-    /// A conversation is in it, or no longer.
+    /// Notes that a conversation is in recuperation, or no longer.
     pub(crate) fn set_pending(&mut self, id: ConversationId, is_pending: bool) {
         if is_pending {
             self.pending.insert(id);

@@ -1,4 +1,4 @@
-//! What an operator would want to know: events, and the reasons that they give.
+//! Events for operators, and the reasons that they give (rule 7).
 
 use core::net::SocketAddr;
 
@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::time::Instant;
 
-/// A server of a service: one life of one domain in its queue. Never reused by the caller, so that
-/// what arrives late for a former life is recognised.
+/// A server of a service: one life of one domain in its queue. The caller never reuses an id, so the engine recognises
+/// what arrives late from a former life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServerId(pub u32);
 
@@ -21,7 +21,7 @@ pub struct LinkAddress(pub [u8; 6]);
 pub enum Evidence {
     /// (a) The domain is gone, or shut down with a code that nobody planned.
     DomainGone,
-    /// (b) The domain is paused and nobody announced it.
+    /// (b) The domain is paused, and no operator announced that.
     DomainPaused,
     /// (c) A client segment stays unacknowledged by the OVM though an RVM acknowledged it.
     UnacknowledgedSegment,
@@ -37,15 +37,15 @@ pub enum Evidence {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StaleReason {
-    /// Attached, and nobody has stated yet that its state equals the OVM's.
+    /// It was attached, and the operator has not stated yet that its state equals the OVM's.
     NotSeeded,
     /// It missed bytes of a conversation that the OVM served.
     MissedBytes,
     /// A conversation that the OVM serves could not be replicated to it.
     UncoveredConversation,
-    /// It was given a client's bytes that the OVM answered with a RST.
+    /// It was given client bytes that the OVM refused with a RST.
     TookMore,
-    /// It was the OVM, lost its seat for a fault, and did not catch up within [`crate::Timing::recover_limit`].
+    /// It was the OVM, was deposed for a fault, and did not catch up within [`crate::Timing::recover_limit`].
     Deposed,
     /// It was evicted for falling behind.
     Lagged,
@@ -69,72 +69,72 @@ pub enum Uncovered {
     RvmLagged,
     /// TCP-MD5 or TCP-AO: segments can't be rewritten.
     Authenticated,
-    /// The data plane passed what could not be recorded.
+    /// The data plane passed bytes that could not be recorded.
     Unrecorded,
 }
 
-/// Something an operator would want to know, with when it happened.
+/// Something that an operator would want to know, and when it happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// When, on the engine's clock.
+    /// When it happened, on the engine's clock.
     pub at: Instant,
-    /// What.
+    /// What happened.
     #[serde(flatten)]
     pub kind: EventKind,
 }
 
-/// Kinds of [`Event`]; names and fields are stable, they are the control API's.
+/// Kinds of [`Event`]. Names and fields are part of the control API, and stable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum EventKind {
     /// A server joined the queue.
     Attached {
-        /// Which.
+        /// The server.
         server: ServerId,
         /// Promotable from the start.
         seeded: bool,
     },
     /// A server left the queue.
     Detached {
-        /// Which.
+        /// The server.
         server: ServerId,
     },
     /// An RVM was taken out of the queue and its memory released.
     Evicted {
-        /// Which.
+        /// The server.
         server: ServerId,
         /// Why.
         reason: StaleReason,
     },
     /// An RVM is not promotable until it is seeded again.
     Stale {
-        /// Which.
+        /// The server.
         server: ServerId,
         /// Why.
         reason: StaleReason,
     },
     /// The operator stated that the RVM's state equals the OVM's.
     Seeded {
-        /// Which.
+        /// The server.
         server: ServerId,
     },
     /// Conversations were still open at a drain's deadline; the RVM stays stale.
     DrainFailed {
-        /// Which.
+        /// The server.
         server: ServerId,
         /// Conversations that were still open.
         open: u64,
     },
     /// No conversation is open and none can begin: the OVM's state can be copied.
     Held,
-    /// Clients are let in again.
+    /// Clients are no longer held.
     Released {
         /// Why.
         reason: Release,
     },
     /// The OVM is believed to be at fault.
     Suspected {
-        /// Which.
+        /// The server.
         server: ServerId,
         /// Why.
         evidence: Evidence,
@@ -152,15 +152,15 @@ pub enum EventKind {
         /// Open conversations at that moment.
         conversations: u64,
     },
-    /// A deposed OVM whose domain lives goes on as an RVM: it is promotable again once it has caught up, and fenced if it
-    /// does not within [`crate::Timing::recover_limit`].
+    /// A deposed OVM whose domain lives continues as an RVM. It is promotable again once it has caught up, and fenced
+    /// if it does not within [`crate::Timing::recover_limit`].
     Recovering {
-        /// Which.
+        /// The server.
         server: ServerId,
     },
-    /// It has caught up.
+    /// A deposed OVM has caught up as an RVM.
     Recovered {
-        /// Which.
+        /// The server.
         server: ServerId,
     },
     /// The first byte of the new epoch was sent to a client.
@@ -172,7 +172,7 @@ pub enum EventKind {
     Recuperated {
         /// The epoch.
         epoch: u64,
-        /// Conversations that go on.
+        /// Conversations that continue.
         recuperated: u64,
         /// Conversations that were reset.
         reset: u64,
@@ -202,7 +202,7 @@ pub enum EventKind {
         /// Why.
         reason: Uncovered,
     },
-    /// A conversation was reset because it could not go on correctly.
+    /// A conversation was reset because it could not continue correctly.
     Reset {
         /// The conversation's client.
         client: SocketAddr,
@@ -217,32 +217,32 @@ pub enum NotPromotable {
     IsOvm,
     /// Its state may differ from the OVM's.
     Stale(StaleReason),
-    /// It was behind the service-wide record for too long, and has not caught up yet.
+    /// It was behind the record for too long, and has not caught up yet.
     Lagging,
-    /// It was the OVM, lost its seat for a fault, and has not caught up yet.
+    /// It was the OVM, was deposed for a fault, and has not caught up yet.
     Recovering,
     /// Too many unplanned promotions took place in the window.
     PromotionLimit,
     /// Its domain is not running.
     NotRunning,
-    /// It opened connections of its own, which went nowhere: it may have answered, or done, something else for that.
+    /// It tried to open connections of its own, which nobody answers, so its state may differ from the OVM's.
     OwnConnections,
 }
 
-/// Why clients are held no longer.
+/// Why clients are no longer held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Release {
-    /// A server was made equal, and is seeded.
+    /// A server was made equal to the OVM, and is seeded.
     Seeded,
-    /// Whoever had asked for it wants it no more, or is gone.
+    /// The operator who asked for the hold gave it up, or has disconnected.
     GivenUp,
-    /// Conversations did not end in time.
+    /// Open conversations did not end by the deadline.
     ConversationsOpen,
-    /// It took too long.
+    /// The hold reached its time limit.
     Limit,
-    /// Another OVM serves: what was copied is not its state.
+    /// Another OVM serves now, whose state is not the one that was copied.
     OvmChanged,
-    /// Clients reached the OVM without the engine, whose process did not run for too long.
+    /// The data plane let clients through to the OVM, because the daemon did not run for too long.
     Unattended,
 }

@@ -1,4 +1,4 @@
-//! What identifies a conversation (its addresses, its place in the table) and a server (its slot).
+//! What identifies a conversation (its addresses, its index in the table) and a server (its slot).
 
 use core::net::SocketAddr;
 
@@ -11,7 +11,7 @@ pub(crate) struct Key {
     pub(crate) psc: SocketAddr,
 }
 
-/// A place in the table and which of its tenants is meant.
+/// A conversation's index in the table; the generation tells it from earlier ones at that index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct ConversationId {
     pub(crate) index: u32,
@@ -25,10 +25,11 @@ impl ConversationId {
     }
 }
 
-/// Servers in one queue: the OVM and up to seven RVMs. A data plane that forwards by itself has as many slots.
+/// Most servers in one queue: the OVM and seven RVMs. The maps of the data plane `bpf` have as many slots.
 pub const MAX_SERVERS: usize = 8;
 
-/// A place in per-conversation arrays. Reused; the [`ServerId`] in it tells whose it is.
+/// A server's index in the queue and in per-conversation arrays. Slots are reused; the [`ServerId`] kept with each
+/// entry tells which server it belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct Slot(u8);
 

@@ -17,9 +17,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! `examples/failover.rs` puts it between three TCP stacks: a client asks, its server vanishes, and a replica answers over
-//! the same connection. `ARCHITECTURE.md` has the rules that the engine keeps, and what is in which folder; the terms are
-//! RFC 9293's for TCP, and the paper's for roles.
+//! `examples/failover.rs` puts the engine between three TCP stacks: a client asks, its server vanishes, and a replica
+//! answers over the same connection. `ARCHITECTURE.md` lists the rules that the engine keeps and what each folder
+//! holds. TCP's terms are RFC 9293's, and roles are named as in the paper.
 
 mod accounts;
 mod config;

@@ -1,4 +1,4 @@
-//! What the engine wants done, until its caller polls it.
+//! The engine's outputs, in order, until its caller polls them.
 
 use std::collections::VecDeque;
 
@@ -16,7 +16,7 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// A packet; if `segment` is not 0, as [`crate::wire::Segment::emit_large`] made it.
+    /// Adds a packet; `segment` as [`crate::wire::Segment::emit_large`] gave it, 0 for a packet of one segment.
     pub(crate) fn send(&mut self, to: Destination, packet: Vec<u8>, segment: u16) {
         self.push(Output::Transmit(Transmit { to, packet, segment }));
     }
@@ -25,7 +25,7 @@ impl Outbox {
         self.queue.push_back(output);
     }
 
-    /// Adds an event; `false` if `limit` of them wait already, and this one is dropped.
+    /// Adds an event. If `limit` events wait already, drops it and returns `false` (rule 6).
     #[must_use]
     pub(crate) fn event(&mut self, event: Event, limit: u32) -> bool {
         let fits = self.events < limit;
@@ -36,8 +36,8 @@ impl Outbox {
         fits
     }
 
-    /// Adds a cutover (rule 1). It overtakes the packets that wait, and those of them for clients are dropped: they are the
-    /// deposed OVM's voice.
+    /// Adds a cutover. It overtakes the packets that wait; of these, the packets to clients are dropped, because they
+    /// are the deposed OVM's voice (rule 1).
     pub(crate) fn cut_over(&mut self, epoch: u64, from: Option<ServerId>, to: ServerId) {
         let waiting = core::mem::take(&mut self.queue);
         let (packets, mut before): (VecDeque<_>, VecDeque<_>) =

@@ -1,4 +1,4 @@
-//! What the engine wants done, in one order: what the caller polls ([`crate::Service::poll`]).
+//! The engine's outputs, in one order, as the caller polls them ([`crate::Service::poll`]).
 
 use core::net::SocketAddr;
 
@@ -9,17 +9,17 @@ use crate::event::{Event, Evidence, LinkAddress, ServerId};
 use crate::tcp::translate::{Bounds, Flow};
 use crate::wire::{self, Parsed};
 
-/// What the caller must do, in the order polled.
+/// One thing that the caller must do. The caller does them in the order in which it polls them.
 ///
-/// The order is part of the meaning: whatever comes before a [`Transmit`] is in force when that is sent.
+/// The order is part of the meaning: every output before a [`Transmit`] must be in force when its packet is sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Output {
     /// Send a packet.
     Transmit(Transmit),
     /// Change what the data plane passes by itself.
     Rule(Rule),
-    /// From this moment `to` is the OVM: the data plane drops what `from` says and takes what `to` says. In force inside
-    /// the engine already.
+    /// From now on `to` is the OVM: the data plane drops the frames of `from` and takes those of `to` (rule 1). Inside
+    /// the engine this is in force already.
     Cutover {
         /// The service's new epoch.
         epoch: u64,
@@ -28,36 +28,36 @@ pub enum Output {
         /// The OVM from now on.
         to: ServerId,
     },
-    /// Stop the data plane, which passes conversations by itself; hand the engine everything that the plane has passed,
-    /// then [`crate::Input::PlaneStopped`], then [`crate::Input::Confirmed`] with the same accused and evidence.
+    /// Stop the data plane from passing conversations by itself; hand the engine everything that it has passed, then
+    /// [`crate::Input::PlaneStopped`], then [`crate::Input::Confirmed`] with the same accused and evidence.
     StopPlane {
-        /// Whom the evidence is against: another server may be the OVM by then.
+        /// The server that the evidence is against. By the time of the answer another server may be the OVM.
         accused: ServerId,
-        /// What for.
+        /// The evidence.
         evidence: Evidence,
     },
     /// Pause or destroy this deposed server, as the service's policy says.
     Fence(ServerId),
-    /// Ask this server's kernel for its own link-layer address, from an address that it learns nothing of (RFC 5227
-    /// §2.1.1). A kernel that lives answers; tell the engine by [`crate::Input::Sign`].
+    /// Ask this server's kernel for its own link-layer address, by a probe from which the kernel learns no address (RFC
+    /// 5227 §2.1.1). A living kernel answers; report its answer by [`crate::Input::Sign`] (rule 11).
     Ask(ServerId),
-    /// Tell whoever listens.
+    /// Report this event to operators.
     Event(#[serde(with = "encoding::as_text")] Event),
 }
 
-/// What a data plane passes between client and OVM by itself: one change of it.
+/// One change to what the data plane passes between client and OVM by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rule {
     /// Pass this conversation from now on.
     HandOver(Box<Handover>),
-    /// Let a conversation that is passed go on further than before.
+    /// Move the bounds of a passed conversation onwards.
     Extend {
         /// As in [`Handover::entry`].
         entry: u32,
-        /// Up to where.
+        /// The new bounds.
         bounds: Bounds,
     },
-    /// Pass this conversation no more.
+    /// Stop passing this conversation.
     TakeBack {
         /// The client's socket.
         client: SocketAddr,
@@ -66,7 +66,7 @@ pub enum Rule {
     },
 }
 
-/// A conversation that the data plane may pass by itself from now on.
+/// A conversation that the data plane may pass by itself from now on, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
     /// The client's socket.
@@ -75,10 +75,10 @@ pub struct Handover {
     pub psc: SocketAddr,
     /// The client's next hop.
     pub link: LinkAddress,
-    /// Where the plane keeps it, below [`crate::Limits::conversations`]: no other conversation has this entry while this one
-    /// is passed.
+    /// Index of the conversation's entry in the plane's map, below [`crate::Limits::conversations`]. No other
+    /// conversation has this entry while this one is passed.
     pub entry: u32,
-    /// How to translate, as of now.
+    /// The translation, as of now.
     pub flow: Flow,
 }
 
@@ -99,13 +99,13 @@ pub struct Transmit {
     /// The IPv4 or IPv6 packet.
     #[serde(with = "serde_bytes")]
     pub packet: Vec<u8>,
-    /// If not 0, the packet is longer than the path's MTU: it must be cut into segments with this many bytes of payload,
-    /// which the kernel does (GSO). Its TCP checksum is that of the pseudo-header alone.
+    /// If not 0, the packet exceeds the path's MTU, and must be cut into segments with this many bytes of payload each;
+    /// the kernel does so (GSO). Its TCP checksum field holds the sum of the pseudo-header alone.
     pub segment: u16,
 }
 
 impl Transmit {
-    /// The packets that it is cut into, for a caller that has no kernel to do that.
+    /// The packets into which a kernel would cut it, for a caller without one.
     pub fn packets(&self) -> Vec<Vec<u8>> {
         let mut packets = Vec::new();
         match wire::parse(&self.packet) {

@@ -1,4 +1,4 @@
-//! What the engine knows of a data plane that passes conversations by itself.
+//! What the engine knows of a data plane that passes conversations by itself (rule 10).
 
 use serde::{Deserialize, Serialize};
 
@@ -8,17 +8,17 @@ use crate::wire::Checksum;
 /// See the module.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Plane {
-    /// It can pass conversations; how often it was stopped.
+    /// How often the plane was stopped; `None` if it can't pass conversations.
     stops: Option<u32>,
     /// What it did with the packet at hand.
     passage: Passage,
-    /// It has passed the packet at hand, and nothing shows yet that its bytes are recorded.
+    /// The plane has passed the packet at hand, and no conversation has recorded or accounted for its bytes yet.
     #[serde(skip)]
     untaken: bool,
 }
 
 impl Plane {
-    /// How often it was stopped; `None` if it passes nothing by itself.
+    /// How often the plane was stopped; `None` if it passes nothing by itself.
     pub(crate) fn stops(&self) -> Option<u32> {
         self.stops
     }
@@ -27,7 +27,7 @@ impl Plane {
         self.stops.get_or_insert(0);
     }
 
-    /// It passes nothing any more of all that it passed.
+    /// The plane was stopped, and passes no conversation any more.
     pub(crate) fn note_stopped(&mut self) {
         self.stops = self.stops.map(|times| times.wrapping_add(1));
     }
@@ -37,30 +37,30 @@ impl Plane {
         self.passage
     }
 
-    /// A packet comes, with which it did this.
+    /// A packet begins, with which the plane did `passage`.
     pub(crate) fn begin(&mut self, passage: Passage) {
         self.passage = passage;
         self.untaken = self.passed();
     }
 
-    /// The packet was handled. True if it is with its receiver and no conversation has accounted for its bytes.
+    /// The packet was handled. True if the plane passed it and no conversation has accounted for its bytes.
     pub(crate) fn end(&mut self) -> bool {
         self.passage = Passage::Kept;
         core::mem::take(&mut self.untaken)
     }
 
-    /// The packet at hand is with its receiver already.
+    /// The plane has already passed the packet at hand to its receiver.
     pub(crate) fn passed(&self) -> bool {
         matches!(self.passage, Passage::Passed { .. })
     }
 
-    /// The bytes of the packet at hand, if it has any, are accounted for: its receiver drops them, or a conversation has
-    /// looked at them.
+    /// The bytes of the packet at hand, if it has any, are accounted for: the receiver drops them, or a conversation
+    /// has processed them.
     pub(crate) fn note_accounted(&mut self) {
         self.untaken = false;
     }
 
-    /// What the checksum of the packet at hand must be: as its receiver sees it, if it is with that one already.
+    /// What the checksum of the packet at hand must be. For a passed packet: what its receiver's kernel accepts.
     pub(crate) fn checksum(&self) -> Checksum {
         match self.passage {
             Passage::Passed { trusted: true, .. } => Checksum::Trusted,

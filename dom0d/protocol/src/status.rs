@@ -1,4 +1,4 @@
-//! Snapshots of a service for operators; field names are the control API's.
+//! Snapshots of a service for operators. Field names are part of the control API.
 
 use core::net::SocketAddr;
 use std::collections::BTreeMap;
@@ -7,15 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::{NotPromotable, ServerId, StaleReason, Uncovered};
 
-/// A server's place in the queue; the numbers are the paper's (§IV.B).
+/// A server's state in the queue; the numbers are the paper's (§IV.B).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// 2: serves now.
+    /// 2: it serves now.
     Ovm,
-    /// 3: receives what clients send, its answers are suppressed.
+    /// 3: it receives what clients send, and its answers are suppressed.
     Rvm,
-    /// 4: serves, and conversations are still in recuperation.
+    /// 4: it serves, and conversations are still in recuperation.
     TakingOver,
 }
 
@@ -28,22 +28,22 @@ pub struct ServiceStatus {
     pub servers: Vec<ServerStatus>,
     /// Open conversations.
     pub conversations: u64,
-    /// Handshakes begun by clients and not completed.
+    /// Handshakes that clients have begun and not completed.
     pub embryonic: u64,
     /// Conversations in recuperation.
     pub recuperating: u64,
     /// Bytes held for any server or client.
     pub retained_bytes: u64,
-    /// Monotonic counters by name (see the counters of [`crate::ServiceStatus`]).
+    /// Monotonic counters by name, of what was dropped, refused or limited.
     pub counters: BTreeMap<&'static str, u64>,
 }
 
 /// One server at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ServerStatus {
-    /// Which.
+    /// The server.
     pub server: ServerId,
-    /// Its place.
+    /// Its state in the queue.
     pub role: Role,
     /// Why it can't be promoted unasked; `None` if it can.
     pub not_promotable: Option<NotPromotable>,
@@ -68,7 +68,7 @@ pub struct ConversationStatus {
     pub psc: SocketAddr,
     /// The state that the OVM's TCP is in, by its name in RFC 9293 §3.3.2, as the daemon sees it.
     pub state: &'static str,
-    /// In recuperation.
+    /// The conversation is in recuperation.
     pub recuperating: bool,
     /// Client bytes recorded.
     pub received_bytes: u64,
@@ -89,6 +89,6 @@ pub struct LegStatus {
     pub produced_bytes: u64,
     /// Why it does not cover the conversation.
     pub uncovered: Option<Uncovered>,
-    /// Position of its first answer byte that differs, if one does.
+    /// Offset of its first answer byte that differs, from the first byte (0), if one does.
     pub diverged_at: Option<u64>,
 }

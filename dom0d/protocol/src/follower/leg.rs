@@ -9,13 +9,13 @@ use crate::tcp::stream::Stream;
 use crate::tcp::translate::{latest_tsval, tsecr_for_server};
 use crate::time::Instant;
 
-/// A server that reset a conversation may be a moment ahead of the OVM doing the same.
+/// How long a server that reset a conversation may be ahead of the OVM, which may be about to do the same.
 pub(crate) const GONE_GRACE: core::time::Duration = core::time::Duration::from_millis(500);
 
-/// Segments that a server may have in flight before its congestion window can be what stops it (RFC 6928 allows ten).
+/// With fewer segments than this in flight, a server's congestion window does not stop it (RFC 6928 allows ten).
 const IN_FLIGHT: u64 = 4;
 
-/// How far the handshake with a server is.
+/// The state of the handshake with a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     /// The daemon sent the client's SYN; the server has not answered.
@@ -24,22 +24,22 @@ pub(crate) enum Phase {
     Open,
 }
 
-/// A moment in which a server keeps nobody waiting makes up for this part of it: one that costs clients less than a third
-/// of their time only slows the transfer, as busy machines do.
+/// Time in which a server stops nobody makes up for stopped time, divided by this. So a server that stops clients for
+/// less than a third of the time only slows the transfer, as busy machines do.
 const FORGIVEN_SHARE: u32 = 2;
 
-/// For how long client and OVM could go no further for want of a server's progress.
+/// For how long a server's lack of progress has stopped the client or the OVM.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Pace {
-    /// When that was last looked at, and whether they could not then.
+    /// When this was last updated; `stops` tells whether the server stopped them then.
     pub(crate) at: Instant,
     stops: bool,
-    /// In all, less what has been made up for.
+    /// The time for which they were stopped, less the time made up for.
     pub(crate) slowed: core::time::Duration,
 }
 
 impl Pace {
-    /// Whether they can not go on now; that was last looked at at `since`.
+    /// Adds the time from `since`, the last update, to `now`; `stops` tells whether the server stops them now.
     pub(crate) fn note(&mut self, since: Instant, now: Instant, stops: bool) {
         let time = now.since(since);
         self.slowed = match self.stops {
@@ -58,42 +58,42 @@ pub(crate) struct Numbers {
     pub(crate) iss: u32,
     /// Shift of the windows it advertises.
     pub(crate) shift: u8,
-    /// Largest segment it takes, options included.
+    /// Largest segment that it accepts, options included.
     pub(crate) mss: u16,
-    /// TS.Recent towards it: its last TSval.
+    /// Its last TSval: the TS.Recent of segments towards it.
     pub(crate) tsval: u32,
-    /// Added to its TSval for the client, subtracted from the client's TSecr.
+    /// Added to its TSval on the way to the client, subtracted from the client's TSecr on the way back.
     pub(crate) ts_delta: u32,
-    /// Its TSval when it was promoted: a TSecr below it would measure another server's time.
+    /// Its TSval when it was promoted: a TSecr below this would echo another server's clock.
     pub(crate) ts_floor: u32,
 }
 
-/// What a server says.
+/// What a server has sent.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Said {
-    /// What it answered and was not compared yet; its end is the server's SND.NXT as received.
+    /// Its answers that were not compared yet. The end of the stream is the server's SND.NXT, as far as received.
     pub(crate) answers: Stream,
     /// Answers are compared up to here.
     pub(crate) compared: u64,
-    /// It has acknowledged something of the client's since it last answered something new.
+    /// It has acknowledged new client bytes since it last sent new answer bytes.
     pub(crate) asked: bool,
     /// Position of its FIN.
     pub(crate) fin: Option<u64>,
-    /// Position of its first answer byte that differs.
+    /// Position of its first answer byte that differs from what the client was sent.
     pub(crate) diverged_at: Option<u64>,
-    /// When it last answered something new, or was last told of room for that.
+    /// When it last sent new answer bytes, or was last told of room to send some.
     pub(crate) answered_at: Instant,
 }
 
-/// Who waits for a server, and since when.
+/// What the daemon and the clients wait for from a server, and since when.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Waits {
-    /// When it last was handed something that it may not have had before.
+    /// When it was last handed bytes that it may not have had before.
     pub(crate) handed_at: Instant,
-    /// When and where it was while room for what it lacks ran out.
+    /// While the room for what it lacks runs out: a moment, and the progress that it had made by then.
     pub(crate) paced: Option<(Instant, u64)>,
     pub(crate) pace: Pace,
-    /// Since when it owes an acknowledgment or handshake without progress.
+    /// Since when it has owed an acknowledgment, a SYN-ACK or an open window without progress.
     pub(crate) owes_since: Option<Instant>,
     /// Right edge of the OVM's window at that time.
     pub(crate) ovm_edge: u64,
@@ -104,20 +104,21 @@ pub(crate) struct Waits {
 pub(crate) struct Leg {
     pub(crate) server: ServerId,
     pub(crate) phase: Phase,
-    /// The client's own segments reach this server, and its segments the client (OVM, outside
-    /// recuperation). Otherwise the daemon plays the client.
+    /// The server exchanges segments with the client itself: it is the OVM, outside recuperation. Otherwise the daemon
+    /// plays the client.
     pub(crate) through: bool,
     pub(crate) numbers: Numbers,
-    /// RCV.NXT of the server: up position it acknowledged.
+    /// RCV.NXT of the server: the up position that it has acknowledged.
     pub(crate) rcv_nxt: u64,
-    /// Right edge of its window.
+    /// Right edge of its window, an up position.
     pub(crate) edge: u64,
-    /// What the daemon sends it.
+    /// The daemon's sending side towards it.
     pub(crate) sender: Sender,
-    /// End of what the client itself sent it as the OVM, beyond a gap perhaps: it may acknowledge that.
+    /// End of the bytes that the client itself sent it while it was the OVM, perhaps beyond a gap: it may acknowledge
+    /// up to here.
     pub(crate) direct: u64,
     pub(crate) said: Said,
-    /// It reset the connection (or refused the SYN): when.
+    /// When it reset the connection or refused the SYN.
     pub(crate) gone: Option<Instant>,
     /// Down position and right edge that the daemon last told it.
     pub(crate) told: (u64, u64),
@@ -156,27 +157,28 @@ impl Leg {
         }
     }
 
-    /// Counts as covering the conversation.
+    /// The server covers the conversation: it has not diverged.
     pub(crate) fn covers(&self) -> bool {
         self.said.diverged_at.is_none()
     }
 
-    /// Bytes that it has not acknowledged of the client's, recorded up to `up_end`, and that it has not answered of what the
-    /// client was sent, up to `down_end`. A leg that diverged is not measured by the latter.
+    /// Bytes that the server is behind: client bytes up to `up_end` that it has not acknowledged, and answer bytes up
+    /// to `down_end` that it has not produced. The latter do not count once it has diverged.
     pub(crate) fn behind(&self, up_end: u64, down_end: u64) -> u64 {
         let measured = !self.through && self.covers();
         let down = if measured { down_end.saturating_sub(self.said.answers.end()) } else { 0 };
         up_end.saturating_sub(self.rcv_nxt.max(1)) + down
     }
 
-    /// May be given segments.
+    /// The daemon may send it segments.
     pub(crate) fn is_open(&self) -> bool {
         self.phase == Phase::Open && self.gone.is_none()
     }
 
-    /// It has shown that it has the connection. A server that answered the SYN with a cookie (RFC 4987 §3.6) has no state
-    /// until it took the third segment, which it drops without a word while its service accepts too slowly; then
-    /// it knows the cookie only from a segment at the client's ISS + 1, and answers any other with a RST.
+    /// The server has shown that it has the connection. A server that answered the SYN with a cookie (RFC 4987 §3.6)
+    /// has no state until it has processed the third segment, which it drops silently while its service accepts too
+    /// slowly. Until then it recognises the cookie only in a segment at the client's ISS + 1, and answers any other
+    /// with a RST.
     pub(crate) fn is_established(&self) -> bool {
         self.through || self.has_spoken
     }
@@ -186,14 +188,14 @@ impl Leg {
         self.said.answers.end() + u64::from(self.said.fin == Some(self.said.answers.end()))
     }
 
-    /// It may have more to say and wait for an acknowledgment, or for room for a segment of `mss` bytes, or half the
-    /// window where that is less.
+    /// The server may have more to send and wait for an acknowledgment, or for room for a segment: of `mss` bytes, or
+    /// of half the window if that is less.
     pub(crate) fn is_stopped(&self, mss: u16) -> bool {
         let (end, mss, (acked, edge)) = (self.said.answers.end(), u64::from(mss), self.told);
         edge < end + mss.min(edge.saturating_sub(acked) / 2) || end.saturating_sub(acked) >= IN_FLIGHT * mss
     }
 
-    /// It is told of acknowledgment and room.
+    /// Notes the acknowledgment and right window edge that the server is told.
     pub(crate) fn tell(&mut self, told: (u64, u64), mss: u16, now: Instant) {
         let was_stopped = self.is_stopped(mss);
         self.told = told;
@@ -202,26 +204,26 @@ impl Leg {
         }
     }
 
-    /// Remembers its TSval.
+    /// Remembers the server's TSval.
     pub(crate) fn note_tsval(&mut self, tsval: u32) {
         self.numbers.tsval = latest_tsval(self.numbers.tsval, tsval);
     }
 
-    /// The client's TSecr as this server must see it: one of its own TSvals since its promotion.
+    /// The client's TSecr, translated to what this server must see: one of its own TSvals since its promotion.
     pub(crate) fn translated_tsecr(&self, tsecr: u32) -> u32 {
         tsecr_for_server(tsecr, self.numbers.ts_delta, self.numbers.ts_floor, self.numbers.tsval)
     }
 }
 
-/// A server's place in a conversation.
+/// A server's leg in a conversation, or the reason why it has none.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Place {
-    /// Not covered, and why.
+    /// The server does not cover the conversation, for this reason.
     Absent(Uncovered),
     Present(Box<Leg>),
 }
 
-/// The legs of one conversation by slot. Slots behind the last one that was ever used take no memory.
+/// The legs of one conversation by slot. Slots after the last one ever used take no memory.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Legs(Vec<Place>);
 
@@ -278,7 +280,7 @@ impl Legs {
         self.0[index] = place;
     }
 
-    /// Frees legs of servers that `lives` does not know.
+    /// Frees the legs for which `lives`, called with slot index and server, is false.
     pub(crate) fn retain(&mut self, mut lives: impl FnMut(usize, ServerId) -> bool) {
         for (index, place) in self.0.iter_mut().enumerate() {
             if let Place::Present(leg) = place

@@ -7,7 +7,7 @@ use crate::tcp::stream::Stream;
 /// the longest prefix and the longest range.
 pub(crate) const LOOKBACK: u64 = 64 + 256;
 
-/// What comparing a range brought.
+/// The result of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Compared {
     /// Equal (or masked) up to this position.
@@ -16,7 +16,7 @@ pub(crate) enum Compared {
     Diverged(u64),
 }
 
-/// Compares `theirs` with what the client was `sent`, from `from` up to where both end.
+/// Compares `theirs` with what the client was `sent`, from `from` up to the end of the shorter.
 ///
 /// A difference counts as masked when `sent` has a mask's prefix right before a range that contains
 /// it. Looking only at differences makes masks free for answers that agree.

@@ -1,4 +1,5 @@
-//! Who follows the record: the servers of a service, their legs in conversations, and the comparison of their answers.
+//! The followers of the record: the servers of a service, their legs in conversations, and the comparison of their
+//! answers.
 
 pub(crate) mod leg;
 pub(crate) mod mask;

@@ -1,4 +1,4 @@
-//! The server queue: which servers a service has, in order, and what each may be used for.
+//! The server queue: the servers of a service, in order, and whether each may be promoted (rule 5).
 
 use core::net::{IpAddr, SocketAddr};
 
@@ -10,11 +10,11 @@ use crate::input::ServerSpec;
 use crate::key::{MAX_SERVERS, Slot};
 use crate::time::Instant;
 
-/// Where the others were, and what the server had followed, at a moment.
+/// What a server must reach to have caught up: the state of a past moment.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Goal {
     pub(crate) at: Instant,
-    /// Length of the service-wide record.
+    /// Length of the record at that moment.
     pub(crate) mark: u64,
     pub(crate) followed: u64,
 }
@@ -30,31 +30,31 @@ pub(crate) struct Follower {
     pub(crate) running: bool,
     /// It opened connections of its own.
     pub(crate) own_connections: bool,
-    /// It kept clients' bytes waiting for the service-wide record beyond the limit, and has not caught up since.
+    /// It kept clients' bytes waiting in the record for longer than the limit, and has not caught up since.
     pub(crate) lagging: bool,
-    /// Since when it is no OVM any more, for a fault, and has not caught up.
+    /// When it was deposed for a fault, if it has not caught up since.
     pub(crate) recovering: Option<Instant>,
-    /// What it must reach to have caught up.
+    /// The goal that it must reach to have caught up.
     pub(crate) goal: Option<Goal>,
-    /// When its domain last stopped or went on: what it did not do before is not held against it.
+    /// When its domain last stopped or continued: what it failed to do before does not count against it.
     pub(crate) excused_at: Instant,
-    /// Since when conversations wait for it without its cursor moving.
+    /// Since when conversations have waited for it without its cursor in the record moving.
     pub(crate) waiting_since: Option<Instant>,
     pub(crate) sums: Sums,
 }
 
-/// What all conversations mean to one server.
+/// The sums of all conversations' shares for one server.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Sums {
     /// Open conversations it covers.
     pub(crate) covered: u64,
-    /// Open conversations in which it diverged (not among the covered).
+    /// Open conversations in which it diverged; they are not among the covered ones.
     pub(crate) diverged: u64,
-    /// Bytes of both directions that the others have and it has not.
+    /// Bytes of both directions that it has not acknowledged or not produced.
     pub(crate) behind: u64,
     /// Bytes of its answers that are kept until they are compared.
     pub(crate) kept: u64,
-    /// Bytes of both directions that it has followed, ever.
+    /// Bytes of both directions that it has ever followed.
     pub(crate) followed: u64,
 }
 
@@ -86,7 +86,7 @@ impl Queue {
         self.servers.iter_mut().find(|server| server.slot == slot)
     }
 
-    /// Whether it is some server's own address.
+    /// Whether `address` is some server's own.
     pub(crate) fn has_address(&self, address: IpAddr) -> bool {
         self.servers.iter().any(|server| server.addresses.contains(&address))
     }
@@ -139,8 +139,8 @@ impl Queue {
         Some(slot)
     }
 
-    /// Removes a server. Cost does not depend on what it held: its legs are recognised by their id
-    /// and freed when their conversation is next looked at.
+    /// Removes a server. The cost does not depend on its legs: each conversation frees the leg of an unknown server at
+    /// its next turn.
     pub(crate) fn remove(&mut self, slot: Slot) -> Option<Follower> {
         let index = self.servers.iter().position(|server| server.slot == slot)?;
         if self.ovm == Some(slot) {
@@ -149,7 +149,7 @@ impl Queue {
         Some(self.servers.remove(index))
     }
 
-    /// What to tell when a server's state may differ from the OVM's: nothing if it is the OVM, or that is known.
+    /// The event for a server that becomes stale; `None` if it is the OVM or is stale already.
     pub(crate) fn stale_event(&self, slot: Slot, reason: StaleReason) -> Option<EventKind> {
         let server = self.get(slot).filter(|server| server.stale.is_none() && self.ovm != Some(slot))?;
         Some(EventKind::Stale { server: server.id, reason })
@@ -175,7 +175,7 @@ impl Queue {
         Some(SocketAddr::new(address, psc.port()))
     }
 
-    /// A conversation was `before`, and is `after` now.
+    /// Replaces a conversation's share `before` by `after`.
     pub(crate) fn settle(&mut self, before: &Share, after: &Share) {
         for server in &mut self.servers {
             let (before, after) = (before.servers[server.slot.index()], after.servers[server.slot.index()]);

@@ -1,38 +1,38 @@
-//! A service as bytes, so that another process can go on where this one was.
+//! A service as bytes, so that another process can continue where this one stopped.
 //!
 //! ```text
 //! format (u32) | the service with its configuration (postcard of the structs as they are declared) | CRC-32 of both (u32)
 //! ```
 //!
-//! Numbers are little-endian, and the same state is the same bytes. Whoever changes what is declared raises [`FORMAT`]; a
-//! version that is to read the format before keeps the structs of that format, and turns them into today's.
+//! Numbers are little-endian, and the same state gives the same bytes. Whoever changes a saved struct raises
+//! [`FORMAT`]. A version that is to read an older format keeps the structs of that format, and converts them.
 
 use crate::config::ServiceConfig;
 use crate::service::Service;
 
-/// Which shape the saved state has; another one can't be read.
+/// The format of the saved state. This version reads no other.
 const FORMAT: u32 = 10;
 
-/// Bytes that a conversation with three RVMs takes at most while it is idle.
+/// Most bytes that an idle conversation with three RVMs takes.
 const IDLE: usize = 1 << 10;
 
-/// Why a saved service can't be restored, or not under a configuration. It is lost then: begin with [`Service::new`].
+/// Why a saved service can't be restored, or not reconfigured. Its state is lost then: begin with [`Service::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
-    /// The bytes are not, or not wholly, what [`Service::save`] returned.
+    /// The bytes are not those that [`Service::save`] returned, or not all of them.
     #[error("the saved state is damaged or cut short")]
     Unreadable,
-    /// Saved by a version of this crate whose state has another shape.
+    /// A version of this crate with another format saved the state.
     #[error("the saved state has format {0}, and only format {FORMAT} can be read")]
     OtherFormat(u32),
-    /// The state does not fit the configuration; what differs.
+    /// The state does not fit the configuration. Says which part differs.
     #[error("the state was saved under a configuration with {0}")]
     OtherConfiguration(&'static str),
 }
 
 impl Service {
-    /// The whole service as bytes for [`Service::restore`], what waits to be polled included. They are secret as
-    /// the clients' traffic is, which they contain as far as an RVM still lacks it.
+    /// The whole service as bytes for [`Service::restore`], including the outputs that wait to be polled. The bytes are
+    /// as secret as the clients' traffic: they contain whatever of it an RVM still lacks.
     pub fn save(&self) -> Vec<u8> {
         let mut bytes =
             vec![0; self.ctx.accounts.retained() as usize + (1 + self.ctx.accounts.open() as usize) * IDLE];
@@ -47,14 +47,16 @@ impl Service {
         }
     }
 
-    /// As [`Service::save`], in the beginning of `room`; gives how many bytes of it. `None` if they are too few.
+    /// Like [`Service::save`], but writes to the beginning of `room`. Returns the number of bytes written; `None` if
+    /// `room` is too small.
     pub fn save_in(&self, room: &mut [u8]) -> Option<usize> {
         let (format, body) = room.split_first_chunk_mut()?;
         *format = FORMAT.to_le_bytes();
         let length = match postcard::to_slice(self, body) {
             Ok(written) => format.len() + written.len(),
             Err(postcard::Error::SerializeBufferFull) => return None,
-            // Nothing of the state refuses to be written; were it otherwise, nothing readable would be there.
+            // No part of the state refuses to be serialized. If one did, this would write no body, and `restore` would
+            // refuse it.
             Err(_) => format.len(),
         };
         let (written, rest) = room.split_at_mut(length);
@@ -62,8 +64,8 @@ impl Service {
         Some(length + size_of::<u32>())
     }
 
-    /// The service that was saved as `bytes`, which may come from another process: under its own configuration it goes on
-    /// exactly as the saved one would have.
+    /// The service that was saved as `bytes`, perhaps by another process. It continues under its own configuration
+    /// exactly as the saved service would have.
     pub fn restore(bytes: &[u8]) -> Result<Self, RestoreError> {
         let (bytes, checksum) = bytes.split_last_chunk().ok_or(RestoreError::Unreadable)?;
         let (format, body) = bytes.split_first_chunk().ok_or(RestoreError::Unreadable)?;
@@ -76,7 +78,7 @@ impl Service {
         }
     }
 
-    /// Goes on under another configuration from the next input on; waits that have begun end when they would have.
+    /// Replaces the configuration from the next input on. Waits that have begun end when they would have ended before.
     ///
     /// The PSC, the ports and [`crate::Limits::conversations`] must be the same: conversations depend on them.
     pub fn reconfigure(&mut self, config: ServiceConfig) -> Result<(), RestoreError> {

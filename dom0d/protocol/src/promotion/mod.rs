@@ -1,7 +1,7 @@
 //! An RVM becomes the OVM: choice of the candidate, cutover, and the fate of the old OVM.
 //!
-//! The cutover costs the same for one conversation and for fifty thousand: the epoch and the OVM
-//! change, nothing else. Conversations follow as they have something to do.
+//! The cutover costs the same for one conversation and for fifty thousand: the epoch and the OVM change, nothing else.
+//! Each conversation follows at its next turn.
 
 use core::cmp::Reverse;
 use std::collections::VecDeque;
@@ -24,9 +24,9 @@ use crate::time::Instant;
 pub(crate) enum Deposed {
     /// It leaves the queue and is fenced.
     Fenced,
-    /// It lost its seat, not its life: it stays as an RVM, which is promotable once it has caught up.
+    /// It was deposed but its domain lives: it stays as an RVM, which is promotable once it has caught up.
     Recovering,
-    /// It stays as an RVM: its state is right.
+    /// It stays as a promotable RVM: its state equals the new OVM's.
     Rvm,
 }
 
@@ -35,7 +35,7 @@ pub(crate) enum Deposed {
 pub(crate) struct Unplanned(VecDeque<Instant>);
 
 impl Unplanned {
-    /// Whether one more is allowed now; counts it if so.
+    /// Whether one more is allowed now (rule 6); counts it if so.
     pub(crate) fn admit(&mut self, ctx: &Context) -> bool {
         let window = ctx.config.timing.promotion_window;
         self.0.retain(|at| ctx.now.since(*at) < window);
@@ -47,12 +47,12 @@ impl Unplanned {
     }
 }
 
-/// The best promotable RVM by the service's policy.
+/// The best promotable RVM by the service's policy (rule 5).
 pub(crate) fn candidate(ctx: &Context) -> Option<Slot> {
     let mut promotable = ctx.queue.iter().filter(|server| ctx.queue.not_promotable(server).is_none());
     match ctx.config.candidate {
         CandidatePolicy::Queue => promotable.next(),
-        // `min_by_key` takes the first of equals: queue order.
+        // `min_by_key` takes the first of equals, in queue order.
         CandidatePolicy::Progress => {
             promotable.min_by_key(|server| (Reverse(server.sums.covered), server.sums.behind))
         }
@@ -78,7 +78,7 @@ pub(crate) fn named_or_best(ctx: &Context, to: Option<ServerId>, force: bool) ->
     }
 }
 
-/// Cuts over to `slot`. From here on nothing of the old OVM reaches a client.
+/// Cuts over to `slot`. From here on nothing that the old OVM sends reaches a client (rule 1).
 pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed, ctx: &mut Context) {
     let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
     let unasked = evidence.is_some_and(|evidence| evidence != Evidence::Operator);
@@ -99,7 +99,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
             ctx.queue.remove(old);
             ctx.outbox.push(Output::Fence(server));
         }
-        // One that has not caught up itself still owes its predecessor's answers.
+        // An old OVM that has not caught up itself still owes its predecessor's answers.
         (Some((old, _)), Deposed::Recovering | Deposed::Rvm) if !was_behind => ctx.record.start(old),
         (Some(_), Deposed::Recovering | Deposed::Rvm) => {}
         (None, _) => {}
@@ -124,8 +124,8 @@ fn begin_to_recover(slot: Slot, server: ServerId, ctx: &mut Context) {
     ctx.event(EventKind::Recovering { server });
 }
 
-/// Takes an RVM out of the queue. Its memory is released as its conversations are next looked at. A deposed OVM that
-/// is more than slow is fenced now.
+/// Takes an RVM out of the queue (rule 4). Each conversation releases its memory at its next turn. A deposed OVM that
+/// is recovering is fenced, unless it is evicted only for falling behind a limit.
 pub(crate) fn evict(slot: Slot, reason: StaleReason, ctx: &mut Context) {
     if ctx.queue.ovm() == Some(slot) {
         return;

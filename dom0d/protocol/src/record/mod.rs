@@ -1,4 +1,5 @@
-//! The record: what was said in both directions, once, in order, service-wide. Cause before effect (rule 3).
+//! The record: what clients and OVM said, once, in order, over the whole service. It keeps cause before effect (rule
+//! 3).
 //!
 //! Answers that clients were sent are entries of a log. A client byte carries a *mark*: the length
 //! of the log when it was recorded. It may be handed to an RVM once that RVM's cursor has reached the
@@ -41,11 +42,11 @@ impl Record {
         self.first + self.entries.len() as u64
     }
 
-    /// A client was sent the answer of `conversation` up to `position`.
+    /// A client was sent the answer in `conversation` up to `position`.
     pub(crate) fn answered(&mut self, conversation: ConversationId, position: u64) {
         let length = self.length();
         match self.entries.back_mut() {
-            // Nothing was recorded since: nobody can depend on the difference.
+            // No client byte was recorded since, so none can depend on the difference.
             Some(last) if last.conversation == conversation && self.marked < length => {
                 last.position = last.position.max(position);
                 // A cursor that had passed the shorter entry must wait for the longer one.
@@ -57,8 +58,8 @@ impl Record {
         }
     }
 
-    /// Whether bytes of `mark` may be handed to the server in `slot`; if not, `conversation` is woken
-    /// by [`Record::advance`] when they may.
+    /// Whether bytes that were recorded at `mark` may be handed to the server in `slot`. If not, [`Record::advance`]
+    /// wakes `conversation` once they may.
     pub(crate) fn permits(&mut self, slot: Slot, mark: u64, conversation: ConversationId) -> bool {
         if mark <= self.cursors[slot.index()] {
             return true;
@@ -67,7 +68,7 @@ impl Record {
         false
     }
 
-    /// The server in `slot` has produced every entry before this one.
+    /// The first entry that the server in `slot` has not produced yet.
     pub(crate) fn cursor(&self, slot: Slot) -> u64 {
         self.cursors[slot.index()]
     }
@@ -83,13 +84,13 @@ impl Record {
         self.length() - self.cursors[slot.index()]
     }
 
-    /// Conversations wait for the server in `slot`.
+    /// Whether conversations wait for the server in `slot`.
     pub(crate) fn is_waiting(&self, slot: Slot) -> bool {
         !self.waiting[slot.index()].is_empty()
     }
 
-    /// Moves the cursor of `slot` over the entries that `produced` says are produced; conversations
-    /// that may go on are handed to `wake`.
+    /// Moves the cursor of `slot` over the entries for which `produced` is true, and calls `wake` for each conversation
+    /// that may continue. True if the cursor moved.
     pub(crate) fn advance(
         &mut self,
         slot: Slot,
@@ -111,7 +112,7 @@ impl Record {
         cursor > before
     }
 
-    /// The server in `slot` begins here: what was before does not concern it.
+    /// The server in `slot` begins at the end of the record: earlier entries do not concern it.
     pub(crate) fn start(&mut self, slot: Slot) {
         self.cursors[slot.index()] = self.length();
         self.waiting[slot.index()].clear();
@@ -123,7 +124,7 @@ impl Record {
         while self.first < oldest && self.entries.pop_front().is_some() {
             self.first += 1;
         }
-        // Slots that follow nothing must not point before what is left.
+        // Cursors of slots without a follower must not point before the first entry that is left.
         for cursor in &mut self.cursors {
             *cursor = (*cursor).max(self.first);
         }

@@ -1,6 +1,7 @@
-//! Who fell back is promotable again once it has caught up: an RVM that lagged, and an OVM that lost its seat.
+//! An RVM that lagged, and a deposed OVM that recovers, is promotable again once it has caught up.
 //!
-//! The intuition: nobody is ever quite where the others are now. It has caught up when it soon reaches where they were.
+//! No follower is ever quite at the end of the record. So a follower has caught up when it reaches, within a short
+//! time, the end that the record had a moment ago.
 
 use core::time::Duration;
 
@@ -11,11 +12,12 @@ use crate::promotion;
 use crate::service::Service;
 use crate::time::Instant;
 
-/// Who reaches within this time where the others were is in step: a few looks, since each comes after 100 ms.
+/// A follower that reaches its goal within this time has caught up. The service looks every 100 ms, so this allows a
+/// few looks.
 const IN_STEP: Duration = Duration::from_millis(500);
 
 impl Service {
-    /// Looks whether the RVM in `slot` lags, and whether it has caught up if it did.
+    /// Checks whether the RVM in `slot` lags, and whether a lagging or recovering one has caught up.
     pub(crate) fn review_follower(&mut self, slot: Slot) {
         let (now, timing) = (self.ctx.now, self.ctx.config.timing);
         let waiting = self.ctx.record.is_waiting(slot);
@@ -45,10 +47,10 @@ impl Service {
         }
     }
 
-    /// It has produced, and its kernel has taken, what the others had a moment ago.
+    /// Whether it has produced every answer, and its kernel has acknowledged every byte, of a moment ago.
     fn has_caught_up(&mut self, slot: Slot) -> bool {
         let Self { ctx, table, sweep, .. } = self;
-        // Until each conversation has followed the cutover, not all is known that a deposed OVM owes.
+        // Until each conversation has followed the cutover, the service does not know all that a deposed OVM owes.
         let Some(server) = ctx.queue.get(slot).filter(|_| sweep.is_none()) else { return false };
         let (now, id) = (ctx.now, server.id);
         let reached = server.goal.is_some_and(|goal| {

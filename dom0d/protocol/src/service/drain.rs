@@ -1,4 +1,5 @@
-//! New clients wait until nothing changes the OVM's state any more: then a server is taken as equal to it, or made equal.
+//! New clients wait until nothing changes the OVM's state any more. Then a server is taken as equal to the OVM, or made
+//! equal to it (rule 12).
 
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -22,7 +23,7 @@ impl Service {
         Ok(())
     }
 
-    /// Nothing of clients reaches the OVM.
+    /// Clients are held: nothing that they send reaches the OVM.
     pub fn is_held(&self) -> bool {
         self.drain.as_ref().is_some_and(|drain| matches!(drain.purpose, Purpose::Held { .. }))
     }
@@ -79,8 +80,7 @@ impl Service {
         }
     }
 
-    /// Conversations that may still change the OVM's state: open ones, and those that it has yet to be
-    /// given to the end.
+    /// Conversations that may still change the OVM's state: open ones, and those whose last bytes the OVM still lacks.
     pub(crate) fn unsettled(&mut self) -> u64 {
         while self.sweep.is_some() {
             self.sweep();

@@ -1,7 +1,9 @@
 //! One PSC, its server queue and its conversations: the engine's interface.
 //!
-//! `reception` says what becomes of segments without a conversation, `settle` what follows for the service
-//! from what conversations did, `drain` how a server is seeded that waits for them to end.
+//! `reception` handles segments without a conversation, `settle` carries out what follows from conversations' turns,
+//! `drain` seeds a server once no conversation is open, `operator` carries out commands, `passing` deals with a plane
+//! that passes conversations by itself, `catching_up` decides when a follower has caught up, and `repetition` helps to
+//! keep a journal short.
 
 pub(crate) mod catching_up;
 pub(crate) mod drain;
@@ -32,14 +34,14 @@ use crate::promotion::{self, Unplanned};
 use crate::time::Instant;
 use crate::wire::{self, Flags, Malformed, Parsed};
 
-/// Conversations looked at in one call after a promotion, so that new packets never wait for long.
+/// Most conversations that one call looks at, so that new packets never wait for long.
 pub(crate) const SWEEP: usize = 128;
-/// Conversations looked at in one tick for whether they may fall asleep.
+/// Places of the table that one tick looks at for conversations that may fall asleep.
 const CALMED: usize = 512;
-/// How often limits on RVMs are checked.
+/// How often the service checks limits on RVMs.
 const TICK: Duration = Duration::from_millis(100);
 
-/// New conversations wait until those that are open have ended.
+/// New conversations wait until the open ones have ended (rule 12).
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Drain {
     pub(crate) purpose: Purpose,
@@ -50,18 +52,18 @@ pub(crate) struct Drain {
 /// What follows once no conversation is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Purpose {
-    /// This server is taken as equal to the OVM.
+    /// The service takes this server as equal to the OVM.
     Seed(ServerId),
-    /// Nothing changes the OVM's state, for as long as this at most; good for the OVM of this epoch.
+    /// The service then holds clients for at most `limit`, so that nothing changes the state of the OVM of this epoch.
     Hold { limit: Duration, epoch: u64 },
-    /// That is so since then, in this epoch.
+    /// The service holds clients now, in this epoch.
     Held { epoch: u64 },
 }
 
 /// One PSC with its server queue and conversations.
 ///
-/// Hand it what happens ([`Service::handle`]), then poll what is to be done about that ([`Service::poll`]) until `None`, in
-/// that order; [`Service::next_timeout`] says when it must be told the time. It does nothing by itself.
+/// Hand it each input ([`Service::handle`]), then poll its outputs ([`Service::poll`]) until `None`, and carry them out
+/// in that order. [`Service::next_timeout`] says when it must be told the time. It does nothing by itself.
 #[derive(Serialize, Deserialize)]
 pub struct Service {
     pub(crate) ctx: Context,
@@ -69,19 +71,19 @@ pub struct Service {
     pub(crate) handshakes: Handshakes,
     pub(crate) unplanned: Unplanned,
     pub(crate) drain: Option<Drain>,
-    /// Conversations to be looked at at once.
+    /// Conversations that have work to do at once.
     pub(crate) work: VecDeque<ConversationId>,
     pub(crate) timers: BTreeSet<(Instant, ConversationId)>,
     pub(crate) next_tick: Instant,
-    /// Next place of the table to look at after a promotion; `None` when all are done.
+    /// After a promotion, the next place of the table to look at; `None` once every conversation has followed.
     pub(crate) sweep: Option<usize>,
     pub(crate) next_resets: Instant,
     pub(crate) links: BTreeMap<IpAddr, LinkAddress>,
-    /// Unknown conversations in which clients said something to the OVM.
+    /// Unknown conversations in which clients sent the OVM data.
     pub(crate) unknown: BTreeSet<Key>,
-    /// Conversations that the data plane may pass by itself, as far as is known.
+    /// Conversations that the data plane may probably pass by itself; the handover checks that again.
     pub(crate) passable: VecDeque<ConversationId>,
-    /// The latest input was [`Input::PlaneIdle`].
+    /// True if the latest input was [`Input::PlaneIdle`].
     pub(crate) idle: bool,
 }
 
@@ -106,7 +108,7 @@ impl Service {
         }
     }
 
-    /// Takes in what happened at `now`. Only a [`crate::Command`] is ever refused; then nothing was changed.
+    /// Handles an input that happened at `now`. Only a [`crate::Command`] is ever refused; then nothing has changed.
     ///
     /// `now` must not run backwards; if it does, the difference counts as zero.
     pub fn handle(&mut self, now: Instant, input: Input<'_>) -> Result<(), OperatorError> {
@@ -151,7 +153,7 @@ impl Service {
             self.ctx.counters.not_replicated += 1;
             return;
         }
-        // A guest drops what comes from an address of its own, in silence: it would look dead.
+        // A guest silently drops a packet whose source is one of its own addresses, and would look dead.
         let is_ours = config.psc.contains(&segment.src.ip()) || self.ctx.queue.has_address(segment.src.ip());
         if !is_unicast(segment.src) || is_ours {
             self.ctx.counters.wrong_address += 1;
@@ -171,7 +173,7 @@ impl Service {
             return self.handle_client_syn(key, link, &segment, packet);
         }
         if self.is_held() && self.table.find(&key).is_none() {
-            // It would begin now, or nobody knows what it says. TCP says it again.
+            // The segment would begin a conversation, or belongs to an unknown one. The client retransmits it.
             self.ctx.counters.held_segments += 1;
             return;
         }
@@ -217,12 +219,12 @@ impl Service {
         if self.ctx.queue.ovm() == Some(slot) {
             self.handshakes.note_ovm_heard(&mut self.ctx.counters);
             if self.ctx.closes.hear_probed(&key, &segment, self.ctx.now) {
-                // Nobody wants the connection.
+                // The daemon's SYN was only a question: reset the connection.
                 return self.refuse(server, &segment);
             }
             self.ctx.signs.note_reached(key.client.ip(), self.links.get(&key.client.ip()).copied());
             if segment.sequence_length() == 0 && !segment.flags.has(Flags::RST) {
-                // Nothing of its own to say: a kernel acknowledges what it got.
+                // A segment without data is the kernel's own acknowledgment: a sign of life.
                 self.ctx.signs.note_life(self.ctx.now);
             }
         } else if self.handshakes.is_witness(&key, &segment) {
@@ -236,12 +238,13 @@ impl Service {
         } else if self.ctx.queue.ovm() == Some(slot) {
             self.handle_unknown_ovm(key, server, &segment);
         } else if !(segment.flags.has(Flags::SYN) && self.handshakes.acknowledges(&key, &segment)) {
-            // One that was asked, or was the OVM, may wait for the handshake's end: its leg begins there.
+            // A server that was sent the SYN as a witness, or was the OVM, may wait for the end of the handshake, where
+            // its leg begins.
             self.refuse(server, &segment);
         }
     }
 
-    /// The PSC's socket that stands for a server's.
+    /// The PSC's socket that corresponds to a server's socket.
     pub(crate) fn psc_of(&self, guest: SocketAddr) -> Option<SocketAddr> {
         let psc = self.ctx.config.psc.iter().find(|psc| psc.is_ipv4() == guest.is_ipv4())?;
         Some(SocketAddr::new(*psc, guest.port()))
@@ -251,7 +254,7 @@ impl Service {
         self.begin(now);
         let Some(slot) = self.ctx.queue.slot_of(server) else { return };
         if self.ctx.queue.ovm() == Some(slot) {
-            // The caller has stopped a plane that passes by itself.
+            // The caller has stopped a plane that passes conversations by itself.
             self.accuse(evidence);
         } else {
             promotion::evict(slot, StaleReason::MissedBytes, &mut self.ctx);
@@ -317,7 +320,7 @@ impl Service {
         self.settle();
     }
 
-    /// What is to be done next; `None` when there is nothing, until the next input. Does bounded work per call.
+    /// The next output; `None` if there is none until the next input. Does bounded work per call.
     pub fn poll(&mut self, now: Instant) -> Option<Output> {
         loop {
             if let Some(output) = self.ctx.outbox.pop() {
@@ -332,7 +335,7 @@ impl Service {
         }
     }
 
-    /// When [`Input::Timeout`] must be handed over next; at once while there is something to poll.
+    /// When the caller must hand over [`Input::Timeout`] next; at once while there is something to poll.
     pub fn next_timeout(&self) -> Option<Instant> {
         if self.sweep.is_some() || !self.work.is_empty() || !self.ctx.outbox.is_empty() {
             return Some(self.ctx.now);
@@ -350,7 +353,7 @@ impl Service {
         let now = now.max(self.ctx.now);
         let late = self.next_timeout().map_or(Duration::ZERO, |due| now.since(due));
         if late >= self.ctx.config.timing.starvation {
-            // A starved host stalls everybody: nobody is at fault for that time.
+            // A starved host stalls every server: none is at fault for that time.
             self.ctx.counters.starvations += 1;
             self.ctx.excuses.note_starved(now);
         }
@@ -361,7 +364,7 @@ impl Service {
     }
 
     fn count_malformed(&mut self, malformed: Malformed) {
-        // Its receiver drops it for that, too.
+        // The receiver drops the packet for its checksum, too.
         if malformed == Malformed::Checksum {
             self.ctx.plane.note_accounted();
         }
@@ -376,13 +379,13 @@ impl Service {
         } += 1;
     }
 
-    /// Gives a conversation its turn, in its place in the table, then does what follows from it.
+    /// Gives a conversation its turn: `change`, then all that is due; carries out what follows for the service.
     pub(crate) fn with(&mut self, id: ConversationId, change: impl FnOnce(&mut Conversation, &mut Turn<'_>)) {
         if let Some(conversation) = self.table.get_mut(id) {
             let was_open = conversation.is_open();
             let before = conversation.share(&self.ctx.queue);
             let mut turn = self.ctx.turn(before);
-            // First, or a deposed OVM's segment would still pass as the OVM's.
+            // This comes first: otherwise a deposed OVM's segment would still count as the OVM's (rule 1).
             conversation.follow_epoch(&mut turn);
             conversation.note_passage(turn.plane);
             change(conversation, &mut turn);
@@ -413,7 +416,7 @@ impl Service {
         conversation: &mut Conversation,
         next: Instant,
     ) {
-        // An earlier registration stays: being looked at too early costs little.
+        // An earlier deadline stays: a turn that comes too early costs little.
         if conversation.deadline.is_none_or(|deadline| next < deadline) {
             if let Some(deadline) = conversation.deadline {
                 timers.remove(&(deadline, conversation.id));
@@ -423,7 +426,7 @@ impl Service {
         }
     }
 
-    /// Removes a conversation whose addresses or place are wanted for another.
+    /// Removes a conversation that is over, or whose addresses or place another conversation needs.
     pub(crate) fn abandon(&mut self, id: ConversationId) {
         self.end(id, |_, _| {});
     }

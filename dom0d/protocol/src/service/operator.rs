@@ -1,4 +1,4 @@
-//! Operators: their commands, carried out ([`Command`]), and what a service tells them.
+//! Operators: carries out their commands ([`Command`]), and gives them snapshots of the service.
 
 use crate::config::ServiceConfig;
 use crate::conversation::Conversation;
@@ -12,7 +12,7 @@ use crate::status::{ConversationStatus, LegStatus, Role, ServerStatus, ServiceSt
 impl Service {
     // ---- commands -----------------------------------------------------------------------------
 
-    /// Does what an operator asks for, or says why not.
+    /// Carries out a command, or says why not.
     pub(crate) fn carry_out(&mut self, command: Command) -> Result<(), OperatorError> {
         match command {
             Command::InstallOvm(spec) => self.install_ovm(spec),
@@ -50,11 +50,11 @@ impl Service {
         };
         promotion::cut_over(slot, None, Deposed::Fenced, &mut self.ctx);
         if replaced {
-            // Statements on RVMs' state were about another OVM's.
+            // The RVMs were stated to equal another OVM.
             self.ctx.mark_all_stale(StaleReason::NotSeeded);
         }
         if first {
-            // Nothing to recuperate, nothing to report.
+            // There is nothing to recuperate, and so nothing to report.
             self.ctx.recuperation.reported = true;
             self.ctx.recuperation.first_byte_due = false;
         } else {
@@ -99,7 +99,7 @@ impl Service {
             },
             Seeding::Drain { .. } if self.drain.is_some() => Err(OperatorError::DrainUnderWay),
             Seeding::Copied => {
-                // By now another OVM may serve, or the time be over.
+                // By now another OVM may serve, or the hold may be over.
                 self.end_drain();
                 if self.is_held() { Ok(()) } else { Err(OperatorError::NotHeld) }
             }
@@ -154,12 +154,12 @@ impl Service {
         self.ctx.epoch
     }
 
-    /// A promotion is under way: not every conversation is known to go on, or not to.
+    /// A promotion is under way: for some conversation it is still open whether it will continue.
     pub fn is_recuperating(&self) -> bool {
         self.sweep.is_some() || !self.ctx.recuperation.pending.is_empty()
     }
 
-    /// A snapshot for operators; cost grows with the number of servers, not of conversations.
+    /// A snapshot for operators. Its cost grows with the number of servers, not of conversations.
     pub fn status(&self) -> ServiceStatus {
         let ctx = &self.ctx;
         let recuperating = ctx.recuperation.pending.len() as u64;
@@ -203,8 +203,8 @@ impl Service {
         found
     }
 
-    /// The state that the OVM's TCP is in (RFC 9293 §3.3.2). Where both sides have closed, LAST-ACK also stands for CLOSING:
-    /// the streams do not tell whose FIN came first.
+    /// The state of the OVM's TCP (RFC 9293 §3.3.2). If both sides have closed, LAST-ACK also stands for CLOSING: the
+    /// streams do not tell which FIN came first.
     fn tcp_state(&self, conversation: &Conversation) -> &'static str {
         let ovm = self.ctx.ovm().and_then(|(slot, server)| conversation.legs.get(slot, server));
         let taken = ovm.map_or(0, |ovm| ovm.rcv_nxt);

@@ -1,9 +1,10 @@
-//! Conversations that a data plane passes between client and OVM by itself (see [`crate::Flow`]), so that the
-//! engine only hears what was said. Which those are, and from when to when.
+//! Conversations that a data plane passes between client and OVM by itself (see [`crate::Flow`]), so that the engine
+//! only gets copies of their segments: which those are, and when passing begins and ends.
 //!
-//! The plane is told of one at a time ([`Rule::HandOver`]), at a moment when it has nothing more to tell
-//! ([`crate::Input::PlaneIdle`]), and gives it back by itself with the first segment that moves it on otherwise than in order. All of them end at once when
-//! the plane is stopped, as it must be before a cutover: what it passed under the old epoch is heard first.
+//! The engine hands over one conversation at a time ([`Rule::HandOver`]), at a moment when the plane has nothing more
+//! to report ([`crate::Input::PlaneIdle`]). The plane gives it back by itself with the first segment that advances it
+//! and can't be passed. Passing ends for all conversations at once when the plane is stopped, as it must be before a
+//! cutover: the engine first receives everything that the plane passed under the old epoch (rules 1 and 2).
 
 use core::net::SocketAddr;
 
@@ -22,7 +23,7 @@ impl Service {
         self.ctx.plane.set_passes();
     }
 
-    /// As [`Service::handle_client`], of a packet that the plane may have passed on.
+    /// Like [`Service::handle_client`], for a packet that the plane may have passed.
     pub(crate) fn handle_tapped_client(
         &mut self,
         now: Instant,
@@ -38,7 +39,7 @@ impl Service {
         self.end_passage();
     }
 
-    /// As [`Service::handle_server`], of a packet that the plane may have passed on.
+    /// Like [`Service::handle_server`], for a packet that the plane may have passed.
     pub(crate) fn handle_tapped_server(
         &mut self,
         now: Instant,
@@ -56,7 +57,8 @@ impl Service {
         self.end_passage();
     }
 
-    /// What was passed and no conversation has taken is with its receiver, who may have taken it: no RVM can follow.
+    /// If the plane passed the packet and no conversation has accounted for it, its receiver may have accepted bytes
+    /// that no RVM gets (rule 10).
     fn end_passage(&mut self) {
         if self.ctx.plane.end() {
             self.ctx.counters.passed_unrecorded += 1;
@@ -65,7 +67,7 @@ impl Service {
         }
     }
 
-    /// The plane goes on with a conversation without the engine: no RVM can follow.
+    /// The plane continues a conversation without the engine: no RVM can follow it (rules 8 and 10).
     fn lose_sight(
         &mut self,
         now: Instant,
@@ -86,18 +88,18 @@ impl Service {
         self.settle();
     }
 
-    /// The plane passes nothing any more, and the engine has heard all that it had passed.
+    /// The plane passes nothing any more, and the engine has received everything that it had passed.
     pub(crate) fn handle_plane_stopped(&mut self) {
         self.ctx.plane.note_stopped();
     }
 
-    /// The plane passed something that it could not tell: no RVM can follow.
+    /// The plane passed something that it could not report: no RVM can follow.
     pub(crate) fn handle_untold(&mut self) {
         self.ctx.mark_all_stale(StaleReason::MissedBytes);
         self.release_for(Release::Unattended);
     }
 
-    /// The answer to [`Output::StopPlane`]: the evidence is acted upon if the `accused` still is the OVM.
+    /// The answer to [`Output::StopPlane`]: acts on the evidence if the `accused` is still the OVM.
     pub(crate) fn handle_confirmed(&mut self, now: Instant, accused: ServerId, evidence: Evidence) {
         self.ctx.now = self.ctx.now.max(now);
         if self.ovm() == Some(accused) {
@@ -106,12 +108,13 @@ impl Service {
         self.settle();
     }
 
-    /// The plane has nothing more to tell, and nothing waits to be done.
+    /// The plane has nothing more to report, and no output waits.
     pub(crate) fn handle_plane_idle(&mut self) {
         self.idle = true;
     }
 
-    /// The next conversation that the plane may pass by itself, at a moment when the flow is what the plane last saw.
+    /// The next conversation that the plane may pass by itself, at a moment when the engine has processed everything
+    /// that the plane has seen.
     pub(crate) fn next_handover(&mut self) -> Option<Output> {
         while self.idle {
             let id = self.passable.pop_front()?;
@@ -124,12 +127,12 @@ impl Service {
         None
     }
 
-    /// A conversation waits for the plane to be idle ([`crate::Input::PlaneIdle`]).
+    /// Whether a conversation waits for [`crate::Input::PlaneIdle`] to be handed over.
     pub fn wants_to_hand_over(&self) -> bool {
         !self.passable.is_empty()
     }
 
-    /// Where the plane passes by itself, it is stopped before anything follows from evidence.
+    /// Acts on evidence against the OVM, after stopping a plane that passes conversations by itself (rule 2).
     pub(crate) fn suspect(&mut self, evidence: Evidence) {
         let of_silence = matches!(evidence, Evidence::UnacknowledgedSegment | Evidence::NoProgress);
         let was_asked = !of_silence || self.ctx.signs.was_asked();
@@ -142,7 +145,7 @@ impl Service {
         }
     }
 
-    /// A conversation ends that waits to be handed over.
+    /// Forgets a conversation that waited to be handed over and ends.
     pub(crate) fn forget_passable(&mut self, id: ConversationId) {
         self.passable.retain(|queued| *queued != id);
     }

@@ -1,4 +1,4 @@
-//! What becomes of a segment that belongs to no conversation yet, or to none at all.
+//! Segments that belong to no conversation yet, or to none at all.
 
 use core::net::IpAddr;
 
@@ -10,11 +10,11 @@ use crate::output::Destination;
 use crate::service::Service;
 use crate::wire::{Flags, Icmp, Segment};
 
-/// Link addresses remembered for clients of unprotected conversations.
+/// Most link addresses remembered, of clients in handshakes and unprotected conversations.
 const LINKS: usize = 4096;
-/// Unknown conversations told apart; with more, each counts as one in which a client said something.
+/// Most unknown conversations that are told apart. With more, each counts as if its client had sent data.
 const UNKNOWN: usize = 4096;
-/// SYNs kept during a drain.
+/// Most SYNs kept during a drain.
 const HELD_SYNS: usize = 1024;
 
 impl Service {
@@ -37,7 +37,7 @@ impl Service {
         }
         let former = self.table.find(&key).and_then(|id| self.table.get_mut(id)).map(|former| &*former);
         if former.is_some_and(|former| !former.is_open() && former.client.iss == syn.seq) {
-            // A late duplicate of the SYN that began what has ended.
+            // A late duplicate of the SYN that began the conversation which has ended.
             self.ctx.counters.unacceptable += 1;
             return;
         }
@@ -68,8 +68,8 @@ impl Service {
     ) -> bool {
         if segment.flags.has(Flags::RST) {
             if !self.ctx.closes.is_empty() && self.handshakes.acknowledges(key, segment) {
-                // The service may have died inside the OVM: the client asks again, and gets whoever
-                // serves then.
+                // The service in the OVM may have died. The client retransmits its SYN, and reaches the OVM of that
+                // time.
                 self.ctx.closes.note_refusal(*key, self.ctx.now);
                 return true;
             }
@@ -89,7 +89,7 @@ impl Service {
         false
     }
 
-    /// An RVM speaks of a conversation that there is not (any more): RFC 9293 §3.10.7.1.
+    /// Answers a server's segment of a conversation that does not exist (any more) with a RST: RFC 9293 §3.10.7.1.
     pub(crate) fn refuse(&mut self, server: ServerId, segment: &Segment<'_>) {
         if segment.flags.has(Flags::ACK) && !segment.flags.has(Flags::RST) {
             let reset = bare(segment, Flags::RST, segment.ack);
@@ -98,7 +98,7 @@ impl Service {
         }
     }
 
-    /// An RVM answered a SYN that the OVM, silent altogether, did not.
+    /// An RVM answered a SYN that the OVM left unanswered, while the OVM sent nothing at all (rule 11).
     pub(crate) fn hear_witness(&mut self, slot: Slot) {
         self.handshakes.forget_unheard();
         let trusted =
@@ -141,9 +141,10 @@ impl Service {
         }
     }
 
-    /// A client's segment in a conversation that the daemon does not know: one that began before the daemon, or while
-    /// the table was full, or whose handshake had to make room for others'. It flows, as long as no RVM would lack it;
-    /// else this one is refused, or a client could take all RVMs from everybody.
+    /// A client's segment in a conversation that the daemon does not know: it began before the daemon did or while the
+    /// table was full, or its handshake had to make room for others. If no RVM equals the OVM, the segment flows
+    /// unprotected (rule 7). Otherwise the daemon refuses the conversation: else a single client could make every RVM
+    /// stale.
     pub(crate) fn handle_unknown_client(&mut self, key: Key, link: LinkAddress, segment: &Segment<'_>) {
         if segment.flags.has(Flags::RST) {
             self.handshakes.forget(&key);
@@ -153,7 +154,8 @@ impl Service {
             return self.pass_unprotected_to_ovm(link, segment);
         }
         if self.handshakes.knows(&key) {
-            // It does not complete the handshake. The OVM answers its numbers, and takes nothing of it.
+            // The segment does not complete the handshake. The OVM answers its sequence numbers, and must get no data
+            // from it.
             let flags = segment.flags.without(Flags::FIN);
             return self.pass_unprotected_to_ovm(link, &Segment { flags, payload: &[], ..*segment });
         }
@@ -162,7 +164,7 @@ impl Service {
             let reset = bare(segment, Flags::RST, segment.ack);
             self.ctx.send_to_client(link, Segment { src: segment.dst, dst: segment.src, ..reset }.emit());
         }
-        // Or it would wait for this client, and repeat what it has to say.
+        // Reset the OVM's side, too: otherwise it would wait for this client, and retransmit to it.
         if let Some((slot, ovm)) = self.ctx.ovm()
             && let Some(dst) = self.ctx.guest(slot, key.psc)
         {
@@ -170,9 +172,9 @@ impl Service {
         }
     }
 
-    /// The same of the OVM.
+    /// The OVM's segment in a conversation that the daemon does not know.
     pub(crate) fn handle_unknown_ovm(&mut self, key: Key, server: ServerId, segment: &Segment<'_>) {
-        // It acknowledges a SYN: the client learns its time.
+        // The OVM acknowledges a SYN, and the client learns its TSval.
         let begins = segment.sequence_length() == 0 && self.handshakes.acknowledges(&key, segment);
         if self.ctx.plane.passed()
             || begins
@@ -183,14 +185,14 @@ impl Service {
         }
         self.ctx.counters.unknown_refused += 1;
         self.refuse(server, segment);
-        // Whose handshake goes on asks again.
+        // A client whose handshake continues retransmits, so it is not reset.
         if !segment.flags.has(Flags::SYN) && !self.handshakes.knows(&key) {
             self.send_as_is(key, &bare(segment, Flags::RST.with(Flags::ACK), segment.seq));
         }
     }
 
-    /// A conversation that the daemon does not know flows all the same. After a promotion the new OVM
-    /// answers it with a RST of its own: a clean end.
+    /// Passes a segment of an unknown conversation on. After a promotion the new OVM resets that conversation itself: a
+    /// clean end.
     fn pass_unprotected_to_ovm(&mut self, link: LinkAddress, segment: &Segment<'_>) {
         if !segment.payload.is_empty() {
             let key = Key { client: segment.src, psc: segment.dst };
@@ -211,9 +213,9 @@ impl Service {
         translated.emit_large(mss, |packet, size| self.ctx.send(to, packet, size));
     }
 
-    /// An OVM's segment in a conversation that the daemon does not know. If it answers, or acknowledges
-    /// what a client said there, the OVM serves somebody whose bytes no RVM gets; what is left of a
-    /// conversation that was over long ago harms nobody.
+    /// Passes the OVM's segment of an unknown conversation on. If it carries data, or acknowledges data that a client
+    /// sent there, the OVM serves a client whose bytes no RVM gets, and every RVM becomes stale. Remains of a
+    /// conversation that ended long ago harm nothing.
     fn pass_unprotected_to_client(&mut self, key: Key, segment: &Segment<'_>) {
         self.ctx.counters.unprotected_segments += 1;
         let begins = self.handshakes.note_acknowledgment(&key, segment);
@@ -229,7 +231,7 @@ impl Service {
         self.send_as_is(key, segment);
     }
 
-    /// Sends an OVM's segment on with nothing but its address changed.
+    /// Passes an OVM's segment on with only its address changed.
     fn send_as_is(&mut self, key: Key, segment: &Segment<'_>) {
         if self.ctx.plane.passed() {
             return;
@@ -243,13 +245,13 @@ impl Service {
 
     fn remember_link(&mut self, client: IpAddr, link: LinkAddress) {
         if self.links.len() >= LINKS && !self.links.contains_key(&client) {
-            // Rare and harmless: they are learned again from the next segment.
+            // Rare and harmless: the daemon learns each again from the client's next segment.
             self.links.clear();
         }
         self.links.insert(client, link);
     }
 
-    /// An ICMP error about something that a client was sent.
+    /// An ICMP error that quotes a segment which a client was sent.
     pub(crate) fn handle_icmp(&mut self, icmp: &Icmp<'_>) {
         let key = Key { client: icmp.quoted_dst, psc: icmp.quoted_src };
         let Some((slot, server)) = self.ctx.ovm() else { return };
@@ -272,7 +274,7 @@ impl Service {
     }
 }
 
-/// A segment between the same with nothing in it.
+/// A segment between the same sockets without payload and options.
 fn bare<'a>(segment: &Segment<'a>, flags: Flags, seq: u32) -> Segment<'a> {
     let ack = if flags.has(Flags::ACK) { segment.ack } else { 0 };
     Segment { seq, ack, flags, window: 0, urgent: 0, options: Default::default(), payload: &[], ..*segment }

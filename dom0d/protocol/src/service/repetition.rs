@@ -1,4 +1,4 @@
-//! What an RVM answers, the client was mostly sent already: who writes an engine's inputs down can leave that out.
+//! The client was already sent most of what an RVM answers: a journal of the engine's inputs can leave those bytes out.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,10 +8,10 @@ use crate::service::Service;
 use crate::tcp::seq::position_of;
 use crate::wire::{self, Parsed};
 
-/// What is shorter is as well written down.
+/// Shorter payloads, in bytes, are not worth leaving out.
 const LEAST: usize = 256;
 
-/// Bytes that the client was sent; see [`Service::repetition`].
+/// A range of bytes that the client was sent; see [`Service::repetition`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Repetition {
     conversation: ConversationId,
@@ -20,13 +20,14 @@ pub struct Repetition {
 }
 
 impl Service {
-    /// If a packet of an RVM ends in bytes that the client was sent at the same place: what is before them, and which
-    /// they are. As long as the engine has had no other input, [`Service::recall`] gives them.
+    /// If the payload of an RVM's packet equals what the client was sent at that position: the packet without its
+    /// payload, and a reference to the bytes. [`Service::recall`] returns the bytes as long as the engine has had no
+    /// other input.
     pub fn repetition<'a>(&self, server: ServerId, packet: &'a [u8]) -> Option<(&'a [u8], Repetition)> {
         let slot = self.ctx.queue.slot_of(server).filter(|slot| self.ctx.queue.ovm() != Some(*slot))?;
         let Ok(Parsed::Tcp(segment)) = wire::parse(packet) else { return None };
         let payload = segment.payload;
-        // Behind an IP packet there may be padding.
+        // Padding may follow the IP packet.
         if payload.len() < LEAST || payload.as_ptr_range().end != packet.as_ptr_range().end {
             return None;
         }
@@ -40,7 +41,7 @@ impl Service {
         conversation.down.says(position, payload).then_some((head, repetition))
     }
 
-    /// The bytes of a [`Repetition`], `None` if they are not held here.
+    /// The bytes of a [`Repetition`]; `None` if this engine does not hold them.
     pub fn recall(&self, repetition: &Repetition) -> Option<Vec<u8>> {
         let &Repetition { conversation, position, length } = repetition;
         let down = &self.table.get_awake(conversation)?.down;

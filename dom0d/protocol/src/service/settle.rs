@@ -1,5 +1,5 @@
-//! What follows for the service from what its conversations did: followers move on in the record, laggards go, the OVM is
-//! suspected; and after a cutover every conversation is looked at.
+//! What follows for the service from its conversations' turns: cursors advance in the record, laggards are evicted, the
+//! OVM is accused. And after a cutover the service visits every conversation.
 
 use core::time::Duration;
 
@@ -10,11 +10,12 @@ use crate::promotion::{self, Deposed};
 use crate::rules::rule;
 use crate::service::{SWEEP, Service};
 
-/// An RVM is evicted for want of memory if this part of what may be kept is kept for it: else that would free nothing.
+/// For want of memory the service evicts an RVM only if it keeps at least [`crate::Limits::retained_bytes`] divided by
+/// this for that RVM: otherwise the eviction would free too little.
 const LEAST_FREED_SHARE: u64 = 16;
 
 impl Service {
-    /// Follows up what conversations left in the context: suspicion, laggards, the record.
+    /// Carries out what conversations' turns left pending: evidence, laggards, the record.
     pub(crate) fn settle(&mut self) {
         self.probe_service();
         if let Some(evidence) = self.ctx.pending.evidence.take() {
@@ -29,8 +30,8 @@ impl Service {
         }
     }
 
-    /// RVMs dispute several closes of the OVM: the daemon asks whether its service died, or closes on purpose, perhaps by
-    /// a clock of its own.
+    /// If RVMs dispute several closes of the OVM, sends the OVM a SYN of the daemon's own: did its service die, or does
+    /// it close on purpose, perhaps by timers of its own? (rule 11)
     fn probe_service(&mut self) {
         let Self { ctx, table, handshakes, .. } = self;
         if ctx.probe_due().is_none_or(|due| due > ctx.now) {
@@ -72,7 +73,8 @@ impl Service {
             if moved && let Some(server) = ctx.queue.get_mut(slot) {
                 server.waiting_since = None;
             }
-            // Once, or each of the OVM's segments would cost a look at all conversations in recuperation.
+            // Wake them once, when the OVM has caught up: otherwise each segment of the OVM would wake all
+            // conversations in recuperation.
             if ctx.queue.ovm() == Some(slot) && was_catching_up && !ctx.is_catching_up() {
                 woken.extend(ctx.recuperation.pending.iter().copied());
             }
@@ -87,7 +89,7 @@ impl Service {
         ctx.release_record();
     }
 
-    /// Something speaks against the OVM: promote, or say why not.
+    /// Acts on evidence against the OVM: promotes the best candidate (rule 5), or reports why it can't.
     pub(crate) fn accuse(&mut self, evidence: Evidence) {
         let Some((_, ovm)) = self.ctx.ovm() else { return };
         self.ctx.event(EventKind::Suspected { server: ovm, evidence });
@@ -104,19 +106,20 @@ impl Service {
                 because.push((server.id, NotPromotable::PromotionLimit));
             }
         }
-        // Nobody is accused again for the same silence before the limits have passed once more.
+        // The OVM is not accused of the same silence again before the limits have passed once more.
         self.ctx.excuses.excuse_ovm(self.ctx.now);
         self.ctx.event(EventKind::NoCandidate { server: Some(ovm), evidence, because });
     }
 
-    /// What becomes of an OVM that this speaks against. One that was merely slow may have stalled for a moment.
+    /// What becomes of an OVM after this evidence. An OVM that was merely silent may have stalled for a moment, and may
+    /// recover.
     fn fate(&self, evidence: Evidence) -> Deposed {
         let lives = matches!(evidence, Evidence::UnacknowledgedSegment | Evidence::NoProgress);
         let may_recover = !self.ctx.config.timing.recover_limit.is_zero();
         if lives && may_recover { Deposed::Recovering } else { Deposed::Fenced }
     }
 
-    /// Those with something in flight first, then all others.
+    /// Queues all conversations for the new epoch: those with something in flight first, then the others.
     pub(crate) fn after_cutover(&mut self) {
         self.ctx.act(|turn| self.handshakes.reopen(turn));
         self.ctx.pending.progressed = [true; MAX_SERVERS];
@@ -178,7 +181,7 @@ impl Service {
                 promotion::evict(slot, StaleReason::Lagged, &mut self.ctx);
             }
         }
-        // An earlier eviction may not have freed yet what it will.
+        // Not while a sweep is under way: an earlier eviction may not have freed its memory yet.
         if self.ctx.accounts.retained() >= limits.retained_bytes && self.sweep.is_none() {
             let keeps = |slot: &Slot| {
                 self.ctx.queue.get(*slot).map_or(0, |server| server.sums.behind + server.sums.kept)

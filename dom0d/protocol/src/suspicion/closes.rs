@@ -1,7 +1,8 @@
-//! Closes of the OVM that wait for an RVM to do the same, in all conversations: several that nobody shares are evidence (e)
-//! if the OVM also refuses the daemon's own SYN (rule 11).
+//! Closes of the OVM that wait for an RVM to do the same, over all conversations. Several closes that no RVM shares are
+//! evidence (e), if the OVM also refuses the daemon's own SYN (rule 11).
 //!
-//! A service may close connections on purpose before its replicas do, by a clock of its own: then it still listens.
+//! A service may also close connections on purpose, by timers of its own, before its replicas do. Then it still
+//! listens.
 
 use core::net::SocketAddr;
 use core::time::Duration;
@@ -13,21 +14,21 @@ use crate::key::{ConversationId, Key};
 use crate::time::Instant;
 use crate::wire::{Flags, Options, Segment};
 
-/// Refused handshakes counted while closes are held; more tell no more.
+/// Most refused handshakes that are remembered while closes are held; more would add nothing.
 const REFUSALS: usize = 16;
 
-/// Closes wait for the OVM's answer to the daemon's SYN for at most this many holds: a service that dies with
-/// 50,000 conversations has closed them, and its listening socket, by then.
+/// Closes wait for the OVM's answer to the daemon's SYN for at most this many times [`crate::Timing::close_hold`]: by
+/// then a service that dies with 50,000 conversations has closed them, and its listening socket.
 const WAIT: u32 = 50;
 
-/// The OVM closes on purpose if it accepts a connection this many holds after the last close. A process that dies may lose
-/// its listening socket last, and a busy machine may stop it in between.
+/// The OVM closes on purpose if it accepts a connection at least this many times [`crate::Timing::close_hold`] after
+/// the last close. A dying process may close its listening socket last, and a busy machine may stop it in between.
 const SURE: u32 = 5;
 
-/// Ports that are drawn for the daemon's SYN until one is free.
+/// How many ports are drawn, at most, to find a free one for the daemon's SYN.
 const DRAWS: u64 = 16;
 
-/// They are drawn from this one up.
+/// The lowest port that is drawn.
 const FIRST_PORT: u16 = 0x8000;
 
 /// See the module.
@@ -35,19 +36,19 @@ const FIRST_PORT: u16 = 0x8000;
 pub(crate) struct Closes {
     /// Conversations in which a FIN or RST of the OVM is held.
     held: BTreeSet<ConversationId>,
-    /// Those among them whose close RVMs dispute.
+    /// Those of them whose close RVMs dispute.
     disputed: BTreeSet<ConversationId>,
-    /// Handshakes that the OVM refused meanwhile.
+    /// Handshakes that the OVM refused while closes are held.
     refused: BTreeSet<Key>,
     /// When RVMs first disputed one of those closes, or the OVM refused one of those handshakes.
     first: Instant,
     /// When the OVM last closed a conversation, or RVMs last disputed that, or the OVM last refused a handshake.
     last: Instant,
-    /// Whether the OVM accepted the daemon's last SYN, and when the daemon heard so.
+    /// Whether the OVM accepted the daemon's last SYN, and when its answer arrived.
     listens: Option<(bool, Instant)>,
     /// The daemon's SYNs: at most one for each socket of the PSC.
     probes: Vec<Probe>,
-    /// When the last of them was sent.
+    /// When the daemon sent the last of them.
     probed: Instant,
 }
 
@@ -69,12 +70,12 @@ impl Closes {
         self.disputed.len()
     }
 
-    /// Conversations beside this one whose close RVMs dispute, and handshakes that were refused: each is a conversation too.
+    /// Number of other conversations whose close RVMs dispute, plus refused handshakes, which count as conversations.
     pub(crate) fn unshared_beside(&self, id: ConversationId) -> usize {
         self.disputed() - usize::from(self.disputed.contains(&id)) + self.refused.len()
     }
 
-    /// RVMs dispute the close of this conversation, as far as is known since its last turn.
+    /// RVMs disputed the close of this conversation as of its last turn.
     pub(crate) fn is_disputed(&self, id: ConversationId) -> bool {
         self.disputed.contains(&id)
     }
@@ -86,7 +87,7 @@ impl Closes {
         }
     }
 
-    /// A conversation's close is held now, or no longer.
+    /// Notes whether a conversation's close is held and disputed.
     pub(crate) fn set(&mut self, id: ConversationId, is_held: bool, is_disputed: bool, now: Instant) {
         let (held, disputed) = (self.held.len(), self.disputed());
         set(&mut self.held, id, is_held);
@@ -114,10 +115,10 @@ impl Closes {
         self.disputed() + self.refused.len()
     }
 
-    /// Whether the OVM closes several conversations on purpose: it accepts a connection [`SURE`] holds after the last close.
-    /// Only a refusal speaks against it: a client can fill a backlog, so that a living service does not answer. `None`
-    /// while the answer is still to come. `heard_since` is when the daemon last was late: what it heard until then the OVM
-    /// may have said long before.
+    /// Whether the OVM closes several conversations on purpose: true if it accepts a connection [`SURE`] holds after
+    /// the last close. Only a refusal counts against it, because a client can fill the backlog of a living service so
+    /// that it does not answer (rule 11). `None` while the answer is still to come. `heard_since` is when the daemon
+    /// was last late: the OVM may have sent long before whatever arrived until then.
     pub(crate) fn are_on_purpose(&self, hold: Duration, heard_since: Instant, now: Instant) -> Option<bool> {
         match self.listens {
             Some((false, _)) => Some(false),
@@ -126,21 +127,21 @@ impl Closes {
         }
     }
 
-    /// When the daemon must send the OVM a SYN, because RVMs dispute several closes: not at once, since a process that
-    /// dies may lose its connections before its listening socket; and again while the answer is not conclusive.
+    /// When the daemon must send the OVM a SYN, because RVMs dispute several closes. Not at once: a dying process may
+    /// close its connections before its listening socket. And again while the answer is not conclusive.
     pub(crate) fn probe_due(&self, hold: Duration, heard_since: Instant, now: Instant) -> Option<Instant> {
         let is_wanted = self.unshared() > 1 && self.are_on_purpose(hold, heard_since, now).is_none();
         is_wanted.then(|| self.probed.max(self.first) + hold / 2)
     }
 
-    /// The conversation in whose client's name the SYN is sent: the OVM can reach that one.
+    /// The conversation in whose client's name the daemon sends the SYN: the OVM can reach that client.
     pub(crate) fn begin_probe(&mut self, now: Instant) -> Option<ConversationId> {
         self.probed = now;
         self.disputed.first().or(self.held.first()).copied()
     }
 
     /// The SYN to the socket `guest` of the OVM, in the name of `client`'s host, from a port that is `free` and that no
-    /// client can foresee. It is the same SYN each time, so that a late answer is known as such.
+    /// client can predict. Each repetition is the same SYN, so that the daemon recognises a late answer.
     pub(crate) fn probe(
         &mut self,
         client: Key,
@@ -188,7 +189,7 @@ impl Closes {
         self.probes.retain(|probe| probe.key != *key);
     }
 
-    /// What the former OVM wanted to close is its successor's to decide.
+    /// Closes that the former OVM began are for its successor to decide.
     pub(crate) fn clear(&mut self) {
         *self = Self::default();
     }

@@ -1,47 +1,47 @@
-//! Why a server may be without fault: from when on what it leaves undone speaks against it.
+//! Excuses for servers: the time from which a server's silence counts against it (rule 11).
 
 use serde::{Deserialize, Serialize};
 
 use crate::time::Instant;
 
-/// When there was last a reason not to blame servers.
+/// See the module.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Excuses {
-    /// The caller was found to have been starved of CPU.
+    /// Until when the daemon was starved of CPU.
     starved_at: Instant,
-    /// What speaks against the OVM begins anew.
+    /// Evidence against the OVM from before this time does not count.
     excused_at: Instant,
-    /// The caller was late enough that an RVM's FIN or RST may be unprocessed.
+    /// When the daemon was last late enough that an RVM's FIN or RST may be unprocessed.
     late_at: Instant,
 }
 
 impl Excuses {
-    /// The caller was starved of CPU until now.
+    /// The daemon was starved of CPU until now.
     pub(crate) fn note_starved(&mut self, now: Instant) {
         self.starved_at = now;
     }
 
-    /// The caller is late.
+    /// The daemon was late until now.
     pub(crate) fn note_late(&mut self, now: Instant) {
         self.late_at = now;
     }
 
-    /// What stood against the OVM until now counts no more.
+    /// Evidence against the OVM until now no longer counts.
     pub(crate) fn excuse_ovm(&mut self, now: Instant) {
         self.excused_at = now;
     }
 
-    /// From when on evidence that began at `since` speaks against the OVM.
+    /// The time from which evidence that began at `since` counts against the OVM.
     pub(crate) fn measured_from(&self, since: Instant) -> Instant {
         self.unstarved(since).max(self.excused_at)
     }
 
-    /// From when on what has stood since `since` is not the daemon's own fault.
+    /// The time from which a delay that began at `since` is not the daemon's own fault.
     pub(crate) fn unstarved(&self, since: Instant) -> Instant {
         since.max(self.starved_at)
     }
 
-    /// Since when the daemon has heard whatever RVMs said about a close.
+    /// The time since which the daemon has processed every FIN and RST of RVMs without delay.
     pub(crate) fn heard_since(&self) -> Instant {
         self.starved_at.max(self.late_at)
     }

@@ -18,15 +18,15 @@ pub(crate) struct Suspicion {
     pub(crate) unacked_since: Option<Instant>,
     /// The OVM's acknowledgment when that began.
     pub(crate) unacked_at: u64,
-    /// Times the OVM was sent the segment again.
+    /// How often the daemon sent the OVM that segment again.
     pub(crate) reminders: u32,
-    /// Times the OVM was asked whether it waits for something, in (d).
+    /// How often the daemon asked the OVM, in (d), with the client's acknowledgment and window.
     pub(crate) nudges: u32,
     /// (d) RVMs agree on an answer that the OVM does not begin.
     pub(crate) silent_since: Option<Instant>,
-    /// Where that answer begins.
+    /// Position at which that answer begins.
     pub(crate) silent_at: u64,
-    /// (d) The OVM's window is shut though RVMs that have no more bytes have theirs open.
+    /// (d) The OVM's window is closed, though RVMs that have acknowledged as much have theirs open.
     pub(crate) shut_since: Option<Instant>,
     /// The right edge of that window.
     pub(crate) shut_at: u64,
@@ -34,9 +34,10 @@ pub(crate) struct Suspicion {
     pub(crate) close_disputed: bool,
 }
 
-/// The OVM is sent an unacknowledged segment again this often before it is accused: a frame may have
-/// been lost on its vif while the client's own timer is long. With the default limit the first comes after 50 ms,
-/// later than Linux delays an acknowledgment (40 ms): one that met that would begin the wait for an answer anew.
+/// How often the daemon sends an unacknowledged segment to the OVM again before it accuses the OVM: the vif may have
+/// lost a frame while the client's own timer is long. With the default limit the first reminder comes after 50 ms.
+/// Linux delays an acknowledgment by 40 ms; an earlier reminder could meet that delay, and its acknowledgment would
+/// begin the wait for an answer anew.
 pub(crate) const REMINDERS: u32 = 4;
 
 impl Suspicion {
@@ -48,7 +49,7 @@ impl Suspicion {
         self.unacked_since.is_some() || self.silent_since.is_some() || self.shut_since.is_some()
     }
 
-    /// When the wait that began must be looked at again; `measured_from` leaves out the time in which nobody is at fault.
+    /// When the conversation must be judged again; `measured_from` leaves out the time in which no server is at fault.
     pub(crate) fn deadline(
         &self,
         timing: &Timing,
@@ -66,7 +67,8 @@ impl Suspicion {
     }
 }
 
-/// When the OVM is reminded or asked for so manieth a time, from the beginning of a suspicion that ends with `limit`.
+/// Time from the beginning of a suspicion to the reminder with the number `times`. Beyond [`REMINDERS`] it is `limit`,
+/// at which the suspicion ends.
 pub(crate) fn reminder(limit: Duration, times: u32) -> Duration {
     if times > REMINDERS { limit } else { limit / (REMINDERS + 1) * times }
 }

@@ -1,4 +1,4 @@
-//! The OVM's signs of life, whichever conversation they come from.
+//! The OVM's signs of life, from all conversations and from ARP and ND (rule 11).
 
 use core::net::IpAddr;
 use core::time::Duration;
@@ -11,10 +11,10 @@ use crate::input::Sign;
 use crate::suspicion::REMINDERS;
 use crate::time::Instant;
 
-/// Addresses that an OVM is known to ask for: as many as Linux itself keeps (`gc_thresh3`).
+/// Most addresses remembered that an OVM asks for: as many as Linux itself keeps (`gc_thresh3`).
 const UNREACHED: usize = 1_024;
 
-/// How long a kernel waits until it asks for an address again (RFC 4861 §10), and a little.
+/// A little longer than a kernel waits before it asks for an address again (RFC 4861 §10).
 const ASKS_AGAIN: Duration = Duration::from_millis(1_100);
 
 /// See the module.
@@ -24,11 +24,11 @@ pub(crate) struct Signs {
     answered_at: Instant,
     /// When it last acknowledged something new in any conversation.
     took_at: Instant,
-    /// When its kernel last showed that it lives.
+    /// When its kernel last gave another sign of life.
     lived_at: Instant,
-    /// When it was last asked for a sign of life.
+    /// When the daemon last asked it for a sign of life.
     asked_at: Option<Instant>,
-    /// Whom it asked the address of, when, and what that is.
+    /// By the IP address whose link address it asked for: when it asked, and the right answer if that is known.
     unreached: BTreeMap<IpAddr, (Instant, Option<LinkAddress>)>,
 }
 
@@ -38,7 +38,7 @@ impl Signs {
         self.answered_at
     }
 
-    /// When the OVM last took in anything, or gave another sign of life.
+    /// When the OVM last acknowledged something new, or gave another sign of life.
     pub(crate) fn lived_at(&self) -> Instant {
         self.took_at.max(self.lived_at)
     }
@@ -58,18 +58,18 @@ impl Signs {
         self.lived_at = now;
     }
 
-    /// Whether the OVM may be asked for a sign of life: once, however many conversations want to know.
+    /// Whether the daemon may ask the OVM for a sign of life: once in a while, however many conversations want to know.
     pub(crate) fn may_ask(&self, now: Instant, unacked_limit: Duration) -> bool {
         let least = unacked_limit / (REMINDERS + 1) / 2;
         self.asked_at.is_none_or(|at| now.since(at) >= least)
     }
 
-    /// This OVM was ever asked.
+    /// The daemon has asked this OVM.
     pub(crate) fn was_asked(&self) -> bool {
         self.asked_at.is_some()
     }
 
-    /// The OVM is asked.
+    /// The daemon asks the OVM now.
     pub(crate) fn note_asked(&mut self, now: Instant) {
         self.asked_at = Some(now);
     }
@@ -87,7 +87,8 @@ impl Signs {
         }
     }
 
-    /// Whether the OVM may have been unable to reach a client since then, for want of its next hop's address.
+    /// Whether the OVM may have been unable to reach a client since `since`, because it lacks the link address of its
+    /// next hop.
     pub(crate) fn is_unreached(&self, client: IpAddr, next_hop: LinkAddress, since: Instant) -> bool {
         let open = |at: Instant| at + ASKS_AGAIN >= since;
         self.unreached.get(&client).is_some_and(|(at, _)| open(*at))
@@ -101,7 +102,7 @@ impl Signs {
         }
     }
 
-    /// Whom the former OVM was asked about, and could not reach, is nothing to its successor.
+    /// Forgets the former OVM's questions and the addresses that it could not reach.
     pub(crate) fn forget(&mut self) {
         self.asked_at = None;
         self.unreached.clear();

@@ -1,4 +1,4 @@
-//! TCP as both sides of the daemon need it: sequence numbers, streams, a sender, and the translation of headers.
+//! The parts of TCP that the engine needs: sequence numbers, streams, a sender, and the translation of headers.
 
 pub(crate) mod sender;
 pub(crate) mod seq;

@@ -1,5 +1,5 @@
-//! The sending half of a TCP, for the parts that the daemon plays: the client towards an RVM, and the
-//! server towards a client during recuperation (RFC 6298 timer, RFC 5681 windows, NewReno recovery).
+//! The sending half of a TCP, for the roles that the daemon plays: the client towards an RVM, and the server towards a
+//! client during recuperation (RFC 6298 timer, RFC 5681 windows, NewReno recovery).
 
 use core::time::Duration;
 
@@ -58,7 +58,7 @@ impl Sender {
         }
     }
 
-    /// Starts the timer: something is waited for (an ACK, an opening window, a SYN-ACK).
+    /// Starts the timer, to wait for an ACK, an opening window or a SYN-ACK.
     pub(crate) fn arm(&mut self, now: Instant) {
         self.timer = Some(now + (RTO * (1 << self.backoff.min(6))).min(RTO_MAX));
     }
@@ -76,7 +76,8 @@ impl Sender {
         self.timer
     }
 
-    /// SND.UNA moved by `bytes` to `una`. True if a hole follows that must be sent again at once.
+    /// SND.UNA moved by `bytes` to `una`. True if the next segment was lost, too, and must be retransmitted at once
+    /// (NewReno).
     pub(crate) fn acknowledged(&mut self, una: u64, bytes: u64, now: Instant) -> bool {
         self.backoff = 0;
         self.duplicates = 0;
@@ -97,7 +98,7 @@ impl Sender {
         }
     }
 
-    /// A duplicate ACK came. True if the segment at SND.UNA must be sent again at once.
+    /// A duplicate ACK arrived. True if the segment at SND.UNA must be retransmitted at once.
     pub(crate) fn duplicate(&mut self, una: u64) -> bool {
         if self.recover.is_some() || una >= self.highest {
             return false;
@@ -111,7 +112,7 @@ impl Sender {
         true
     }
 
-    /// If the timer ran out: everything from SND.UNA on is sent again.
+    /// True if the timer has expired: SND.NXT is back at SND.UNA, and everything from there on is sent again.
     pub(crate) fn expired(&mut self, una: u64, now: Instant) -> bool {
         if self.timer.is_none_or(|timer| timer > now) {
             return false;

@@ -1,5 +1,5 @@
-//! One direction of a conversation as recorded bytes: a contiguous part that others may read, and
-//! what arrived beyond a gap.
+//! The recorded bytes of one direction of a conversation: a contiguous part, which servers may be fed from, and what
+//! arrived beyond gaps.
 
 use core::ops::Range;
 use std::collections::{BTreeMap, VecDeque};
@@ -7,21 +7,21 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-/// Neighbouring small chunks of one mark are joined up to this size.
+/// Small adjacent chunks with the same mark are joined up to this size, in bytes.
 const JOINED_CHUNK: usize = 8 << 10;
 
-/// Bytes that arrive beyond a gap one behind the other are one run up to about this size.
+/// Adjacent bytes beyond a gap are joined into runs of about this size, in bytes.
 const JOINED_RUN: usize = 256 << 10;
 
-/// What a run costs beside its bytes: it counts, or tiny segments would take far more memory than the
-/// limits say.
+/// Overhead of a run in bytes. It counts towards limits: otherwise tiny segments would take far more memory than the
+/// limits allow (rule 6).
 const RUN: usize = 96;
 
 /// A run of bytes recorded at once.
 #[derive(Debug, Serialize, Deserialize)]
 struct Chunk {
     start: u64,
-    /// Mark in the service-wide record (see [`crate::record`]): the answers that must precede it.
+    /// Mark in the record (see [`crate::record`]): a server must produce all answers before it first (rule 3).
     mark: u64,
     #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
@@ -33,31 +33,31 @@ impl Chunk {
     }
 }
 
-/// What an insertion brought.
+/// The result of an insertion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Inserted {
-    /// First position at which the bytes contradict recorded ones (which stay).
+    /// First position at which the bytes contradict recorded ones. The recorded bytes stay.
     pub(crate) conflict: Option<u64>,
     /// The contiguous part grew.
     pub(crate) grew: bool,
-    /// Bytes were not taken: beyond the limit.
+    /// Bytes beyond the limit were refused.
     pub(crate) refused: bool,
 }
 
-/// Recorded bytes by position. First copy wins: what was recorded never changes.
+/// Recorded bytes by position. The first copy wins: recorded bytes never change (rule 2).
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Stream {
     chunks: VecDeque<Chunk>,
     end: u64,
     pending: BTreeMap<u64, ByteBuf>,
-    /// Where the latest bytes beyond a gap arrived.
+    /// Position of the latest bytes that arrived beyond a gap.
     latest: u64,
     retained: usize,
-    /// As `retained`, of what arrived beyond gaps.
+    /// Like `retained`, for the bytes beyond gaps alone.
     beyond: usize,
 }
 
-/// Runs beyond gaps that are looked at for a report; more are sent again needlessly.
+/// Most runs beyond gaps that a SACK report considers. The sender retransmits any further ones needlessly.
 const REPORTED_RUNS: usize = 64;
 
 impl Stream {
@@ -88,23 +88,23 @@ impl Stream {
         self.pending.last_key_value().map_or(self.end, |(start, bytes)| start + bytes.len() as u64)
     }
 
-    /// Bytes held, and what it costs to hold them.
+    /// Bytes held, including the overhead of holding them.
     pub(crate) fn retained(&self) -> usize {
         self.retained
     }
 
-    /// What of that is beyond gaps.
+    /// The part of [`Self::retained`] that lies beyond gaps.
     pub(crate) fn beyond(&self) -> usize {
         self.beyond
     }
 
-    /// Records `bytes` at `position`, unless more than `limit` were held then. `mark` goes with bytes that join
-    /// the contiguous part now, also with earlier ones that close up behind them.
+    /// Records `bytes` at `position`, unless the stream would then hold more than `limit`. Bytes that join the
+    /// contiguous part now get `mark`, including earlier ones whose gap closes.
     pub(crate) fn insert(&mut self, position: u64, bytes: &[u8], mark: u64, limit: usize) -> Inserted {
         let mut inserted = Inserted::default();
         let before = self.end;
         let stop = position + bytes.len() as u64;
-        // The part that is recorded already is compared, not copied.
+        // Compare the part that is recorded already; do not copy it.
         let known = self.base().max(position)..self.end.min(stop);
         if known.start < known.end {
             inserted.conflict = self.first_difference(known.clone(), slice(bytes, position, &known));
@@ -125,7 +125,7 @@ impl Stream {
         inserted
     }
 
-    /// Puts what is recorded in the place of a later copy, `bytes` at `position`.
+    /// Overwrites `bytes`, a later copy at `position`, with what is recorded there.
     pub(crate) fn restore(&self, position: u64, bytes: &mut [u8]) {
         let stop = position + bytes.len() as u64;
         let mut put = |start: u64, held: &[u8]| {
@@ -145,13 +145,14 @@ impl Stream {
         }
     }
 
-    /// Whether `bytes` are what is held, without a gap, from `position` on.
+    /// Whether the stream holds exactly `bytes` from `position` on, without a gap.
     pub(crate) fn says(&self, position: u64, bytes: &[u8]) -> bool {
         let range = position..position.saturating_add(bytes.len() as u64);
         self.base() <= range.start && range.end <= self.end && self.first_difference(range, bytes).is_none()
     }
 
-    /// Goes on behind `count` bytes that need not be held; false if some are held.
+    /// Moves the end on by `count` bytes that need not be held. Does nothing and returns false if the stream holds any
+    /// bytes.
     pub(crate) fn skip(&mut self, count: u64) -> bool {
         let is_empty = self.chunks.is_empty() && self.pending.is_empty();
         if is_empty {
@@ -220,8 +221,8 @@ impl Stream {
         conflict
     }
 
-    /// What arrived beyond gaps, in the order of a receiver's report: where the latest bytes are first
-    /// (RFC 2018 §4), then from the lowest on.
+    /// The ranges that arrived beyond gaps, in the order of a SACK report: first the range with the latest bytes (RFC
+    /// 2018 §4), then the others from the lowest on.
     pub(crate) fn islands(&self) -> impl Iterator<Item = Range<u64>> {
         let mut islands: Vec<Range<u64>> = Vec::new();
         let latest = self.pending.range(..=self.latest).next_back();
@@ -262,8 +263,7 @@ impl Stream {
         None
     }
 
-    /// The retained, contiguous bytes of `range`, in pieces. The caller keeps `range` within
-    /// `base()..end()`; what lies outside is left out.
+    /// The retained, contiguous bytes of `range`, in pieces. Parts of `range` outside `base()..end()` are left out.
     pub(crate) fn slices(&self, range: Range<u64>) -> impl Iterator<Item = &[u8]> + '_ {
         let first = self.index_of(range.start);
         self.chunks
@@ -288,7 +288,7 @@ impl Stream {
         bytes
     }
 
-    /// The mark of the byte at `position` and the end of the run that has the same one.
+    /// The mark of the byte at `position`, and the end of a run of bytes with that mark.
     pub(crate) fn mark_at(&self, position: u64) -> Option<(u64, u64)> {
         let chunk = self.chunks.get(self.index_of(position))?;
         (position >= chunk.start && position < chunk.end()).then(|| (chunk.mark, chunk.end()))
@@ -298,14 +298,14 @@ impl Stream {
         self.chunks.partition_point(|chunk| chunk.end() <= position)
     }
 
-    /// Forgets bytes before `position` (whole chunks only, so a little more may stay).
+    /// Forgets bytes before `position`. It drops whole chunks only, so a few more may stay.
     pub(crate) fn release(&mut self, position: u64) {
         while self.chunks.front().is_some_and(|chunk| chunk.end() <= position) {
             if let Some(chunk) = self.chunks.pop_front() {
                 self.retained -= chunk.bytes.len() + RUN;
             }
         }
-        // An idle conversation should cost nothing here.
+        // An idle conversation keeps no allocation here.
         if self.chunks.is_empty() && self.chunks.capacity() > 0 {
             self.chunks = VecDeque::new();
         }

@@ -1,11 +1,11 @@
-//! Which segments of a conversation may pass between client and OVM without the daemon's hand, and how
-//! their headers change on the way.
+//! Which segments of a conversation may pass between client and OVM without the daemon, and how their headers change on
+//! the way.
 //!
-//! This is the specification of the data plane in the kernel, which does the same to the same bytes, and
-//! the engine translates by the same functions. What passes is what the engine then takes as it is: a packet of the
-//! grammar of [`crate::wire`], with nothing in it that may be read in more than one way. Only what is new in its direction
-//! passes, perhaps beyond a gap: whatever repeats, ends or contradicts is the daemon's. A segment is never resized; options
-//! that have no translation are overwritten by NOPs.
+//! This is the specification of the data plane in the kernel, which does the same to the same bytes; the engine
+//! translates by the same functions. The engine takes a passed segment as it is (rule 10). So a segment passes only if
+//! it matches the grammar of [`crate::wire`] and can be read in only one way. Only new bytes pass, perhaps beyond a
+//! gap: retransmissions, contradictions, FIN and RST go to the daemon. No segment is resized; options that have no
+//! translation are overwritten by NOPs.
 //!
 //! Read before an edit: RFC 9293 §3.4, RFC 7323 §3 to §5, RFC 2018, RFC 1624 (incremental checksums).
 
@@ -17,15 +17,15 @@ use crate::tcp::seq::later;
 use crate::wire::options::{self, AO, MD5, MSS, SACK, SACK_PERMITTED, TIMESTAMPS, WINDOW_SCALE};
 use crate::wire::{self, TCP};
 
-/// What both sides know of one conversation, as the numbers that its segments carry. "Told" is what the
-/// client was told.
+/// The state of one passed conversation, in the sequence numbers, timestamps and windows that its segments carry.
+/// `told` marks what the client was told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
     /// Added to the server's sequence numbers for the client.
     pub seq_delta: u32,
     /// Added to the server's TSval for the client.
     pub ts_delta: u32,
-    /// The server's TSval when it was promoted: it is never echoed an earlier one.
+    /// The server's TSval when it was promoted: no earlier TSval is echoed to it.
     pub ts_floor: u32,
     /// The server's latest TSval.
     pub server_tsval: u32,
@@ -33,7 +33,7 @@ pub struct Flow {
     pub told_tsval: u32,
     /// TS.Recent of the client's segments (RFC 7323 §4.3).
     pub ts_recent: u32,
-    /// Behind all that the client sent so far.
+    /// SND.NXT of the client, as far as seen: the end of everything that it has sent.
     pub up_nxt: u32,
     /// Highest acknowledgment that the client was told.
     pub told_acked: u32,
@@ -45,20 +45,20 @@ pub struct Flow {
     pub client_acked: u32,
     /// Right edge of the client's window.
     pub client_edge: u32,
-    /// Shift of the windows that the client advertises.
+    /// Window scale of the windows that the client advertises.
     pub client_shift: u8,
-    /// Shift of the windows that the server advertises.
+    /// Window scale of the windows that the server advertises.
     pub server_shift: u8,
-    /// Shift of the windows that the client is told.
+    /// Window scale of the windows that the client is told.
     pub told_shift: u8,
     /// Both sides send timestamps.
     pub timestamps: bool,
-    /// How far both may go on.
+    /// How far client and server may send.
     pub bounds: Bounds,
 }
 
-/// Right edges beyond which nobody is told to send, whatever the other side has room for: what replicas
-/// still lack is kept, and room for that is finite. They are never moved back.
+/// Right edges beyond which no side is told to send, whatever window its peer has: the daemon keeps what replicas still
+/// lack, and its room for that is finite (rule 6). Bounds never move back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bounds {
     /// For the client, in its own sequence numbers.
@@ -67,14 +67,14 @@ pub struct Bounds {
     pub down: u32,
 }
 
-/// Why a segment was not translated; it is unchanged.
+/// Why a segment was not translated. The segment is unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Aside {
-    /// Not a TCP segment right behind an IP header, or not whole.
+    /// The packet is not a complete TCP segment right after an IP header.
     Foreign,
     /// The daemon must deal with it.
     Daemon,
-    /// Likewise, and with all that follow, because it moves the conversation on.
+    /// The daemon must deal with it and with all later segments, because it advances the conversation.
     DaemonFromNow,
 }
 
@@ -82,7 +82,7 @@ const FIN_RST_URG: u8 = 0x25;
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
-/// The echo of a server's TSval as that server must see it: one of its own since its promotion.
+/// The client's TSecr, translated to what a server must see: one of its own TSvals since its promotion.
 pub(crate) const fn tsecr_for_server(tsecr: u32, ts_delta: u32, floor: u32, latest: u32) -> u32 {
     let own = tsecr.wrapping_sub(ts_delta);
     if later(own, latest) {
@@ -94,31 +94,33 @@ pub(crate) const fn tsecr_for_server(tsecr: u32, ts_delta: u32, floor: u32, late
     }
 }
 
-/// The right edge of a window that must not go beyond `bound`.
+/// The right edge of a window, cut at `bound`.
 const fn bounded(edge: u32, bound: u32) -> u32 {
     if later(edge, bound) { bound } else { edge }
 }
 
-/// `seq` is not before `low`, nor after `high`, on a circle with no more room than that: half of it away is neither.
+/// `low <= seq <= high` in sequence space. Comparing distances from `low` is exact, even when `seq` is half of the
+/// sequence space away.
 const fn is_between(low: u32, seq: u32, high: u32) -> bool {
     seq.wrapping_sub(low) <= high.wrapping_sub(low)
 }
 
-/// A segment is behind all that came so far, and in the window; without payload, too: of what is outside its receiver would
-/// take no notice.
+/// A segment begins at or after the end of everything seen in its direction (`next`), and lies in the window. This must
+/// hold for segments without payload, too: a receiver ignores those outside its window.
 const fn is_new(next: u32, seq: u32, end: u32, edge: u32) -> bool {
     let edge = if later(next, edge) { next } else { edge };
     is_between(next, seq, edge) && is_between(next, end, edge)
 }
 
-/// The later of a server's TSvals (RFC 7323 §4.3; its segments come by one wire, so the latest counts).
+/// The later of a server's TSvals (RFC 7323 §4.3). All its segments come through one vif, so the latest counts. 0
+/// stands for no known TSval.
 pub(crate) const fn latest_tsval(known: u32, tsval: u32) -> u32 {
     if later(tsval, known) || known == 0 { tsval } else { known }
 }
 
 impl Flow {
-    /// Translates a segment of the client for the server at `server`. Gives the right edge of the window that
-    /// the server is told.
+    /// Translates a segment of the client for the server at `server`. Returns the right edge of the window that the
+    /// server is told.
     pub fn client_to_server(&mut self, packet: &mut [u8], server: IpAddr) -> Result<u32, Aside> {
         let layout = Layout::of(packet, server).ok_or(Aside::Foreign)?;
         let old = layout.header(packet);
@@ -141,7 +143,7 @@ impl Flow {
         }
         if let Some(at) = found.timestamps {
             let tsval = be32(&old, at + 2);
-            // PAWS, with a tick of tolerance as Linux has it.
+            // PAWS, with a tolerance of one tick like Linux.
             if later(self.ts_recent, tsval.wrapping_add(1)) {
                 return aside;
             }
@@ -175,8 +177,8 @@ impl Flow {
         }
     }
 
-    /// Translates a segment of the server for the client, who knows the service as `psc`. Gives the right edge
-    /// of the window that the client is told.
+    /// Translates a segment of the server for the client, which knows the service as `psc`. Returns the right edge of
+    /// the window that the client is told.
     pub fn server_to_client(&mut self, packet: &mut [u8], psc: IpAddr) -> Result<u32, Aside> {
         let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
         let old = layout.header(packet);
@@ -193,12 +195,13 @@ impl Flow {
             && self.timestamps
             && !moves
         {
-            // The client may echo a repetition, which the daemon sends on. Were an earlier TSval put in the echo's place,
-            // the server would take the repetition for needless (RFC 3522), and each one would take a timeout.
+            // The client may echo the TSval of this retransmission, which the daemon forwards. If the plane replaced
+            // that echo by an earlier TSval, the server would take its retransmission for spurious (RFC 3522), and
+            // every recovery would take a timeout.
             self.server_tsval = latest_tsval(self.server_tsval, be32(&old, at + 2));
         }
         let ack = be32(&old, 8);
-        // A window probe may carry one byte more.
+        // A window probe may exceed the window by one byte.
         if !is_new(self.down_nxt, seq, end, self.client_edge.wrapping_add(1))
             || !is_between(self.told_acked, ack, self.up_nxt)
             || found.timestamps.is_some() != self.timestamps
@@ -230,11 +233,10 @@ impl Flow {
     }
 }
 
-/// While the daemon stays away and conversations are to go on all the same, nobody else will deal with a segment:
-/// whatever can be translated passes, whether it is new or not, and no window is bounded. Nothing is
-/// learned from it.
+/// Translation while the daemon is not running and conversations must continue (rule 8). No daemon deals with the
+/// segments, so whatever can be translated passes, new or not, and no window is bounded. The flow stays unchanged.
 impl Flow {
-    /// A segment of the client in a conversation that is not known: nothing but the address changes.
+    /// Rewrites a segment of the client in an unknown conversation: only the address changes.
     pub fn client_to_server_as_is(packet: &mut [u8], server: IpAddr) -> Result<(), Aside> {
         let layout = Layout::of(packet, server).ok_or(Aside::Foreign)?;
         let header = layout.header(packet);
@@ -242,7 +244,7 @@ impl Flow {
         Ok(())
     }
 
-    /// A segment of the server in a conversation that is not known.
+    /// Rewrites a segment of the server in an unknown conversation: only the address changes.
     pub fn server_to_client_as_is(packet: &mut [u8], psc: IpAddr) -> Result<(), Aside> {
         let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
         let header = layout.header(packet);
@@ -267,7 +269,7 @@ impl Flow {
         Ok(())
     }
 
-    /// Translates a segment of the server for the client, who knows the service as `psc`.
+    /// Translates a segment of the server for the client, which knows the service as `psc`.
     pub fn server_to_client_alone(&self, packet: &mut [u8], psc: IpAddr) -> Result<(), Aside> {
         let layout = Layout::of(packet, psc).ok_or(Aside::Foreign)?;
         let old = layout.header(packet);
@@ -282,7 +284,7 @@ impl Flow {
     }
 }
 
-/// What passes has ACK, and nothing that begins, ends or marks urgent.
+/// A segment may pass only with ACK, and without SYN, FIN, RST and URG.
 const fn aside_for_flags(flags: u8, moves: bool) -> Option<Aside> {
     if flags & FIN_RST_URG != 0 {
         return Some(Aside::DaemonFromNow);
@@ -297,7 +299,7 @@ const fn aside_for_flags(flags: u8, moves: bool) -> Option<Aside> {
 /// The longest TCP header (RFC 9293 §3.1).
 const LONGEST_HEADER: usize = 60;
 
-/// Where the parts of a packet are.
+/// Offsets and lengths of a packet's parts, in bytes.
 struct Layout {
     source: usize,
     destination: usize,
@@ -310,7 +312,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// Of a packet of the same family as `other`.
+    /// The layout of a packet of the same address family as `other`.
     fn of(packet: &[u8], other: IpAddr) -> Option<Self> {
         let ip = wire::read_ip(packet).ok()?;
         if ip.protocol != TCP || ip.src.is_ipv4() != other.is_ipv4() {
@@ -329,7 +331,7 @@ impl Layout {
         header
     }
 
-    /// Writes the new header, and `address` at `at`; the checksums follow by what changed.
+    /// Writes the new header, and `address` at `at`, and updates the checksums by the difference.
     fn write(&self, packet: &mut [u8], old: &[u8], new: &[u8], at: usize, address: IpAddr) {
         let mut octets = [0; 16];
         let length = match address {
@@ -353,7 +355,7 @@ impl Layout {
     }
 }
 
-/// What a one's-complement sum over `old` gains when `new` takes its place.
+/// The change of a one's-complement sum when `new` replaces `old`.
 fn difference(old: &[u8], new: &[u8]) -> u64 {
     let pairs = old.chunks_exact(2).zip(new.chunks_exact(2));
     pairs
@@ -363,10 +365,10 @@ fn difference(old: &[u8], new: &[u8]) -> u64 {
         .sum()
 }
 
-/// RFC 1624 equation 3 on the checksum field at `at`.
+/// Applies RFC 1624's equation 3 to the checksum field at `at`.
 fn adjust(packet: &mut [u8], at: usize, gained: u64) {
     let field = u16::from_be_bytes([packet[at], packet[at + 1]]);
-    // As the kernel does it: a sum of zero is written as all ones before the complement.
+    // As in the kernel, a sum of zero counts as all ones before the complement.
     let mut sum = 0xffff_0000 + u64::from(!field) + gained;
     while sum > 0xffff {
         sum = (sum >> 16) + (sum & 0xffff);
@@ -374,16 +376,16 @@ fn adjust(packet: &mut [u8], at: usize, gained: u64) {
     packet[at..at + 2].copy_from_slice(&(!(sum as u16)).to_be_bytes());
 }
 
-/// Offsets in a TCP header of the options that are translated.
+/// Offsets in a TCP header of the options that have a translation.
 #[derive(Default)]
 struct Found {
     timestamps: Option<usize>,
-    /// With its length.
+    /// Offset and length.
     sack: Option<(usize, usize)>,
 }
 
-/// Finds the options; those without a translation become NOPs. `None` if they are malformed, given twice, of a handshake,
-/// or authenticate the segment, which then can't be rewritten (RFC 2385, RFC 5925).
+/// Finds the options, and overwrites those without a translation by NOPs. `None` if an option is malformed, appears
+/// twice, belongs to a handshake, or authenticates the segment, which then can't be rewritten (RFC 2385, RFC 5925).
 fn read_options(header: &mut [u8; LONGEST_HEADER], end: usize) -> Option<Found> {
     let mut found = Found::default();
     let old = *header;
@@ -400,7 +402,7 @@ fn read_options(header: &mut [u8; LONGEST_HEADER], end: usize) -> Option<Found> 
     Some(found)
 }
 
-/// Writes the window from `ack` to `edge`.
+/// Writes the window from `ack` to `edge`, scaled by `shift`.
 fn put_window(header: &mut [u8], edge: u32, ack: u32, shift: u8) {
     let room = if later(ack, edge) { 0 } else { edge.wrapping_sub(ack) >> (shift & 15) };
     let room = u16::try_from(room).unwrap_or(u16::MAX);

@@ -7,9 +7,9 @@ use core::net::IpAddr;
 pub(super) struct Sum(u64);
 
 impl Sum {
-    /// Adds bytes that begin at an even offset of what is summed.
+    /// Adds bytes that begin at an even offset of the summed data.
     pub(super) fn add(self, bytes: &[u8]) -> Self {
-        // In the host's order, which compilers make vector code of; the folded sum is swapped (RFC 1071 §2 (B)).
+        // Sum in the host's byte order, which compilers vectorise, and swap the folded sum (RFC 1071 §2 (B)).
         let mut sum = 0;
         let mut words = bytes.chunks_exact(4);
         for word in &mut words {
@@ -31,7 +31,7 @@ impl Sum {
         Self(sum.0 + u64::from(protocol) + length as u64)
     }
 
-    /// The folded sum, not complemented: what a partial checksum field holds.
+    /// The folded sum, not complemented: the value of a partial checksum field.
     pub(super) fn folded(self) -> u16 {
         let mut sum = self.0;
         while sum > 0xffff {

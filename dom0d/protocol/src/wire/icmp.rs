@@ -1,7 +1,7 @@
-//! ICMP errors that quote one of our TCP segments (RFC 792, RFC 4443, RFC 1191, RFC 8201).
+//! ICMP errors that quote a TCP segment of the service (RFC 792, RFC 4443, RFC 1191, RFC 8201).
 //!
-//! A guest that never learns of a small path MTU sends into a black hole for ever, so such an error
-//! is passed on with the quoted header translated as the segment itself was.
+//! A guest that never learns of a small path MTU sends into a black hole for ever. So the daemon passes such an error
+//! on, with the quoted header translated as the segment itself was.
 
 use core::net::{IpAddr, SocketAddr};
 
@@ -33,7 +33,7 @@ pub(crate) struct Icmp<'a> {
     quoted_tcp: usize,
 }
 
-/// The error in an ICMP message, if it is one and quotes at least 8 bytes of TCP.
+/// The error in an ICMP message; `None` if the message is no error, or quotes less than 8 bytes of TCP.
 pub(super) fn parse(from: IpAddr, to: IpAddr, protocol: u8, message: &[u8]) -> Option<Icmp<'_>> {
     let header = message.get(..8)?;
     let word = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
@@ -73,8 +73,8 @@ pub(super) fn parse(from: IpAddr, to: IpAddr, protocol: u8, message: &[u8]) -> O
 }
 
 impl Icmp<'_> {
-    /// The error as the server `guest` must see it: addressed to it, quoting what it sent itself,
-    /// whose sequence number was `seq`.
+    /// The error as the server `guest` must see it: addressed to that server, and quoting the segment as the server
+    /// sent it, with the sequence number `seq`.
     pub(crate) fn translated(&self, guest: IpAddr, seq: u32) -> Vec<u8> {
         let mut message = self.message.to_vec();
         let protocol = match guest {
@@ -89,7 +89,7 @@ impl Icmp<'_> {
         };
         message[self.quoted_tcp + 4..self.quoted_tcp + 8].copy_from_slice(&seq.to_be_bytes());
         if guest.is_ipv4() {
-            // The quoted header's own checksum, since its source changed.
+            // The quoted IP header's checksum changes, because its source address changed.
             message[18..20].fill(0);
             let sum = Sum::default().add(&message[8..self.quoted_tcp]).finish();
             message[18..20].copy_from_slice(&sum.to_be_bytes());

@@ -1,10 +1,11 @@
-//! IP packets in, TCP segments out and back (RFC 791, RFC 8200, RFC 9293 §3.1).
+//! Reads TCP segments from IP packets, and writes them back (RFC 791, RFC 8200, RFC 9293 §3.1).
 //!
-//! Every byte may be hostile: parsing names what is wrong and never panics.
+//! Every byte may be hostile: parsing names the fault and never panics.
 //!
-//! [`read_ip`], [`tcp_header`] and [`options`] are the grammar of what is taken: written here once, for the engine, for
-//! [`crate::Flow`], and so for the programs in the kernel (`parse.h`, `translate.h`), which pass nothing else. Whatever a
-//! receiver's kernel would drop must not match it: it would be believed here, and nobody would have it.
+//! [`read_ip`], [`tcp_header`] and [`options`] are the grammar of rule 10. It is written here once, for the engine and
+//! for [`crate::Flow`], and so for the programs in the kernel (`parse.h`, `translate.h`), which pass nothing else. A
+//! packet that a receiver's kernel would drop must not match the grammar: the engine would believe it, and no server
+//! would have it.
 
 mod checksum;
 mod icmp;
@@ -68,7 +69,7 @@ pub(crate) struct Segment<'a> {
     pub(crate) payload: &'a [u8],
 }
 
-/// What an IP packet turned out to be.
+/// The content of an IP packet.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Parsed<'a> {
     Tcp(Segment<'a>),
@@ -85,12 +86,13 @@ pub(crate) enum Parsed<'a> {
 pub(crate) enum Malformed {
     /// Shorter than its headers say.
     Truncated,
-    /// Neither IPv4 nor IPv6, a header with impossible fields, or with another checksum than its own.
+    /// Neither IPv4 nor IPv6, or a header with impossible fields or a wrong checksum.
     Header,
-    /// IPv4 options or IPv6 extension headers. Who makes headers anew can't keep what they ask for, a route or a label
-    /// of secrecy; and no kernel program finds the segment behind all of them, so that it would come out of order.
+    /// IPv4 options or IPv6 extension headers. The daemon writes new headers, so it can't keep a route or a security
+    /// label that these ask for. And no kernel program finds the segment after all of them, so the segment would leave
+    /// its order.
     IpOptions,
-    /// An IP fragment: positions of its bytes in the stream are unknown.
+    /// An IP fragment: the positions of its bytes in the stream are unknown.
     Fragment,
     /// The checksum is neither right nor partial.
     Checksum,
@@ -101,21 +103,21 @@ pub(crate) enum Malformed {
 /// What the checksum field of a TCP segment must hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Checksum {
-    /// The checksum, or the partial one of a local guest, who leaves the sum of the pseudo-header in the field and the rest
-    /// to a device that the frame never reaches (`CHECKSUM_PARTIAL` in Linux).
+    /// The checksum, or the partial checksum of a local guest: the sum of the pseudo-header, which the guest leaves for
+    /// a device to complete that the frame never reaches (`CHECKSUM_PARTIAL` in Linux).
     RightOrPartial,
-    /// The checksum: its receiver checks it.
+    /// The checksum, because the receiver checks it.
     Right,
-    /// Anything: its receiver does not look.
+    /// Anything, because the receiver does not check it.
     Trusted,
 }
 
-/// Reads one IP packet. Bytes beyond the IP length (Ethernet padding) are ignored.
+/// Reads one IP packet. Ignores bytes beyond the IP length (Ethernet padding).
 pub(crate) fn parse(packet: &[u8]) -> Result<Parsed<'_>, Malformed> {
     parse_with(packet, Checksum::RightOrPartial)
 }
 
-/// Likewise, with another checksum.
+/// Like [`parse`], with a choice of what the checksum must be.
 pub(crate) fn parse_with(packet: &[u8], checksum: Checksum) -> Result<Parsed<'_>, Malformed> {
     let ip = read_ip(packet)?;
     match ip.protocol {
@@ -126,7 +128,7 @@ pub(crate) fn parse_with(packet: &[u8], checksum: Checksum) -> Result<Parsed<'_>
     }
 }
 
-/// The header of an IP packet, and what is behind it.
+/// The header of an IP packet, and its payload.
 pub(crate) struct Ip<'a> {
     pub(crate) src: IpAddr,
     pub(crate) dst: IpAddr,
@@ -137,8 +139,8 @@ pub(crate) struct Ip<'a> {
     pub(crate) payload: &'a [u8],
 }
 
-/// Reads the IP header that a packet begins with. There are no options in it, nor behind it (RFC 791 §3.1, RFC 8200 §4).
-/// A TTL or hop limit that has run out is no reason for a receiver to drop the packet (RFC 1122 §3.2.1.7).
+/// Reads the IP header at the beginning of a packet. Refuses IPv4 options and IPv6 extension headers (RFC 791 §3.1, RFC
+/// 8200 §4). Accepts a TTL or hop limit of 0, as a receiver does (RFC 1122 §3.2.1.7).
 pub(crate) fn read_ip(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
     match packet.first().ok_or(Malformed::Truncated)? >> 4 {
         4 => read_ipv4(packet),
@@ -157,7 +159,7 @@ fn read_ipv4(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
     if header_length > IPV4_HEADER {
         return Err(Malformed::IpOptions);
     }
-    // RFC 1122 §3.2.1.2: a packet with a wrong one is dropped in silence.
+    // RFC 1122 §3.2.1.2: a receiver silently drops a packet whose header checksum is wrong.
     if Sum::default().add(header).finish() != 0 {
         return Err(Malformed::Header);
     }
@@ -195,7 +197,7 @@ fn read_ipv6(packet: &[u8]) -> Result<Ip<'_>, Malformed> {
     })
 }
 
-/// Bytes of the TCP header that `segment` begins with, options included.
+/// Length in bytes of the TCP header at the beginning of `segment`, options included.
 pub(crate) fn tcp_header(segment: &[u8]) -> Result<usize, Malformed> {
     let header = segment.get(..TCP_HEADER).ok_or(Malformed::Truncated)?;
     let data_offset = usize::from(header[12] >> 4) * 4;
@@ -264,15 +266,16 @@ impl Segment<'_> {
         self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload)
     }
 
-    /// One packet, and into how many bytes of payload each whoever sends it is to cut it so that a segment has at most
-    /// `mss` bytes of options and payload (RFC 6691); 0 if it is one segment. One to be cut has a partial checksum.
+    /// Gives `send` one packet, and the bytes of payload per segment into which its sender must cut it, so that each
+    /// segment has at most `mss` bytes of options and payload (RFC 6691); 0 if the packet is one segment. A packet to
+    /// be cut has a partial checksum.
     pub(crate) fn emit_large(&self, mss: u16, mut send: impl FnMut(Vec<u8>, u16)) {
         let options = self.options_bytes();
         let room = usize::from(mss).saturating_sub(options.len()).max(1);
         if self.payload.len() <= room {
             send(self.emit_with(&options, self.seq, self.flags, self.urgent, self.payload), 0);
         } else if self.flags.has(Flags::URG) {
-            // Whoever cuts it would leave the pointer as it is in each segment.
+            // The kernel would cut it with the same urgent pointer in each segment.
             self.emit_split(room, |packet| send(packet, 0));
         } else {
             let (mut packet, tcp) =
@@ -283,8 +286,8 @@ impl Segment<'_> {
         }
     }
 
-    /// Packets with at most `room` bytes of payload each, in order. PSH and FIN go with the last; a segment without
-    /// payload gives one packet.
+    /// Gives `send` packets with at most `room` bytes of payload each, in order. PSH and FIN go with the last; a
+    /// segment without payload gives one packet.
     pub(crate) fn emit_split(&self, room: usize, mut send: impl FnMut(Vec<u8>)) {
         let options = self.options_bytes();
         if self.payload.len() <= room {
@@ -297,7 +300,7 @@ impl Segment<'_> {
             if index + 1 < pieces {
                 flags = flags.without(Flags::PSH.with(Flags::FIN));
             }
-            // The pointer is relative to the segment (RFC 9293 §3.8.5).
+            // The urgent pointer is relative to the segment (RFC 9293 §3.8.5).
             let urgent = usize::from(self.urgent).saturating_sub(offset);
             if urgent == 0 {
                 flags = flags.without(Flags::URG);
@@ -317,7 +320,7 @@ impl Segment<'_> {
         packet
     }
 
-    /// A packet with nothing in the TCP checksum's place, and where its TCP header begins.
+    /// A packet with a TCP checksum field of 0, and the offset of its TCP header.
     fn emit_unsummed(
         &self,
         options: &[u8],
@@ -351,7 +354,7 @@ fn write_ip_header(packet: &mut Vec<u8>, src: IpAddr, dst: IpAddr, protocol: u8,
             let total = (20 + length) as u16;
             packet.extend_from_slice(&[0x45, ecn]);
             packet.extend_from_slice(&total.to_be_bytes());
-            // Identification 0 is right for what is never fragmented (RFC 6864 §4.1): Don't Fragment.
+            // With Don't Fragment, any Identification will do (RFC 6864 §4.1): 0.
             packet.extend_from_slice(&[0, 0, 0x40, 0, HOP_LIMIT, protocol, 0, 0]);
             packet.extend_from_slice(&src.octets());
             packet.extend_from_slice(&dst.octets());
@@ -417,7 +420,7 @@ mod tests {
         let mut broken = sound.clone();
         broken[10] ^= 0x5a;
         assert_eq!(parse(&broken), Err(Malformed::Header));
-        // Loose source route, record route, padding: right but for what a receiver makes of them.
+        // Loose source route, record route, padding: well-formed options, which a receiver may act on.
         for option in [[131, 3, 4, 0], [7, 3, 4, 0], [1, 1, 1, 0]] {
             let mut routed = [&sound[..20], &option, &sound[20..]].concat();
             routed[0] = 0x46;

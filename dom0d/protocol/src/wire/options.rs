@@ -16,7 +16,7 @@ pub(crate) const MD5: u8 = 19;
 /// RFC 5925.
 pub(crate) const AO: u8 = 29;
 
-/// Most SACK blocks that fit beside nothing else (RFC 2018 §3).
+/// Most SACK blocks that fit if there is no other option (RFC 2018 §3).
 pub(crate) const MAX_SACK_BLOCKS: usize = 4;
 
 /// Most bytes of options in a TCP header (RFC 9293 §3.1: a data offset of 15 words).
@@ -57,8 +57,8 @@ impl SackBlocks {
     }
 }
 
-/// The options that Understudy understands. All others (Fast Open, MPTCP, ...) are not repeated in
-/// what it sends: a server that never sees them never relies on them.
+/// The options that Understudy understands. It repeats no others (Fast Open, MPTCP, ...) in what it sends: a server
+/// that never sees an option never relies on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Options {
     pub(crate) mss: Option<u16>,
@@ -72,7 +72,7 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// Reads options until their end; `None` if one overruns the header or has an impossible length.
+    /// Reads all options; `None` if an option overruns the header or has an impossible length.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
         for option in each(bytes) {
@@ -113,7 +113,7 @@ impl Options {
             out.extend_from_slice(&[1, 3, 3, shift]);
         }
         if !self.sack.is_empty() {
-            // Padded, the same options may need more room than a hostile sender's layout of them.
+            // With padding, the same options may need more room than in a hostile sender's layout.
             let room = MAX_LENGTH.saturating_sub(out.len() + 4) / 8;
             let blocks = room.min(usize::from(self.sack.len));
             if blocks == 0 {
@@ -128,8 +128,8 @@ impl Options {
     }
 }
 
-/// Where each option is in `bytes`, but for NOPs, up to the end of the list (RFC 9293 §3.2). `None` for one without a
-/// sensible length: nothing behind it can be read.
+/// The range of each option in `bytes`, except NOPs, up to the end of the list (RFC 9293 §3.2). `None` for an option
+/// with an impossible length: nothing after it can be read.
 pub(crate) fn each(bytes: &[u8]) -> impl Iterator<Item = Option<Range<usize>>> + '_ {
     let mut at = 0;
     core::iter::from_fn(move || {

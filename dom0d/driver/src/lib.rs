@@ -1,5 +1,5 @@
-//! How an engine and a data plane are kept in step: outputs are carried out in the engine's order, and before anything may
-//! depose the OVM the plane is stopped and everything that it passed is heard (rules 1 and 2).
+//! Keeps an engine and a data plane in step: carries out outputs in the engine's order, and before any input that may
+//! depose the OVM stops the plane and hands the engine everything that it passed (rules 1 and 2).
 //!
 //! The daemon, the simulator and the fuzzers implement [`Driven`] and call the functions here, so that all of them play the
 //! same protocol between engine and plane:
@@ -12,21 +12,21 @@ use understudy_protocol::{
     Command, Evidence, Input, Instant, OperatorError, Output, Rule, ServerId, Service,
 };
 
-/// Packets and handovers carried out in one go before others have their turn.
+/// Most packets and handovers that one call of [`drain`] carries out, so that other work gets its turn.
 const BURST: u32 = 256;
 
-/// An engine, or what stands for one.
+/// An engine, or a wrapper around one, such as the daemon's, which keeps a journal of its inputs.
 pub trait Engine {
     /// See [`Service::handle`].
     fn handle(&mut self, now: Instant, input: Input<'_>) -> Result<(), OperatorError>;
 
-    /// Hands over an input that is no [`Input::Command`], which is never refused.
+    /// Hands over an input other than [`Input::Command`], which the engine never refuses.
     fn tell(&mut self, now: Instant, input: Input<'_>) {
         let result = self.handle(now, input);
         debug_assert_eq!(result, Ok(()), "only a command can be refused");
     }
 
-    /// Asks for what only the engine can grant; see [`Input::Command`].
+    /// Hands over an operator's command, which the engine may refuse; see [`Input::Command`].
     fn command(&mut self, now: Instant, command: Command) -> Result<(), OperatorError> {
         self.handle(now, Input::Command(command))
     }
@@ -34,13 +34,13 @@ pub trait Engine {
     /// See [`Service::poll`].
     fn poll(&mut self, now: Instant) -> Option<Output>;
 
-    /// It was polled `count` times, and what came of that was carried out.
+    /// The driver polled the engine `count` times and carried out the outputs.
     fn polled(&mut self, _now: Instant, _count: u32) {}
 
-    /// A cutover begins, or is over: meanwhile nothing else should take time.
+    /// A cutover begins (`urgent`) or is over: meanwhile nothing else should take time.
     fn set_urgent(&mut self, _urgent: bool) {}
 
-    /// The engine itself, to be looked at.
+    /// The engine itself, to read its state.
     fn service(&self) -> &Service;
 }
 
@@ -61,13 +61,13 @@ impl Engine for Service {
 /// What the engine found against its OVM while the plane was passing by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspicion {
-    /// Against whom.
+    /// The server that the evidence is against.
     pub accused: ServerId,
-    /// What.
+    /// The evidence.
     pub evidence: Evidence,
 }
 
-/// An engine and what its outputs act upon: a data plane, domains, whoever listens.
+/// An engine together with everything that its outputs act on: a data plane, domains, and listeners for events.
 pub trait Driven {
     /// The engine.
     type Engine: Engine;
@@ -75,33 +75,33 @@ pub trait Driven {
     /// The engine.
     fn engine(&mut self) -> &mut Self::Engine;
 
-    /// Where the driver keeps the suspicion that [`settle`] is to act upon.
+    /// The place where the driver keeps the suspicion on which [`settle`] acts.
     fn suspicion(&mut self) -> &mut Option<Suspicion>;
 
-    /// Whether outputs can be carried out now; they wait otherwise.
+    /// Whether outputs can be carried out now. If not, they wait.
     fn is_ready(&self) -> bool {
         true
     }
 
-    /// Carries out any output but [`Output::StopPlane`], which is the driver's.
+    /// Carries out any output except [`Output::StopPlane`], which the driver itself carries out.
     fn carry_out(&mut self, output: Output);
 
-    /// Has the plane pass nothing by itself and take nobody for the OVM, until [`Output::Cutover`] or [`Driven::resume`].
-    /// `false` if it never passes anything by itself, or was stopped already.
+    /// Makes the plane pass nothing by itself and take no server for the OVM, until [`Output::Cutover`] or
+    /// [`Driven::resume`]. `false` if the plane never passes anything by itself, or is stopped already.
     fn stop(&mut self) -> bool;
 
-    /// Tells the engine of the next packet that came before the plane was stopped, passed or not; `false` if there is none
+    /// Hands the engine the next packet, passed or not, that arrived before the plane was stopped; `false` if none is
     /// left.
     fn hear_rest(&mut self, now: Instant) -> bool;
 
-    /// The plane was stopped, and no cutover followed: if it still is, it takes this server for the OVM again.
+    /// Ends [`Driven::stop`]: if no cutover has ended it already, the plane takes this server for the OVM again.
     fn resume(&mut self, ovm: Option<ServerId>);
 
-    /// Everything that the plane had for the engine was handed over.
+    /// Whether the engine has received everything that the plane had for it.
     fn is_idle(&self) -> bool;
 }
 
-/// Carries out what the engine wants done; `true` if more waits.
+/// Carries out the engine's outputs; `true` if more wait.
 pub fn drain(driven: &mut impl Driven, now: Instant) -> bool {
     if !driven.is_ready() {
         return false;
@@ -126,8 +126,8 @@ pub fn drain(driven: &mut impl Driven, now: Instant) -> bool {
     left == 0
 }
 
-/// Stops the plane, has the engine hear everything that it passed, and hands the engine an input that may depose the OVM, if
-/// there is one: it must know of every byte that clients have.
+/// Stops the plane, hands the engine everything that the plane passed, and then the input that may depose the OVM, if
+/// any. Before a cutover the engine must know of every byte that clients have (rule 2).
 pub fn cut_over(
     driven: &mut impl Driven,
     now: Instant,
@@ -148,13 +148,13 @@ pub fn cut_over(
     result
 }
 
-/// Acts upon what the engine found, then lets the plane pass what it may. To be called when every input at hand was handed
-/// over.
+/// Acts on a suspicion of the engine, then lets the plane pass conversations. Call it once every input at hand was
+/// handed over.
 pub fn settle(driven: &mut impl Driven, now: Instant) {
     if let Some(Suspicion { accused, evidence }) = driven.suspicion().take() {
         let result = cut_over(driven, now, Some(Input::Confirmed { accused, evidence }));
         debug_assert_eq!(result, Ok(()), "only a command can be refused");
-        // What was found on the way is about an OVM that has been judged.
+        // A suspicion that came up meanwhile concerns an OVM that has been judged already.
         *driven.suspicion() = None;
     }
     if driven.is_idle() && driven.engine().service().wants_to_hand_over() {

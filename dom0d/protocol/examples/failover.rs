@@ -90,7 +90,7 @@ impl World {
         Instant::from_micros(self.now_us)
     }
 
-    /// Hands the engine an input, and carries out what it wants done.
+    /// Hands the engine an input, and carries out its outputs.
     fn tell(&mut self, input: Input<'_>) {
         let now = self.now();
         if let Err(error) = self.engine.handle(now, input) {
@@ -113,7 +113,7 @@ impl World {
         }
     }
 
-    /// Lets a step of time pass: hosts send, the engine hears it.
+    /// Lets a step of time pass: hosts send, and the engine gets their packets.
     fn step(&mut self) {
         self.now_us += STEP_US;
         for packet in self.client.poll(self.now_us) {

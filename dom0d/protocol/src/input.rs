@@ -226,7 +226,7 @@ pub enum OperatorError {
     #[error("a drain or a copy is under way already")]
     DrainUnderWay,
     /// Clients are not held, or no longer: the OVM's state may have changed while it was copied.
-    #[error("clients are not held: what was copied may lack what they wrote meanwhile")]
+    #[error("clients are not held: the copy may lack what they wrote meanwhile")]
     NotHeld,
     /// The service has an OVM.
     #[error("the service has an OVM already")]
@@ -235,7 +235,7 @@ pub enum OperatorError {
     #[error("the server is the OVM")]
     IsOvm,
     /// No server would remain that could serve.
-    #[error("nothing would be left to serve the clients")]
+    #[error("no server would be left to serve the clients")]
     NothingLeft,
     /// The server can't be promoted unasked, and force was not given.
     #[error("the server is not promotable")]

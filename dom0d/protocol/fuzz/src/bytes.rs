@@ -1,4 +1,4 @@
-//! The input of a target, taken byte by byte; zeros when it is used up.
+//! The input of a target, taken byte by byte, with zeros after its end.
 
 /// See the module.
 pub(crate) struct Bytes<'a>(&'a [u8]);
@@ -24,7 +24,7 @@ impl<'a> Bytes<'a> {
         taken
     }
 
-    /// Mostly 0, else near it, seldom far away: how wrong a number is.
+    /// The error to add to a number: mostly 0, sometimes small, seldom large.
     pub(crate) fn error(&mut self) -> u32 {
         match self.byte() {
             0..=150 => 0,

@@ -13,9 +13,9 @@ use understudy_protocol::{Instant, LinkAddress, ServerId};
 use bytes::Bytes;
 use world::World;
 
-/// Arbitrary packets from everybody: nothing of them may be valid.
+/// Arbitrary packets from clients and servers, of which none need be valid.
 ///
-/// The checksum of every other packet is put right, or nothing would come past it.
+/// Every other packet gets right checksums: otherwise nothing would get past that check.
 pub fn packets(input: &[u8]) {
     let mut bytes = Bytes::new(input);
     let mut world = World::new(&mut bytes);
@@ -35,11 +35,11 @@ pub fn packets(input: &[u8]) {
     world.finish();
 }
 
-/// A story: handshakes, segments that are valid or nearly so, time, faults, an operator.
+/// A story of handshakes, segments that are valid or nearly so, time, faults, and an operator's commands.
 pub fn engine(input: &[u8]) {
     let mut bytes = Bytes::new(input);
     let mut world = World::new(&mut bytes);
-    // Longer stories find nothing that short ones do not, and cost time.
+    // Longer stories cost time and find nothing that shorter ones do not.
     for _ in 0..400 {
         if bytes.is_empty() {
             break;

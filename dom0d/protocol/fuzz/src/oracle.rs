@@ -1,4 +1,4 @@
-//! What must hold whatever comes in. A broken promise panics.
+//! What must hold whatever the input. A broken promise panics.
 
 use std::collections::BTreeMap;
 
@@ -6,25 +6,25 @@ use understudy_protocol::Service;
 
 use crate::packet::Tcp;
 
-/// Packets that one input may cause: windows, in-flight limits and paced resets bound them.
+/// Most packets that one input may cause: windows, in-flight limits and the pace of resets bound them (rule 6).
 const PACKETS: usize = 20_000;
-/// Servers of one queue, and streams of one conversation besides their answers.
+/// Servers in one queue, and streams of one conversation besides the servers' answers.
 const STREAMS: u64 = 4 + 2;
 
-/// Bytes of answers that are a server's own mark: which server, and since which change of its role.
+/// An answer byte that marks its server, and the number of that server's last change of role.
 ///
 /// Valid answers and requests stay below 0x80.
 pub(crate) fn mark(server: usize, role: u8) -> u8 {
     0x80 | (server as u8) << 5 | role & 31
 }
 
-/// What one client was sent.
+/// The bytes that one client was sent.
 #[derive(Default)]
 pub(crate) struct Client {
     sent: BTreeMap<u32, u8>,
-    /// The client's addresses were used for another handshake meanwhile: nothing is known.
+    /// Another handshake has used the client's addresses meanwhile: nothing is known of the stream.
     pub(crate) ambiguous: bool,
-    /// Highest ACK that it sent for what it was sent.
+    /// Highest sequence number that the client acknowledged.
     pub(crate) acked: u32,
 }
 
@@ -33,12 +33,12 @@ impl Client {
         self.sent.clear();
     }
 
-    /// The same position never holds two different bytes.
+    /// The same position never holds two different bytes (rule 2).
     pub(crate) fn hears(&mut self, tcp: &Tcp) {
         for (offset, &byte) in tcp.payload.iter().enumerate() {
             let seq = tcp.seq.wrapping_add(offset as u32);
             if (seq.wrapping_sub(self.acked) as i32) < 0 {
-                // The client has it, and does not look again.
+                // The client has acknowledged this byte, and ignores another copy.
                 continue;
             }
             let first = *self.sent.entry(seq).or_insert(byte);
@@ -47,11 +47,11 @@ impl Client {
     }
 }
 
-/// Who may speak to clients.
+/// Which servers may speak to clients (rule 1).
 #[derive(Default)]
 pub(crate) struct Voices {
     roles: [u8; 4],
-    /// By server and role: it was the OVM then, or later.
+    /// By server and number of its role: whether it was the OVM then, or later.
     may: [[bool; 32]; 4],
 }
 
@@ -60,7 +60,7 @@ impl Voices {
         mark(server, self.roles[server])
     }
 
-    /// The server's role changed; as the OVM it may also say what it has answered before.
+    /// The server's role changed. As the OVM it may also send what it answered before.
     pub(crate) fn change(&mut self, server: usize, is_ovm: bool) {
         if is_ovm {
             self.may[server][usize::from(self.roles[server] & 31)] = true;
@@ -69,7 +69,7 @@ impl Voices {
         self.may[server][usize::from(self.roles[server] & 31)] = is_ovm;
     }
 
-    /// No byte of a replica or of a deposed server reaches a client.
+    /// No byte of a replica or of a deposed server reaches a client (rules 1 and 4).
     pub(crate) fn check(&self, tcp: &Tcp) {
         for byte in tcp.payload.iter().filter(|byte| **byte & 0x80 != 0) {
             let (server, role) = (usize::from(byte >> 5 & 3), usize::from(byte & 31));

@@ -1,5 +1,5 @@
-//! IP packets with TCP inside, written and read without the engine's own code, so that neither hides a
-//! fault of the other.
+//! IP packets with TCP inside, written and read without the engine's own code, so that neither code hides the other's
+//! faults.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -83,7 +83,7 @@ impl Tcp {
         packet
     }
 
-    /// Reads what the engine sent; panics if that is no sound TCP packet.
+    /// Reads a packet that the engine sent; panics if it is no sound TCP packet.
     pub(crate) fn read(packet: &[u8]) -> Self {
         let (header, src, dst): (usize, IpAddr, IpAddr) = if packet[0] >> 4 == 4 {
             assert_eq!(packet.len(), usize::from(u16::from_be_bytes([packet[2], packet[3]])));
@@ -114,7 +114,7 @@ impl Tcp {
         }
     }
 
-    /// Sequence space that it takes.
+    /// The sequence space that the segment occupies: its SEG.LEN.
     pub(crate) fn length(&self) -> u32 {
         self.payload.len() as u32 + u32::from(self.flags & SYN != 0) + u32::from(self.flags & FIN != 0)
     }
@@ -139,7 +139,7 @@ pub(crate) fn parties(packet: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
     Some((SocketAddr::new(src, ports(tcp)?), SocketAddr::new(dst, ports(tcp + 2)?)))
 }
 
-/// Whether the checksum of a plain TCP packet is right: else its receiver drops it.
+/// Whether the checksum of a plain TCP packet is right. If not, its receiver drops it.
 pub(crate) fn is_right(packet: &[u8]) -> bool {
     let (Some((src, dst)), v4) = (parties(packet), packet[0] >> 4 == 4) else { return false };
     let (header, at) = if v4 { (20, 2) } else { (40, 4) };
@@ -152,7 +152,7 @@ fn checksum(src: IpAddr, dst: IpAddr, protocol: u8, message: &[u8]) -> u16 {
     fold(sum(pseudo, message))
 }
 
-/// Puts right whatever checksum an IP packet has, as far as it can be found.
+/// Corrects the checksums of an IP packet, as far as they can be found.
 pub(crate) fn repair(packet: &mut [u8]) {
     let Some(first) = packet.first() else { return };
     let (header, protocol, addresses) = match first >> 4 {

@@ -1,4 +1,4 @@
-//! A data plane that passes conversations by itself, as the one in the kernel does: by the engine's own `Flow`.
+//! A data plane that passes conversations by itself, as the kernel's does: by the engine's own `Flow`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -29,7 +29,7 @@ impl Plane {
         }
     }
 
-    /// Nothing passes any more.
+    /// Stops the plane: nothing passes any more.
     pub(crate) fn stop(&mut self) {
         self.flows.clear();
     }

@@ -1,4 +1,4 @@
-//! A service with its clients, servers and operator, all of them driven by one byte string.
+//! A service with its clients, servers and operator, all driven by one byte string.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -20,7 +20,7 @@ const SERVERS: usize = 4;
 const CLIENTS: usize = 4;
 const LINK: LinkAddress = LinkAddress([2, 0, 0, 0, 0, 1]);
 
-/// A TCP endpoint, as far as it must be known to speak sense to it.
+/// A TCP endpoint, as far as a peer must know it to send acceptable segments.
 #[derive(Clone, Default)]
 struct End {
     iss: u32,
@@ -62,14 +62,14 @@ pub(crate) struct World {
     service: Service,
     now: Instant,
     clients: Vec<Client>,
-    /// Which life of each server is in use.
+    /// The present life of each server.
     ids: [Option<ServerId>; SERVERS],
     next_id: u32,
     ovm: Option<ServerId>,
     /// By server and client.
     ends: Vec<End>,
     voices: Voices,
-    /// If there is one that passes conversations by itself.
+    /// The data plane, if one passes conversations by itself.
     plane: Option<Plane>,
     /// Only servers' own marks have the highest bit.
     is_marked: bool,
@@ -125,7 +125,7 @@ impl Driven for World {
         self.plane.as_mut().map(Plane::stop).is_some()
     }
 
-    /// The engine hears of each packet as it passes.
+    /// The engine gets each packet while it passes, so none is left.
     fn hear_rest(&mut self, _: Instant) -> bool {
         false
     }
@@ -199,7 +199,7 @@ impl World {
         world
     }
 
-    /// The server comes with a new id; its former life is nobody.
+    /// The server comes back with a new id; the engine no longer knows its former life.
     fn spec(&mut self, server: usize) -> ServerSpec {
         let id = ServerId(self.next_id);
         self.next_id += 1;
@@ -229,22 +229,22 @@ impl World {
         oracle::check(&self.service, self.packets);
     }
 
-    /// Hands over what may depose the OVM.
+    /// Hands the engine an input that may depose the OVM.
     fn cut_over(&mut self, input: Input<'_>) {
         let _ = understudy_driver::cut_over(self, self.now, Some(input));
     }
 
-    /// Tells the engine what it can't refuse.
+    /// Hands the engine an input that it can't refuse.
     fn tell(&mut self, input: Input<'_>) {
         assert_eq!(self.service.handle(self.now, input), Ok(()));
     }
 
-    /// Asks of the engine what it may refuse.
+    /// Hands the engine a command, which it may refuse.
     fn command(&mut self, command: Command) {
         let _ = self.service.handle(self.now, Input::Command(command));
     }
 
-    /// Notes whose conversations the engine knows; what other clients were sent is forgotten.
+    /// Notes which clients' conversations the engine knows, and forgets what other clients were sent.
     fn track(&mut self) {
         self.tracked = self.service.conversations(0, CLIENTS).into_iter().map(|known| known.client).collect();
         for client in &mut self.clients {
@@ -323,7 +323,7 @@ impl World {
         self.hears_server(id, packet);
     }
 
-    /// A client's packet, which the plane may pass on by itself.
+    /// A client's packet, which the plane may pass by itself.
     fn hears_client(&mut self, link: LinkAddress, packet: &[u8]) {
         let ovm = self.ovm.and_then(|ovm| self.server_of(ovm));
         let mut passage = Passage::Kept;
@@ -342,7 +342,7 @@ impl World {
         self.drain();
     }
 
-    /// A server's packet; the plane may pass on an OVM's.
+    /// A server's packet; the plane may pass the OVM's by itself.
     fn hears_server(&mut self, id: ServerId, packet: &[u8]) {
         let mut passage = Passage::Kept;
         let server = self.server_of(id).filter(|_| self.ovm == Some(id));
@@ -364,7 +364,7 @@ impl World {
         self.drain();
     }
 
-    /// What the engine counted of what it did not take.
+    /// The engine's counts of segments that it did not accept.
     fn untaken(&self) -> u64 {
         if self.plane.is_none() {
             return 0;
@@ -374,7 +374,7 @@ impl World {
         names.iter().map(|name| counters[name]).sum()
     }
 
-    /// What is passed is what the engine takes.
+    /// What is passed is what the engine takes (rule 10).
     fn check_taken(&self, before: u64, packet: &[u8], passage: Passage) {
         if matches!(passage, Passage::Passed { .. }) && packet::is_right(packet) {
             assert_eq!(
@@ -412,7 +412,7 @@ impl World {
     fn wait(&mut self, time: Duration) {
         let until = self.now + time;
         for round in 0.. {
-            // In six hours of silence, twice a second for what an OVM owes that will never give it.
+            // In six hours of silence an OVM that never answers causes two deadlines a second.
             assert!(round < 60_000, "deadlines without end");
             let Some(due) = self.service.next_timeout().filter(|due| *due <= until) else { break };
             self.now = self.now.max(due);
@@ -499,7 +499,7 @@ impl World {
             flags: SYN | ACK,
             window: 0xffff >> (knobs & 7),
             urgent: 0,
-            // All servers run the same kernel, mostly.
+            // Mostly, all servers run the same kernel.
             options: Self::syn_options(
                 if knobs & 0x90 == 0 { knobs } else { 7 | knobs & 8 },
                 1000,
@@ -510,7 +510,7 @@ impl World {
         self.hears_server(id, &syn_ack.write());
     }
 
-    /// A client's whole handshake with everybody.
+    /// A client's whole handshake with the OVM and the replicas.
     fn handshake(&mut self, client: usize, bytes: &mut Bytes<'_>) {
         self.client_syn(client, bytes);
         if let Some(ovm) = self.service.ovm().and_then(|ovm| self.server_of(ovm)) {
@@ -546,7 +546,7 @@ impl World {
             options.extend([7; 24]);
         }
         if shape & 0x38 == 0x18 {
-            // Of any kind, and any length.
+            // An option of any kind, and of any length.
             options.extend([bytes.byte() & 31, bytes.byte() & 15, 1, 1]);
         }
         Tcp {
@@ -654,14 +654,14 @@ impl World {
         }
     }
 
-    /// The last packet that the engine sent comes back from somebody, somewhat changed.
+    /// The last packet that the engine sent comes back from a client or server, slightly changed.
     fn mutate(&mut self, server: usize, bytes: &mut Bytes<'_>) {
         let mut packet = self.last.clone();
         let how = bytes.byte();
         for _ in 0..how & 3 {
             let at = usize::from(bytes.byte());
             if let Some(byte) = packet.get_mut(at) {
-                // Text stays text without a mark.
+                // A changed byte of text must not become a server's mark.
                 *byte = bytes.byte() & if at < 40 { 0xff } else { 0x7f };
             }
         }
@@ -678,7 +678,7 @@ impl World {
         }
     }
 
-    /// Somebody on the way complains of the last packet.
+    /// A router on the path sends an ICMP error about the last packet.
     fn icmp(&mut self, how: u8) {
         if self.last.len() < 60 {
             return;
@@ -704,7 +704,7 @@ impl World {
     }
 
     fn operate(&mut self, server: usize, what: u8) {
-        // Whatever an operator does may depose the OVM.
+        // Any command may depose the OVM.
         let _ = understudy_driver::cut_over(self, self.now, None);
         let id = self.ids[server];
         let now = self.now;
@@ -758,7 +758,7 @@ impl World {
         self.drain();
     }
 
-    /// Another process goes on with what this one saved.
+    /// Another process continues from what this one saved.
     fn restore(&mut self) {
         let saved = self.service.save();
         self.service = match Service::restore(&saved) {
@@ -768,7 +768,7 @@ impl World {
         assert!(self.service.save() == saved, "the engine saves something else than it was restored from");
     }
 
-    /// Everybody falls silent: in the end nothing may be left.
+    /// Clients and servers fall silent: in the end nothing may be left.
     pub(crate) fn finish(mut self) {
         for server in 0..SERVERS {
             if let Some(id) = self.ids[server] {

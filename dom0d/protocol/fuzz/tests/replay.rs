@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-/// Any generator will do; this one is Marsaglia's xorshift.
+/// Marsaglia's xorshift; any generator will do.
 struct Random(u64);
 
 impl Random {
@@ -32,7 +32,7 @@ fn replay(name: &str, target: fn(&[u8])) {
         for _ in 0..4 {
             random.next();
         }
-        // A kept input with a few bytes changed, or nothing but chance.
+        // An input of the corpus with a few bytes changed, or random bytes.
         let mut input = match inputs.len() as u64 {
             known if known > 0 && number % 4 != 0 => inputs[(random.next() % known) as usize].clone(),
             _ => (0..random.next() % 1500).map(|_| (random.next() >> 32) as u8).collect(),

@@ -55,7 +55,7 @@ impl Conversation {
 
     fn handle_ovm(&mut self, leg: &mut Leg, segment: &Segment<'_>, turn: &mut Turn<'_>) {
         let is_ovm = turn.ovm().is_some_and(|(_, ovm)| ovm == leg.server);
-        rule!(turn.counters, broken_rule_1, is_ovm, "another server's segment is taken for the OVM's");
+        rule!(turn.counters, broken_rule_1, is_ovm, "another server's segment was taken for the OVM's");
         let Some(start) = position_of(leg.numbers.iss, segment.seq, self.down.end()) else { return };
         if segment.flags.has(Flags::RST) {
             return self.handle_ovm_reset(leg, start, segment, turn);

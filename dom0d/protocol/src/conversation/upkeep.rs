@@ -89,9 +89,14 @@ impl Conversation {
         }
         if self.is_open() {
             let recorded = self.told.acked <= self.up_end();
-            rule!(turn.counters, broken_rule_2, recorded, "the client was acknowledged what nobody recorded");
-            rule!(turn.counters, broken_rule_2, lacking >= self.up.base(), "a server lacks forgotten bytes");
-            rule!(turn.counters, broken_rule_7, covers, "the OVM diverged in what it goes on with");
+            rule!(turn.counters, broken_rule_2, recorded, "the client was sent an ACK of unrecorded bytes");
+            rule!(
+                turn.counters,
+                broken_rule_2,
+                lacking >= self.up.base(),
+                "a server lacks bytes that were released"
+            );
+            rule!(turn.counters, broken_rule_7, covers, "a conversation continues with a diverged OVM");
         }
         self.up.release(up);
         let lookback = if turn.config.masks.is_empty() { 0 } else { mask::LOOKBACK };

@@ -83,7 +83,7 @@ pub(crate) fn cut_over(slot: Slot, evidence: Option<Evidence>, deposed: Deposed,
     let Some(to) = ctx.queue.get(slot).map(|server| server.id) else { return };
     let unasked = evidence.is_some_and(|evidence| evidence != Evidence::Operator);
     let is_equal = ctx.queue.get(slot).is_some_and(|server| server.stale.is_none());
-    rule!(ctx.counters, broken_rule_5, is_equal || !unasked, "a stale server is promoted unasked");
+    rule!(ctx.counters, broken_rule_5, is_equal || !unasked, "a stale server was promoted unasked");
     let old = ctx.ovm();
     let was_behind = ctx.is_catching_up();
     for (conversation, highest) in ctx.accounts.take_gaps() {

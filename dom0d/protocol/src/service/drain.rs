@@ -94,7 +94,7 @@ impl Service {
             self.ctx.counters,
             broken_rule_12,
             is_settled,
-            "a server is equal while conversations are open"
+            "a server was seeded while conversations were open"
         );
         if let Some(slot) = self.ctx.queue.slot_of(id) {
             self.ctx.record.start(slot);

@@ -136,7 +136,7 @@ impl Service {
     pub(crate) fn suspect(&mut self, evidence: Evidence) {
         let of_silence = matches!(evidence, Evidence::UnacknowledgedSegment | Evidence::NoProgress);
         let was_asked = !of_silence || self.ctx.signs.was_asked();
-        rule!(self.ctx.counters, broken_rule_11, was_asked, "the OVM is accused and was not asked");
+        rule!(self.ctx.counters, broken_rule_11, was_asked, "the OVM was accused but never asked");
         match self.ctx.ovm() {
             Some((_, accused)) if self.ctx.plane.stops().is_some() => {
                 self.ctx.outbox.push(Output::StopPlane { accused, evidence });

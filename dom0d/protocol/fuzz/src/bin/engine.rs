@@ -1,4 +1,4 @@
-//! libFuzzer's entry to [`understudy_fuzz::engine`]; built by any other compiler it replays the files named.
+//! libFuzzer's entry to [`understudy_fuzz::engine`]. Built without libFuzzer, it replays the files named as arguments.
 #![cfg_attr(fuzzing, no_main, allow(unsafe_code))]
 
 #[cfg(fuzzing)]

@@ -28,8 +28,8 @@ impl ConversationId {
 /// Most servers in one queue: the OVM and seven RVMs. The maps of the data plane `bpf` have as many slots.
 pub const MAX_SERVERS: usize = 8;
 
-/// A server's index in the queue and in per-conversation arrays. Slots are reused; the [`ServerId`] kept with each
-/// entry tells which server it belongs to.
+/// A server's index in the queue and in per-conversation arrays. Slots are reused; the [`crate::ServerId`] kept with
+/// each entry tells which server it belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct Slot(u8);
 

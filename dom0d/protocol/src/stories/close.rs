@@ -44,7 +44,7 @@ fn a_conversation_is_in_the_state_of_the_ovms_tcp() {
     assert_eq!(state(&story), "FIN-WAIT-1");
     story.client_says(Say { seq: at(1), ack: iss(0) + 2, ..Say::default() });
     assert_eq!(state(&story), "FIN-WAIT-2");
-    // The client does.
+    // The client closes first.
     let mut story = Story::established(0);
     let flags = Flags::FIN.with(Flags::ACK);
     story.client_says(Say { seq: at(1), ack: iss(0) + 1, flags, ..Say::default() });
@@ -114,7 +114,7 @@ fn a_reset_is_not_shared_by_a_replica_that_still_repeats_its_fin() {
     fin(&mut story, 1, 1);
     fin(&mut story, 0, 1);
     assert!(story.client_hears().flags.has(Flags::FIN));
-    // The FIN was lost: the client asks, and finds that the service's host knows nothing any more.
+    // The FIN was lost: the client probes, and the OVM has no such connection any more.
     story.client_says(Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
     story.server_says(0, Say { seq: iss(0) + 1, ack: at(1), flags: Flags::RST, ..Say::default() });
     assert!(story.client.is_empty(), "held");
@@ -156,7 +156,7 @@ fn what_ended_for_the_client_is_supplied_until_the_new_ovm_has_it() {
     story.wait(Duration::from_secs(70));
     story.servers[1].clear();
     story.client.clear();
-    // A keepalive of the new OVM is not for the client, to whom its numbers mean nothing.
+    // A keepalive of the new OVM must not reach the client, which does not know the new OVM's sequence numbers.
     story.server_says(1, Say { seq: iss(1), ack: at(1), ..Say::default() });
     assert!(story.client.is_empty());
     assert_eq!(story.server_hears(1).ack, iss(1).wrapping_add(1));
@@ -281,8 +281,8 @@ fn a_reset_is_not_shared_by_a_replica_that_has_closed_and_hears_the_client_out()
     assert_eq!(story.service.status().counters["resets"], 0);
 }
 
-/// The OVM closes both conversations, the replica neither; the OVM `listens` or not each time that the daemon asks, and
-/// in the end for as long as the daemon goes on to ask.
+/// The OVM closes both conversations, the replica neither. `listens`: whether the OVM accepts each SYN of the daemon;
+/// the last value holds for all further SYNs.
 fn lone_closes(listens: &[bool]) -> Story {
     let mut story = Story::established(1);
     story.peer.set_port(story.peer.port() + 1);
@@ -331,8 +331,8 @@ fn lone_closes(listens: &[bool]) -> Story {
 
 #[test]
 fn closes_that_no_replica_shares_are_evidence_if_the_service_refuses_connections() {
-    // One that does not answer may have a full backlog. In the last case it dies one connection after the other, the
-    // listening socket last.
+    // A service that does not answer may have a full backlog. In the last case it dies connection by connection, and
+    // its listening socket last.
     for (listens, dead) in
         [(&[false][..], true), (&[], false), (&[true], false), (&[true, true, false], true)]
     {

@@ -34,7 +34,7 @@ fn knock(story: &mut Story) {
 #[test]
 fn nothing_of_clients_reaches_the_ovm_until_the_copy_is_attached() {
     let mut story = Story::new(0);
-    // One whose handshake the OVM has answered, and one that nobody knows.
+    // A client whose handshake the OVM has answered, and an unknown client.
     knock(&mut story);
     story.server_says(
         0,
@@ -121,7 +121,7 @@ fn a_copy_of_an_ovm_that_was_deposed_counts_for_nothing() {
     story.drain();
     assert_eq!(copied(&mut story, 2), Err(OperatorError::NotHeld));
     assert_eq!(released(&story), Some(Release::OvmChanged));
-    // Without anybody's asking, too.
+    // The hold also ends if no copy is attached.
     let mut story = Story::new(1);
     hold(&mut story).unwrap();
     story.command(Command::Switchover { to: None }).unwrap();

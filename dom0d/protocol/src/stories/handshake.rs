@@ -69,7 +69,7 @@ fn the_same_addresses_again_are_a_new_conversation() {
     story.server_hears(0);
     story.server_hears(1);
     story.server_sends(1, 1, b"", 2);
-    // The client starts over without a word.
+    // The client begins a new connection without closing the old one.
     let again = CLIENT_ISS.wrapping_add(1 << 20);
     story.client_says(Say { seq: again, flags: Flags::SYN, ..Say::default() });
     assert_eq!(story.server_hears(0).seq, again);
@@ -101,7 +101,7 @@ fn a_full_table_leaves_the_new_flow_unprotected_and_the_old_alone() {
     assert!(rvm.not_promotable.is_some(), "it missed bytes");
 }
 
-/// A handshake that the client has yet to complete; the OVM has answered.
+/// A handshake that the OVM has answered and the client has not completed.
 fn half_open(rvms: u32) -> Story {
     let mut story = Story::new(rvms);
     story.timestamps = true;
@@ -137,12 +137,12 @@ fn a_keepalive_tells_that_a_deposed_servers_handshake_was_completed() {
 fn an_ovm_that_answers_in_mid_handshake_serves_nobody_yet() {
     let mut story = half_open(1);
     let later = tsval(0) + 500;
-    // A keepalive, its third segment having been lost.
+    // The client's third segment was lost; it sends a keepalive.
     story.client_says(Say { seq: CLIENT_ISS, ack: iss(0) + 1, payload: b"?", tsval: 100, ..Say::default() });
     story.server_says(0, Say { seq: iss(0) + 1, ack: at(1), tsval: later, tsecr: 100, ..Say::default() });
     assert_eq!(story.client_hears().timestamps, Some((later, 100)));
     assert_eq!(story.service.status().servers[1].stale, None);
-    // Nor does the client's time run backwards if somebody else goes on from here.
+    // If another server continues from here, the TSvals that the client gets still do not run backwards.
     story.client_says(Say { seq: at(1), ack: iss(0) + 1, tsval: 100, tsecr: later, ..Say::default() });
     story.syn_ack(1);
     story.fail_ovm();

@@ -11,7 +11,7 @@ fn an_ovm_that_contradicts_itself_beyond_a_gap_is_held_to_its_first_word() {
     assert_eq!(story.client_hears().payload, b"!first");
 }
 
-/// What the OVM heard: text by position.
+/// What a server received: position, text, and whether it had FIN.
 fn heard_by(story: &mut Story, server: u32) -> Vec<(u32, Vec<u8>, bool)> {
     let heard = story.servers[server as usize].drain(..);
     heard
@@ -37,7 +37,7 @@ fn a_client_that_contradicts_itself_is_held_to_its_first_word_everywhere() {
 #[test]
 fn the_ovm_gets_nothing_beyond_the_window_that_was_told() {
     let mut story = Story::established(1);
-    // The window is 1000 bytes; some kernels take a segment that begins in it whole.
+    // The window is 1000 bytes; some kernels accept a whole segment that begins in it.
     story.client_sends(1, &[7; 1300], 1);
     assert_eq!(heard_by(&mut story, 0), [(1, vec![7; 1000], false)]);
     story.server_sends(0, 1, b"", 1001);
@@ -88,7 +88,7 @@ fn a_fin_before_recorded_text_is_none() {
 
 #[test]
 fn a_segment_of_another_time_elicits_an_answer_and_nothing_else() {
-    // A guest whose TS.Recent is 0 takes any time (Linux does); the daemon goes by RFC 7323.
+    // A guest whose TS.Recent is 0 accepts any TSval (Linux does); the daemon follows RFC 7323.
     let mut story = Story::new(1);
     story.timestamps = true;
     story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
@@ -107,7 +107,7 @@ fn a_segment_of_another_time_elicits_an_answer_and_nothing_else() {
 
 #[test]
 fn a_reset_before_recorded_text_is_challenged_by_the_daemon() {
-    // The OVM may have taken the text, or not yet: a replica could not know what to keep.
+    // The OVM may or may not have accepted the text by now: a replica could not know what to keep.
     let mut story = Story::established(1);
     story.client_sends(1, b"SET", 1);
     story.servers[0].clear();
@@ -122,14 +122,14 @@ fn a_reset_before_recorded_text_is_challenged_by_the_daemon() {
     assert_eq!(story.server_hears(0).flags, Flags::RST);
     assert_eq!(story.service.status().conversations, 0);
     assert!(is_promotable(&story, 1));
-    // Whoever goes on behind his own RST is not heard by the OVM alone.
+    // What the client sends after its own RST does not reach the OVM alone.
     story.client_sends(4, b"EVIL", 1);
     assert_eq!(heard_by(&mut story, 0), []);
 }
 
 #[test]
 fn nobody_speaks_in_the_name_of_a_guest() {
-    // Its kernel would drop the SYN in silence, and be taken for dead.
+    // The guest's kernel would silently drop the SYN, and look dead.
     let mut story = Story::new(1);
     for server in 0..2 {
         let syn = Segment {
@@ -205,7 +205,7 @@ fn a_replica_that_takes_nothing_does_not_stop_the_client() {
         let taken: usize = story.servers[0].drain(..).map(|heard| heard.payload.len()).sum();
         position += taken as u32;
         story.server_sends(0, 1, b"", position);
-        // So slow that no time limit catches it.
+        // The replica makes just enough progress that no time limit evicts it.
         story.server_sends(1, 1, b"", 1 + position / 500);
         story.servers[1].clear();
     }
@@ -267,7 +267,7 @@ fn a_tiny_mss_does_not_multiply_packets() {
         story.servers.iter_mut().for_each(VecDeque::clear);
     }
     story.client_sends(1, &[7; 880], 1);
-    // The rest once it has shown that it has the connection.
+    // The replica gets the rest once it has shown that it has the connection.
     story.server_sends(1, 1, b"", 89);
     assert_eq!((story.servers[0].len(), story.servers[1].len()), (10, 10));
 }
@@ -298,7 +298,7 @@ fn a_request_that_no_service_reads_evicts_nobody() {
         story.client_sends(501, &[7; 100], 1);
         for second in 0..15 {
             story.wait(Duration::from_secs(1));
-            // The replica's kernel lives, and says that its window is shut.
+            // The replica's kernel lives, and reports a closed window.
             story.server_says(
                 1,
                 Say { seq: iss(1).wrapping_add(1), ack: at(501), window: 0, ..Say::default() },
@@ -357,12 +357,12 @@ fn an_ovm_that_acknowledges_what_nobody_was_told_to_send_is_not_heard() {
 
 #[test]
 fn what_the_ovm_acknowledges_and_nobody_recorded_every_replica_lacks() {
-    // By whatever way it came there; one who reaches the guest's own address knows of ways.
+    // It does not matter how the bytes reached the OVM: a host that can reach the guest's own address can send it some.
     let mut story = Story::established(2);
     story.client_sends(1, b"SET", 1);
     story.server_hears(0);
     story.server_sends(0, 1, b"OK", 12);
-    // The client is not left waiting for it.
+    // The client still gets the acknowledgment and the answer.
     let answer = story.client_hears();
     assert_eq!((answer.ack, answer.payload), (at(12), b"OK".to_vec()));
     for replica in [1, 2] {
@@ -374,12 +374,12 @@ fn what_the_ovm_acknowledges_and_nobody_recorded_every_replica_lacks() {
     assert_eq!(story.client_hears().payload, b"1");
     let status = story.service.status();
     assert_eq!((status.servers[0].behind_bytes, status.counters["acknowledged_unrecorded"]), (0, 1));
-    // Nobody's state is known to equal what it has told its clients.
+    // No replica is known to equal the OVM, so none is promoted.
     story.fail_ovm();
     assert_eq!(story.service.ovm(), Some(ServerId(0)));
 }
 
-/// The client's segment with other bytes in the IP header, as `change` has them.
+/// The client's segment with an IP header that `change` has modified.
 fn with_ip_header(mut packet: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     change(&mut packet);
     packet
@@ -439,7 +439,7 @@ fn a_request_that_the_ovm_refused_is_kept_from_replicas_or_makes_them_stale() {
     for given in [false, true] {
         let mut story = Story::established(1);
         if !given {
-            // No room there for now.
+            // The replica's window is closed for now.
             story
                 .server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(1), window: 0, ..Say::default() });
         }
@@ -477,7 +477,7 @@ fn an_unknown_conversation_is_refused_where_a_replica_would_lack_it() {
         if refused {
             let reset = story.client_hears();
             assert_eq!((reset.seq, reset.flags), (iss(0) + 2, Flags::RST));
-            // Nor is the OVM heard, should it have had it before.
+            // If the OVM has that conversation, it is refused, too.
             story.server_sends(0, 2, b"OK", 4);
             assert_eq!(story.server_hears(0).flags, Flags::RST);
             assert!(story.client.iter().all(|heard| heard.payload.is_empty()));
@@ -511,7 +511,7 @@ fn a_handshake_that_others_pushed_out_costs_nobody_a_replica() {
     assert!(story.client_hears().flags.has(Flags::RST));
     story.silence();
     assert!(is_promotable(&story, 1));
-    // Nor one that is not completed by what the engine takes for its third segment.
+    // A handshake that the client's segment does not complete costs no replica either.
     story.wait(Duration::from_secs(1));
     story.servers.iter_mut().for_each(VecDeque::clear);
     story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
@@ -578,7 +578,7 @@ fn what_is_kept_for_all_conversations_is_bounded() {
         position += story.servers[0].iter().map(|heard| heard.payload.len() as u32).sum::<u32>();
         story.server_sends(0, 1, b"", position);
         assert!(story.service.status().retained_bytes < 4_000);
-        // The replica takes nothing, and no other limit is near.
+        // The replica acknowledges nothing, and no other limit is near.
         story.wait(Duration::from_millis(20));
     }
     assert!(story.events.iter().any(|event| matches!(event, EventKind::Evicted { .. })));
@@ -617,7 +617,8 @@ fn bytes_beyond_gaps_find_no_room_before_anybody_is_evicted_for_them() {
     let status = story.service.status();
     assert!(status.counters["out_of_order_bytes"] > 0 && status.retained_bytes < 5_000, "{status:?}");
     assert!(is_promotable(&story, 1) && is_promotable(&story, 2));
-    // What is in order has room, and who has no room for a gap sends again once it is closed.
+    // Segments in order find room; a client whose bytes beyond a gap found none retransmits them once the gap has
+    // closed.
     story.peer = honest;
     story.servers.iter_mut().for_each(VecDeque::clear);
     story.client_sends(2, b"bc", 1);
@@ -632,7 +633,7 @@ fn bytes_beyond_gaps_find_no_room_before_anybody_is_evicted_for_them() {
 fn nobody_is_evicted_where_that_would_free_nothing() {
     let mut story = Story::configured(1, |config| config.limits.retained_bytes = 2_000);
     story.establish(1);
-    // A client that acknowledges nothing; the replica has said the same.
+    // The client acknowledges nothing, and the replica has produced the same answer.
     for server in [0, 1] {
         story.server_sends(server, 1, &[b'x'; 990], 1);
     }

@@ -1,4 +1,4 @@
-//! Stories of single conversations, segment by segment: what each party says, what each one hears.
+//! Stories of single conversations, segment by segment: what each party sends, and what each receives.
 //!
 //! Here every number is chosen by hand; whole TCP stacks meet the engine in the simulator.
 
@@ -26,10 +26,10 @@ use crate::{
 const PSC: &str = "10.0.0.100:80";
 const CLIENT: &str = "10.0.0.1:5000";
 const LINK: LinkAddress = LinkAddress([2, 0, 0, 0, 0, 1]);
-/// The client's ISS: one conversation in four wraps early.
+/// The client's ISS: its sequence numbers wrap within the first bytes.
 const CLIENT_ISS: u32 = u32::MAX - 10;
 
-/// A segment that somebody heard.
+/// A segment that a client or server received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Heard {
     seq: u32,
@@ -42,24 +42,24 @@ struct Heard {
     payload: Vec<u8>,
 }
 
-/// A service with an OVM and seeded RVMs, one client, and everybody's inbox.
+/// A service with an OVM and seeded RVMs, a client, and an inbox for each of them.
 struct Story {
     service: Service,
-    /// Who speaks and is spoken to: [`CLIENT`], or another of its host.
+    /// The client's socket: [`CLIENT`], or another socket of the same host.
     peer: std::net::SocketAddr,
     now: Instant,
     client: VecDeque<Heard>,
     servers: Vec<VecDeque<Heard>>,
-    /// In whose name a server was last sent something.
+    /// The client in whose name a server was last sent a segment.
     sender: std::net::SocketAddr,
     events: Vec<EventKind>,
     outputs: Vec<Output>,
-    /// How often each server was asked for a sign of life.
+    /// How often the engine asked each server for a sign of life.
     asked: [u32; MAX_SERVERS],
     timestamps: bool,
 }
 
-/// What a party says; the rest of the segment follows from who says it.
+/// The segment that a party sends; its addresses follow from the party.
 struct Say<'a> {
     seq: u32,
     ack: u32,
@@ -150,7 +150,7 @@ impl Story {
         self.service.handle(self.now, Input::Command(command))
     }
 
-    /// What the plane may pass now, if it has nothing more to tell.
+    /// The conversation that the plane may pass now that it is idle.
     fn handover(&mut self) -> Option<Handover> {
         self.tell(Input::PlaneIdle);
         self.service.poll(self.now).map(|output| match output {
@@ -184,7 +184,7 @@ impl Story {
         }
     }
 
-    /// Time passes, in steps that no deadline is missed by.
+    /// Lets time pass, in steps that miss no deadline.
     fn wait(&mut self, time: Duration) {
         let until = self.now + time;
         while self.now < until {
@@ -347,7 +347,7 @@ fn at(position: u32) -> u32 {
     CLIENT_ISS.wrapping_add(position)
 }
 
-/// Each server's clock stands elsewhere.
+/// Each server's timestamp clock has another value.
 fn tsval(server: u32) -> u32 {
     [1000, 900_000, u32::MAX - 5, 77, 5, 1 << 31, 1, 3000][server as usize]
 }

@@ -1,4 +1,4 @@
-//! Each server's own numbers, one view for the client.
+//! Each server has its own numbers, and the client sees one view of them.
 
 use super::*;
 
@@ -53,7 +53,7 @@ fn time_never_runs_backwards_for_the_client() {
             tsecr: last,
             ..Say::default()
         });
-        // The other RVM has answered the same by now.
+        // Meanwhile the second RVM has produced the same answer.
         for other in server + 1..=2 {
             story.server_says(
                 other,
@@ -77,7 +77,7 @@ fn a_tsecr_that_the_new_ovm_never_sent_is_not_shown_to_it() {
     story.establish(1);
     story.fail_ovm();
     story.servers[1].clear();
-    // The client still echoes the old OVM's time.
+    // The client still echoes the old OVM's TSval.
     story.client_says(Say {
         seq: at(1),
         ack: iss(0) + 1,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{Flow, LagPolicy, StaleReason};
 
-/// So far may the OVM be ahead.
+/// Bytes by which the OVM may be ahead.
 const AHEAD: u32 = 500;
 
 /// A conversation that the plane passes, and how.
@@ -33,7 +33,7 @@ impl Passing {
         Self { story, flow: handover.flow }
     }
 
-    /// The client says what the plane passes. Gives the right edge that the OVM is told, as a position.
+    /// The client sends a segment that the plane passes. Returns the right edge that the OVM is told, as a position.
     fn client_says(&mut self, say: Say<'_>) -> u32 {
         let packet = self.story.client_packet(&say);
         let edge = self.flow.client_to_server(&mut packet.clone(), [10, 0, 0, 10].into()).unwrap();
@@ -46,7 +46,7 @@ impl Passing {
         edge.wrapping_sub(iss(0))
     }
 
-    /// The OVM says what the plane passes. Gives the right edge that the client is told, as a position.
+    /// The OVM sends a segment that the plane passes. Returns the right edge that the client is told, as a position.
     fn ovm_says(&mut self, say: Say<'_>) -> u32 {
         let packet = self.story.server_packet(0, &say);
         let edge = self.flow.server_to_client(&mut packet.clone(), [10, 0, 0, 100].into()).unwrap();
@@ -70,7 +70,7 @@ impl Passing {
 #[test]
 fn a_download_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
     let mut passing = Passing::begin();
-    // What the client has room for was told already, and holds.
+    // The OVM was already told of the client's whole window, which stays valid.
     assert_eq!(passing.flow.bounds.down.wrapping_sub(iss(0)), 1001);
     let answer = [b'x'; 1000];
     passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1), payload: &answer, ..Say::default() });
@@ -78,7 +78,7 @@ fn a_download_waits_for_a_replica_that_is_behind_and_is_told_to_go_on() {
     assert_eq!(edge, 1001, "the window is shut, though the client has room");
     let mut story = passing.story;
     assert_eq!(story.servers[0], []);
-    // The replica says the same, in two parts.
+    // The replica produces the same answer, in two parts.
     story.server_sends(1, 1, &answer[..400], 1);
     assert_eq!(story.outputs, [], "it is too far behind still");
     story.server_sends(1, 401, &answer[400..], 1);
@@ -135,7 +135,7 @@ fn an_ovm_that_was_stopped_for_one_replica_is_not_blamed_by_the_others() {
 #[test]
 fn what_the_plane_passed_into_a_window_that_the_client_took_back_is_recorded() {
     let mut passing = Passing::begin();
-    // Of this one the plane takes no notice: it leaves it to the daemon.
+    // The plane leaves this segment to the daemon, and does not notice the smaller window.
     passing.story.client_says(Say { seq: at(1), ack: iss(0) + 1, window: 100, ..Say::default() });
     let answer = [b'x'; 1000];
     passing.ovm_says(Say { seq: iss(0) + 1, ack: at(1), payload: &answer, ..Say::default() });
@@ -194,7 +194,8 @@ fn the_echo_of_a_repetition_that_the_daemon_sent_on_is_not_taken_for_that_of_the
     assert_eq!(segment.options.timestamps.map(|(_, echo)| echo), Some(3_000));
 }
 
-/// A download that `quick` follows at once, and the last server always behind by all that it may be; for so long.
+/// A download of length `time`. All replicas except the last follow at once; in the rounds for which `stops` is true,
+/// the last one stays so far behind that it stops the OVM.
 fn slowed_download(rvms: u32, on_lag: LagPolicy, time: Duration, stops: impl Fn(u32) -> bool) -> Story {
     let mut passing = Passing::configured(rvms, |config| config.on_lag = on_lag);
     let (mut end, piece) = (1, [b'x'; 50]);
@@ -204,7 +205,7 @@ fn slowed_download(rvms: u32, on_lag: LagPolicy, time: Duration, stops: impl Fn(
         if passing.story.now >= until {
             break;
         }
-        // The OVM goes on as far as it may, and the client takes it.
+        // The OVM sends as much as it may, and the client acknowledges it.
         let limit = passing.flow.bounds.down.wrapping_sub(iss(0)).min(end + 400);
         while end + 50 <= limit {
             passing.ovm_says(Say { seq: iss(0) + end, ack: at(1), payload: &piece, ..Say::default() });
@@ -239,12 +240,12 @@ fn a_replica_that_slows_clients_for_long_is_evicted_though_it_follows() {
     assert!(evicted(&story), "{:?}", story.events);
     assert_eq!(story.service.status().servers.len(), 2, "the quick one stays");
     assert!(!evicted(&after(6_000, LagPolicy::Wait)), "the operator chose that clients wait");
-    // One that is somewhat slower than the OVM.
+    // A replica that is only a little slower than the OVM stays.
     let story = slowed_download(2, LagPolicy::Evict, Duration::from_secs(20), |round| round % 4 == 0);
     assert!(!evicted(&story));
 }
 
-/// The client's next segment with these bytes behind its options.
+/// The client's next segment with these bytes after its options.
 fn with_options(story: &Story, options: &[u8], payload: &[u8]) -> Vec<u8> {
     let say = Say { seq: at(1), ack: iss(0) + 1, payload, ..Say::default() };
     let mut packet = story.client_packet(&say);
@@ -270,7 +271,7 @@ fn repair(packet: &mut [u8]) {
     packet[36..38].copy_from_slice(&check.to_be_bytes());
 }
 
-/// Options in which the plane and the engine might read something else than each other.
+/// Options that the plane and the engine might read differently.
 const AMBIGUOUS: [&[u8]; 14] = [
     &[2, 3, 0, 1],
     &[3, 2, 1, 1],
@@ -315,7 +316,8 @@ fn what_the_engine_can_not_take_though_it_was_passed_every_replica_lacks_at_once
             assert_eq!(stale.is_none(), can_read, "{options:?}");
         }
     }
-    // Of the OVM, what the client has and nobody else knows; a client, or an OVM, that the engine knows nothing of.
+    // Passed bytes of the OVM that the engine can't read, and passed segments of a client or the OVM in an unknown
+    // conversation.
     for case in 0..4 {
         let Passing { mut story, .. } = Passing::begin();
         let say = Say { seq: iss(0) + 1, ack: at(1), payload: b"answer", ..Say::default() };
@@ -339,7 +341,7 @@ fn what_the_engine_can_not_take_though_it_was_passed_every_replica_lacks_at_once
                 }
             }
             _ => {
-                // As long as there is nothing in it that anybody could lack.
+                // A segment without data has nothing that a replica could lack.
                 let packet = story.client_packet(&Say { seq: at(1), ack: iss(0) + 1, ..Say::default() });
                 let passage = Passage::Passed { edge: up, trusted: true };
                 story.tell(Input::Client { link: LINK, passage, packet: &packet });
@@ -352,7 +354,7 @@ fn what_the_engine_can_not_take_though_it_was_passed_every_replica_lacks_at_once
 
 #[test]
 fn a_checksum_is_what_its_receiver_takes_it_for() {
-    // Right, the sum of the pseudo-header only, wrong: to one who looks at it, and to one who trusts the device.
+    // A right, a partial and a wrong checksum, for a receiver that checks it and for a receiver that trusts its device.
     for (check, trusted, taken) in [
         (None, false, true),
         (Some(0_u16), false, false),
@@ -376,7 +378,8 @@ fn a_checksum_is_what_its_receiver_takes_it_for() {
         story.tell(Input::Client { link: LINK, passage, packet: &packet });
         story.drain();
         assert_eq!(!story.servers[1].is_empty(), taken, "{check:?} {trusted}");
-        // Who looks at it drops it: nobody lacks anything, unless somebody took it all the same.
+        // A receiver that checks the checksum drops the segment, so no replica lacks anything unless the OVM
+        // acknowledges it nevertheless.
         assert_eq!(story.service.status().servers[1].stale, None);
         story.server_says(0, Say { seq: iss(0) + 1, ack: at(4), ..Say::default() });
         assert_eq!(story.service.status().servers[1].stale.is_none(), taken);
@@ -401,8 +404,8 @@ fn an_acknowledgment_beyond_the_window_is_none_to_the_ovm_and_does_not_pass() {
 
 #[test]
 fn what_was_passed_is_taken_though_the_engine_is_a_step_behind() {
-    // On another CPU the plane passes an answer, and what acknowledges it comes into the ring before it; the window had
-    // been moved on there, and a later time of the client's is known here already.
+    // On another CPU the plane passes an answer, and the client's acknowledgment of it enters the ring first. There the
+    // window had advanced, and the engine already knows a later TSval of the client.
     let mut story = Story::new(1);
     story.timestamps = true;
     story.tell(Input::PlanePasses);

@@ -71,7 +71,7 @@ fn a_new_ovm_that_answers_differently_resets_the_conversation() {
     story.wait(Duration::from_millis(2));
     assert!(story.client.iter().any(|heard| heard.flags.has(Flags::RST)), "{:?}", story.client);
     assert!(story.client.iter().all(|heard| !heard.payload.windows(5).any(|bytes| bytes == b"wrong")));
-    // The exact reset, once the client has said where it is.
+    // The reset is exact once the client has told its RCV.NXT.
     story.client.clear();
     story.client_says(Say { seq: at(2), ack: iss(0) + 3, ..Say::default() });
     let reset = story.client_hears();
@@ -135,7 +135,7 @@ fn the_wait_begins_when_the_ovm_was_handed_the_request_last() {
         story.server_sends(1, 1, b"answer", 4);
         story.wait(Duration::from_millis(40));
         if repeated {
-            // What came before may have been lost on the way to the OVM.
+            // The earlier copy may have been lost on the way to the OVM.
             story.client_sends(1, b"ask", 1);
         }
         // A delayed ACK (RFC 9293 §3.8.6.3).
@@ -212,7 +212,7 @@ fn an_ovm_that_was_an_rvm_for_no_time_at_all_goes_on() {
     story.client_sends(2, b"r", 2);
     story.server_sends(1, 2, b"B", 3);
     story.client_says(Say { seq: at(3), ack: iss(0) + 3, ..Say::default() });
-    // There and back before the conversation is looked at.
+    // Two switchovers, there and back, before the conversation has a turn.
     story.command(Command::Switchover { to: None }).unwrap();
     story.command(Command::Switchover { to: None }).unwrap();
     story.drain();
@@ -256,7 +256,7 @@ fn a_new_ovm_still_gets_the_bytes_of_a_conversation_that_had_to_be_reset() {
     assert!(story.servers[1].iter().all(|heard| !heard.flags.has(Flags::RST)));
     assert!(story.servers[1].iter().any(|heard| heard.payload == b"set"));
     story.servers[1].clear();
-    // It has read the request: the answer is as long.
+    // The new OVM has read the request: its answer is as long as the old one's.
     story.server_sends(1, 6, b"ok", 5);
     let reset = story.servers[1].pop_back().unwrap();
     assert_eq!((reset.seq, reset.flags.has(Flags::RST)), (at(5), true));
@@ -271,7 +271,7 @@ fn what_a_new_ovm_says_where_it_differed_is_never_for_the_client() {
     story.server_sends(1, 1, b"wrong", 1);
     story.wait(Duration::from_secs(70));
     story.client.clear();
-    // It has not taken the client's byte yet, so it was not reset, and says it again.
+    // The new OVM has not acknowledged the client's byte yet, so it was not reset, and retransmits its answer.
     story.server_sends(1, 1, b"wrong", 1);
     assert!(story.client.is_empty());
 }
@@ -307,7 +307,7 @@ fn an_ovm_that_may_not_have_heard_of_the_clients_acknowledgment_is_not_accused()
     story.client_sends(1, b"ask", 1);
     story.server_sends(0, 1, b"part", 4);
     story.server_sends(1, 1, b"part, rest", 4);
-    // The acknowledgment was lost; a keepalive repeats it, where strict servers do not look.
+    // The acknowledgment was lost. A keepalive repeats it, but strict servers ignore the acknowledgment of a keepalive.
     story.client_says(Say { seq: at(3), ack: iss(0) + 5, payload: b"k", ..Say::default() });
     story.wait(Duration::from_millis(400));
     assert!(story.outputs.is_empty(), "{:?}", story.events);
@@ -316,7 +316,7 @@ fn an_ovm_that_may_not_have_heard_of_the_clients_acknowledgment_is_not_accused()
     assert!(!story.outputs.is_empty());
 }
 
-/// What it opens goes nowhere: it may hold something else than the OVM by now.
+/// Nobody answers a connection that a replica opens, so its state may differ from the OVM's by now.
 #[test]
 fn a_replica_that_opens_connections_of_its_own_is_promoted_only_by_an_operator() {
     let mut story = Story::established(1);
@@ -358,7 +358,7 @@ fn a_service_has_seven_replicas_and_no_more_and_outlives_seven_of_its_servers() 
         assert_eq!(story.client.pop_back().map(|heard| heard.payload), Some(b"!".to_vec()), "{survivor}");
         story.client_says(Say { seq: at(position + 1), ack: iss(0) + position + 1, ..Say::default() });
         story.wait(Duration::from_millis(1));
-        // More than three faults within a minute are not believed.
+        // The engine allows only three unplanned promotions within the window.
         story.wait(story.service.config().timing.promotion_window);
         story.client.clear();
     }

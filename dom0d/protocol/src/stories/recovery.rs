@@ -1,4 +1,4 @@
-//! An OVM that stalled loses its seat, not its life; and who fell back is nobody's successor before it has caught up.
+//! An OVM that stalled is deposed but not fenced, and no server that fell back is promoted before it has caught up.
 
 use super::*;
 use crate::{NotPromotable, StaleReason};
@@ -24,7 +24,7 @@ impl Story {
         self.server_sends(server, 1, b"", acked);
     }
 
-    /// The OVM's service hangs over a request of the client that the RVMs answer.
+    /// The OVM's service hangs on a request of the client that the RVMs answer.
     fn stalled(rvms: u32) -> Self {
         let mut story = Self::established(rvms);
         story.client_sends(1, b"ask", 1);
@@ -50,13 +50,13 @@ fn a_stalled_ovm_loses_its_seat_and_is_promotable_again_once_it_has_caught_up() 
     assert_eq!(story.obstacle(0), Some(NotPromotable::Recovering));
     story.wait(Duration::from_millis(450));
     assert_eq!(story.obstacle(0), Some(NotPromotable::Recovering));
-    // It goes on, at last. Its client has had that from another.
+    // At last the old OVM continues. Its client already has this answer from the new OVM.
     story.server_sends(0, 1, b"answer", 4);
     story.wait(Duration::from_millis(300));
     assert!(story.client.is_empty(), "{:?}", story.client);
     assert!(story.has(&EventKind::Recovered { server }), "{:?}", story.events);
     assert_eq!((story.obstacle(0), story.service.status().counters["recovered"]), (None, 1));
-    // It follows like any other, and takes over when it is needed.
+    // It follows like any other replica, and takes over when needed.
     story.client_sends(4, b"more", 7);
     assert_eq!(story.servers[0].pop_back().unwrap().payload, b"more");
     story.server_sends(0, 7, b"again", 8);
@@ -126,7 +126,7 @@ fn while_it_recovers_it_is_nobodys_successor() {
 #[test]
 fn while_it_recovers_it_speaks_against_nobody() {
     let mut story = Story::stalled(2);
-    // The new OVM is slow over this; the other replica has not had it yet. The deposed one has.
+    // The new OVM is slow with this request, and only the deposed OVM has acknowledged it.
     story.client_sends(4, b"more", 7);
     story.server_sends(0, 1, b"answer", 8);
     story.wait(Duration::from_millis(260));
@@ -166,7 +166,7 @@ fn other_faults_still_cost_it_its_life() {
     assert!(story.is_fenced(0));
 }
 
-/// A replica that has not answered for so long that it lags, and an OVM that is gone then.
+/// A replica that has not answered for so long that it lags.
 fn lagging() -> Story {
     let mut story = Story::established(1);
     story.client_sends(1, b"ask", 1);
@@ -191,7 +191,7 @@ fn a_refused_promotion_does_not_make_a_lagging_replica_promotable() {
             (Some(ServerId(0)), Some(NotPromotable::Lagging))
         );
     }
-    // It has all that it was given, and then the rest.
+    // It produces its first answer, and then the rest.
     story.server_sends(1, 1, b"answer", 4);
     story.wait(Duration::from_millis(300));
     assert_eq!(story.obstacle(1), Some(NotPromotable::Lagging));
@@ -220,7 +220,7 @@ fn a_domain_that_stops_and_goes_on_excuses_nobody_else() {
         flap(&mut story, 2);
     }
     assert_eq!(story.obstacle(1), Some(NotPromotable::Lagging));
-    // Nor the OVM from a witness's word.
+    // A replica's domain that stops and continues does not excuse the OVM either.
     let mut story = Story::established(2);
     story.client_sends(1, b"ask", 1);
     story.acknowledges(0, 4);

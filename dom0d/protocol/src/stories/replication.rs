@@ -50,7 +50,8 @@ fn a_replica_that_answers_first_is_not_kept_waiting() {
 
 #[test]
 fn a_replica_that_dropped_the_third_segment_is_sent_nothing_beyond_the_clients_iss() {
-    // It answered with a cookie, its service's queue is full, and any other sequence number it takes for forged.
+    // The replica answered with a cookie, and its service's accept queue is full. It takes any other sequence number
+    // for forged.
     let mut story = Story::established(1);
     story.client_sends(1, b"a", 1);
     story.client_sends(2, b"b", 1);
@@ -142,7 +143,7 @@ fn a_window_that_shuts_on_bytes_in_flight_is_probed() {
     let mut story = Story::established(1);
     story.client_sends(1, b"abc", 1);
     assert_eq!(story.server_hears(1).payload, b"abc");
-    // It had no room for the last byte, and its window update is lost.
+    // The replica had no room for the last byte, and its window update is lost.
     story.server_says(1, Say { seq: iss(1).wrapping_add(1), ack: at(3), window: 0, ..Say::default() });
     story.wait(Duration::from_millis(500));
     let probe = story.server_hears(1);
@@ -154,7 +155,7 @@ fn a_replica_that_leaves_before_it_had_everything_is_stale_at_once() {
     let mut story = Story::established(2);
     story.client_sends(1, b"set", 1);
     story.server_sends(0, 1, b"ok", 4);
-    // The new OVM has not got it either: what counts is what the client was told.
+    // The new OVM lacks the bytes, too. What counts is the acknowledgment that the client was sent.
     story.command(Command::Failover { to: Some(ServerId(1)), force: false }).unwrap();
     story.drain();
     let leaves = Say { seq: iss(2).wrapping_add(1), ack: at(1), flags: Flags::RST, ..Say::default() };
@@ -164,7 +165,7 @@ fn a_replica_that_leaves_before_it_had_everything_is_stale_at_once() {
 
 #[test]
 fn a_replica_is_told_what_arrived_beyond_a_gap() {
-    // Without SACK blocks its kernel takes a duplicate ACK for nothing, and waits for its timer.
+    // Without SACK blocks its kernel ignores a duplicate ACK, and waits for its timer.
     let mut story = Story::established(1);
     story.server_sends(1, 11, b"late", 1);
     let told = story.server_hears(1);
@@ -201,7 +202,7 @@ fn a_replica_keeps_the_window_that_it_was_told_when_the_clients_shrinks() {
     story.client_says(Say { seq: at(4), ack: iss(0) + 101, window: 0, ..Say::default() });
     let told = story.servers[1].pop_back().unwrap();
     assert_eq!((told.ack, told.window), (iss(1).wrapping_add(101), 900));
-    // It may have sent as much before it heard of that.
+    // The replica may have sent that much before it learned of the smaller window.
     story.server_sends(1, 101, &[b'x'; 900], 4);
     assert_eq!(story.service.status().servers[1].behind_bytes, 0);
 }

@@ -1,4 +1,4 @@
-//! A service goes on in another process, or says why not.
+//! A service continues in another process, or says why it can't.
 
 use super::*;
 use crate::{Bounds, NotPromotable, RestoreError, StaleReason, Transmit, Uncovered};
@@ -102,7 +102,7 @@ fn damage_is_noticed() {
         let mut damaged = saved.clone();
         damaged[at] ^= 1 << (at % 8);
         assert_eq!(restore(&damaged), Err(RestoreError::Unreadable), "byte {at}");
-        // Nor does anything happen but an error where the checksum does not help.
+        // With a right checksum over damaged bytes, `restore` may succeed or fail, but must not panic.
         let (body, checksum) = damaged.split_last_chunk_mut::<4>().unwrap();
         *checksum = crc32fast::hash(body).to_le_bytes();
         let _ = restore(&damaged);

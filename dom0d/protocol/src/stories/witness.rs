@@ -1,4 +1,4 @@
-//! Who may speak against an OVM: not a client by its ACKs, its silence or its address.
+//! A client's ACKs, silence or address never accuse an OVM (rule 11).
 
 use super::*;
 use crate::Sign;
@@ -7,7 +7,7 @@ fn is_suspected(story: &Story) -> bool {
     story.events.iter().any(|event| matches!(event, EventKind::Suspected { .. }))
 }
 
-/// Time passes; the OVM's kernel answers whenever it is asked.
+/// Lets time pass; the OVM's kernel answers whenever the engine asks it.
 fn wait_alive(story: &mut Story, time: Duration) {
     let (until, ovm) = (story.now + time, story.service.ovm().expect("an OVM"));
     while story.now < until {
@@ -34,7 +34,7 @@ fn a_segment_that_only_the_ovm_does_not_acknowledge_accuses_no_living_kernel() {
     assert!(is_suspected(&story));
 }
 
-/// A client's SYN that the OVM does not answer, and what the replica says to it when asked.
+/// A client's SYN that the OVM does not answer, and that the replica answers when it is asked.
 fn unanswered_syn(story: &mut Story, lives: bool) {
     story.client_says(Say { seq: CLIENT_ISS, flags: Flags::SYN, ..Say::default() });
     for _ in 0..20 {
@@ -84,7 +84,7 @@ fn what_a_replica_says_by_its_own_clock_accuses_nobody() {
             (up, down) = (4, 3);
             story.client_says(Say { seq: at(up), ack: iss(0) + down, ..Say::default() });
         }
-        // The replica's clock is half a second, or one and a half, ahead.
+        // The replica's timers are half a second, or one and a half seconds, ahead.
         for ahead in [1, 2] {
             for _ in 0..ahead {
                 story.wait(Duration::from_millis(500));
@@ -110,7 +110,7 @@ fn an_answer_that_the_ovm_breaks_off_is_evidence() {
     story.server_sends(0, 1, b"the first half", 4);
     story.client_says(Say { seq: at(4), ack: iss(0) + 15, ..Say::default() });
     story.wait(Duration::from_millis(100));
-    // The replica is later, and has all of it at once.
+    // The replica is later, and produces the whole answer at once.
     story.server_sends(1, 1, b"the first half", 4);
     story.server_sends(1, 15, b", and the other", 4);
     wait_alive(&mut story, Duration::from_millis(245));
@@ -125,14 +125,14 @@ fn an_ovm_is_given_the_clients_acknowledgment_again_before_it_is_accused() {
     story.client_sends(1, b"ask", 1);
     story.server_sends(0, 1, b"part", 4);
     story.server_sends(1, 1, b"part", 4);
-    // A segment that the engine believes, and the OVM's kernel does not get.
+    // A segment that the engine accepts, and the OVM's kernel never receives.
     story.client_says(Say { seq: at(4), ack: iss(0) + 5, ..Say::default() });
     story.server_sends(1, 5, b"rest", 4);
     story.servers[0].clear();
     wait_alive(&mut story, Duration::from_millis(60));
     let heard: Vec<_> = story.servers[0].iter().map(|heard| (heard.seq, heard.ack)).collect();
     assert_eq!(heard, [(at(4), iss(0) + 5), (at(3), iss(0) + 5)]);
-    // It goes on.
+    // The OVM continues.
     story.server_sends(0, 5, b"rest", 4);
     wait_alive(&mut story, Duration::from_millis(300));
     assert!(!is_suspected(&story));
@@ -151,7 +151,7 @@ fn an_ovm_that_can_not_reach_the_client_is_not_accused_of_saying_nothing() {
         let is_stranger = asked_for == "10.0.0.77:0";
         assert_eq!(is_suspected(&story), is_stranger, "{asked_for}");
         if !is_stranger {
-            // It has reached the client, and hangs.
+            // The OVM has reached the client, and hangs.
             story.server_sends(0, 1, b"", 4);
             wait_alive(&mut story, Duration::from_millis(510));
             assert!(is_suspected(&story), "{asked_for}");
@@ -171,7 +171,7 @@ fn evidence_against_one_server_deposes_no_other() {
     story.wait(Duration::from_millis(260));
     let against = Output::StopPlane { accused: ServerId(0), evidence: Evidence::UnacknowledgedSegment };
     assert!(story.outputs.contains(&against), "{:?}", story.outputs);
-    // An operator comes first.
+    // An operator's command arrives before the caller confirms the evidence.
     story.tell(Input::PlaneStopped);
     story.command(Command::Switchover { to: Some(ServerId(1)) }).unwrap();
     story.drain();

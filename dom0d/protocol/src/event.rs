@@ -19,7 +19,7 @@ pub struct LinkAddress(pub [u8; 6]);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Evidence {
-    /// (a) The domain is gone, or shut down with a code that nobody planned.
+    /// (a) The domain is gone, or shut down with a code that no planned shutdown has.
     DomainGone,
     /// (b) The domain is paused, and no operator announced that.
     DomainPaused,

@@ -10,9 +10,10 @@ use crate::domain::DomainId;
 use crate::message::Message;
 
 impl Placement {
-    /// A domain that was migrated within this host has the same UUID and memory under another number. What was
-    /// given of it counts for that, before its old life ends, so that nobody takes that for its end. Back, too: a
-    /// migration that fails at its very end leaves the domain what and where it was.
+    /// A domain that was migrated within this host has the same UUID and memory under another number. Before the old
+    /// domain ends, placement transfers to the new number everything that it gave the data path of the old one, so that
+    /// the old domain's end does not count as the server's. It also transfers it back: a migration that fails at its
+    /// very end leaves the domain what and where it was.
     ///
     /// A rebooted domain has the same UUID and another number too, but was not received.
     pub(super) fn follow_moves(&mut self, snapshot: &Snapshot) {
@@ -54,7 +55,7 @@ impl Placement {
         }
     }
 
-    /// Whether a domain's memory is elsewhere, or was, and what is here is on its way out.
+    /// Whether a domain's memory has been moved elsewhere, so that what is left here is about to end.
     pub(super) fn is_left_behind(&self, index: usize, domain: &Domain) -> bool {
         let is_given = self.given.contains_key(&(index, domain.id()));
         let mut given = self.given.iter();

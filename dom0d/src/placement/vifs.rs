@@ -13,13 +13,13 @@ use crate::link::vif::GuestVif;
 use crate::message::Message;
 
 impl Placement {
-    /// Notes all vifs that the service's domains have, whatever their state is. One whose domain, or backend, is not listed
-    /// any more counts as long as its interface is there. Whether they are others than before.
+    /// Notes all vifs that the service's domains have, whatever their state is. A vif whose domain or backend is no
+    /// longer listed counts as long as its interface exists. True if the vifs have changed.
     pub(super) fn note_vifs(&mut self, index: usize, snapshot: &Snapshot, links: &[Link]) -> bool {
         let service = &self.config.services[index];
         let number = |name: &str| links.iter().find(|link| link.name == name).map(|link| link.index);
         let mut vifs = self.vifs[index].clone();
-        // One that was given another name is nobody's here any more.
+        // A vif that got another name no longer belongs to a server here.
         let is_still_of = |was: &DomainRef| {
             let mut listed = snapshot.domains.iter();
             let now = listed.find(|domain| (domain.uuid, domain.domid) == (was.uuid, was.domid));
@@ -38,8 +38,8 @@ impl Placement {
         before != self.vifs[index]
     }
 
-    /// Puts what holds domains back on all their vifs, and back where somebody has taken it away. A vif that is new is held
-    /// as a whole if the data path is about to hear of it, which then says what may go on from it.
+    /// Puts containment on all vifs of the domains, and puts it back where it was removed (rule 13). A new vif is
+    /// contained as a whole if the data path is about to learn of it; the data path then says what may pass from it.
     pub(super) async fn contain(&mut self, links: &[Link], is_told: bool) {
         let Some(containment) = &mut self.containment else { return };
         let own: BTreeSet<&String> = self.vifs.iter().flat_map(BTreeMap::keys).collect();
@@ -51,7 +51,7 @@ impl Placement {
         for link in links.iter().filter(|link| own.contains(&link.name)) {
             let is_new = self.contained.get(&link.name) != Some(&link.index);
             let place = (understudy_bpf::CONTAIN_PRIORITY, understudy_bpf::CONTAIN_NUMBER);
-            // One that can't be asked is gone, or answers the next time.
+            // A vif that can't be queried is gone, or answers next time.
             if !is_new && anchor::has_program(&self.netlink, link, true, place).await.unwrap_or(true) {
                 continue;
             }
@@ -82,12 +82,12 @@ impl Placement {
         }
     }
 
-    /// Puts the service's programs back where somebody has taken them away.
+    /// Puts the service's programs back where they were removed.
     pub(super) async fn mend_programs(&mut self, index: usize, service: &config::Service, links: &[Link]) {
         let Some(programs) = &mut self.programs[index] else { return };
         let mut again = Vec::new();
         for (interface, is_ingress) in programs.places() {
-            // An interface that is gone, or another by now, is opened anew in any case.
+            // An interface that is gone or was replaced is opened again in any case.
             let Some(link) = links.iter().find(|link| link.name == interface) else { continue };
             let is_as_opened = !is_ingress
                 || self.given.iter().any(|((service, _), given)| {

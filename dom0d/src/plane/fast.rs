@@ -1,6 +1,6 @@
-//! The kernel's part of the plane `bpf`: clients and OVM talk through tc programs (see [`understudy_bpf`]), and the
-//! engine hears copies, in order. What the programs leave aside comes and goes through the captured interfaces, as on
-//! the plane `pcap`.
+//! The kernel's part of the plane `bpf`: tc programs (see [`understudy_bpf`]) pass segments between clients and OVM,
+//! and the engine gets copies, in order. Frames that the programs leave aside come and go through the captured
+//! interfaces, as on the plane `pcap`.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,30 +18,30 @@ use super::Origin;
 use crate::link::frame::is_unicast;
 use crate::link::vif::Vif;
 
-/// How often the ring is looked at while something comes in: what the kernel passed wakes nobody.
+/// How often the data-path thread looks at the ring while packets arrive: a passed packet does not wake it.
 const LOOK: Duration = Duration::from_micros(250);
 
-/// For how long after the last record.
+/// For how long after the last packet it does so.
 const BUSY: Duration = Duration::from_millis(3);
 
-/// Bytes taken from the ring of clients and OVM, and from that of each replica, before others have their turn. As much
-/// for each: what a client says makes every replica say about as much, and what a full ring loses is an
-/// acknowledgment, whose bytes are then sent again after a timeout.
+/// Bytes taken from the ring of clients and OVM, and from the ring of each replica, before other work gets its turn.
+/// Each ring gets as much, because each client segment makes every replica send about as much; and a full ring loses
+/// acknowledgments, which cost a retransmission timeout.
 const TURN: usize = 1 << 18;
 
-/// The number of bytes that the smallest packet counts for: its cost is not in its bytes.
+/// The number of bytes for which the smallest packet counts, because its cost does not depend on its bytes.
 const LEAST_COST: usize = 1_024;
 
 /// See the module.
 pub(crate) struct FastPath {
     tap: Tap,
-    /// Who is in which of the kernel's slots.
+    /// The server in each of the kernel's slots.
     slots: [Option<ServerId>; SLOTS],
     ovm: Option<ServerId>,
     stopped: bool,
-    /// Where the ring ended when it last stopped.
+    /// The end of the ring when the fast path last stopped.
     end: RingEnd,
-    /// What may still be taken in this round: of the ring, and of each replica's.
+    /// Bytes that may still be taken in this round: from the ring of clients and OVM, and from each replica's.
     left: usize,
     rvms_left: [usize; SLOTS],
     /// The ring was found empty when last looked at.
@@ -58,12 +58,12 @@ struct Counters {
     no_slot: u64,
 }
 
-/// What a successor must know to go on with the maps of a fast path.
+/// What a successor must know to continue with the maps of a fast path (rule 8).
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Left {
     /// Servers by their slots in the maps.
     slots: BTreeMap<ServerId, u8>,
-    /// What the kernel had passed and could not tell, as far as the engine knows of it.
+    /// How many packets the kernel had passed and could not report, as far as the engine knows.
     untold: u64,
 }
 
@@ -98,7 +98,7 @@ fn shared(bounds: Bounds) -> layout::Bounds {
 }
 
 impl FastPath {
-    /// Goes on where a predecessor's was, with that OVM; without one it knows no servers and passes nothing yet.
+    /// Continues where a predecessor stopped, with that OVM. Without an OVM it passes nothing yet.
     pub(super) fn new(tap: Tap, left: &Left, ovm: Option<ServerId>) -> Self {
         let mut slots = [None; SLOTS];
         for (&server, &slot) in &left.slots {
@@ -164,8 +164,8 @@ impl FastPath {
         sources.filter_map(|source| self.tap.fd(source))
     }
 
-    /// Begins a round, in which a bounded number of bytes is taken. The rings are looked at whatever a poll said: that
-    /// costs less than a poll, and most records wake nobody.
+    /// Begins a round, in which a bounded number of bytes is taken. The round looks at the rings whatever the poll
+    /// reported: that costs less than a poll, and most packets do not wake the thread.
     pub(super) fn begin_round(&mut self) {
         self.left = TURN;
         self.rvms_left = [TURN; SLOTS];
@@ -208,7 +208,7 @@ impl FastPath {
         None
     }
 
-    /// Says where a packet came from; `None` if from nobody who is known, or from a MAC that can't be.
+    /// The origin of a packet; `None` if its server is unknown, or its source MAC is impossible.
     fn taken(&self, source: Source, copied: &Copied) -> Option<Taken> {
         let passage = match copied {
             Copied { unattended: true, .. } => Passage::Unattended,
@@ -224,12 +224,12 @@ impl FastPath {
         Some(Taken { source, length: copied.length, from, passage })
     }
 
-    /// A packet, where it lies.
+    /// A packet in its ring, not copied.
     pub(super) fn packet(&mut self, source: Source) -> Packet<'_> {
         self.tap.packet(source)
     }
 
-    /// Lets this OVM's segments through, and nobody else's; also after [`FastPath::stop`].
+    /// Lets this OVM's segments through to clients, and no other server's (rule 1). Also ends [`FastPath::stop`].
     pub(super) fn set_ovm(&mut self, ovm: Option<ServerId>) {
         if self.ovm == ovm && !self.stopped {
             return;
@@ -246,19 +246,19 @@ impl FastPath {
             return false;
         }
         self.tap.activate(None);
-        // Once, or whoever goes on to fill the ring decides how long a cutover takes.
+        // Read the end once: otherwise clients that continue to fill the ring would decide how long a cutover takes.
         self.end = self.tap.end();
         self.stopped = true;
         true
     }
 
-    /// Whether it stopped and was not told of an OVM since.
+    /// Whether it was stopped and has not been given an OVM since.
     pub(crate) fn is_stopped(&self) -> bool {
         self.stopped
     }
 
-    /// The next packet of those that came before [`FastPath::stop`], passed or not; `None` when there is none left,
-    /// whatever clients have said since: that is received as ever.
+    /// The next packet, passed or not, that arrived before [`FastPath::stop`]; `None` when none is left.
+    /// [`FastPath::receive`] returns packets that arrived later.
     pub(super) fn rest(&mut self) -> Option<Taken> {
         loop {
             let copied = self.tap.next_before(self.end)?;
@@ -273,7 +273,7 @@ impl FastPath {
         self.idle && !self.stopped
     }
 
-    /// Passes a conversation from now on, lets it go on further, or passes it no more.
+    /// Begins to pass a conversation, moves its bounds, or stops passing it.
     pub(crate) fn apply(&mut self, rule: &Rule) {
         match rule {
             Rule::HandOver(handover) => {
@@ -281,7 +281,7 @@ impl FastPath {
                 let conversation = Conversation::new(&handover.flow, handover.link.0, handover.entry);
                 match self.tap.install(&key, conversation, shared(handover.flow.bounds)) {
                     Ok(()) => self.counters.handed_over += 1,
-                    // Its segments go on through the daemon.
+                    // The conversation's segments continue to go through the daemon.
                     Err(_) => self.counters.hand_over_failed += 1,
                 }
             }
@@ -290,13 +290,13 @@ impl FastPath {
         }
     }
 
-    /// Whether something was passed since the last call that could not be told.
+    /// Whether since the last call the kernel has passed a packet that it could not report.
     pub(crate) fn take_untold(&mut self) -> bool {
         let untold = self.tap.unrecorded();
         std::mem::replace(&mut self.untold, untold) != untold
     }
 
-    /// Tells the programs that the daemon lives, and says when to look at the ring again.
+    /// Tells the programs that the daemon lives, and returns when to look at the ring again.
     pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
         self.tap.beat(now.as_micros().saturating_mul(1_000));
         (now < self.busy_until).then(|| now + LOOK)
@@ -311,7 +311,7 @@ impl FastPath {
         }
     }
 
-    /// Whether this OVM's segments, and nobody else's, are let through to clients.
+    /// Whether the programs let this OVM's segments through to clients, and no other server's.
     pub(crate) fn lets_speak(&self, ovm: Option<ServerId>) -> bool {
         !self.stopped && self.tap.active() == ovm.and_then(|ovm| self.slot_of(ovm))
     }

@@ -100,12 +100,12 @@ struct Counters {
     malformed: u64,
 }
 
-/// What becomes of a plane's servers.
+/// A change to a plane's servers.
 pub(crate) enum Change<'a> {
-    /// A server's vif is open: that of a new server, or in place of the one that it had. A server that the fast path has no
-    /// slot for is not in the plane ([`Ports::has_server`]).
+    /// A server's vif is open: a new server's, or one that replaces its former vif. If the fast path has no slot for
+    /// the server, it does not join the plane ([`Ports::has_server`]).
     Opened {
-        /// Whose.
+        /// The server.
         server: ServerId,
         /// The open interface.
         interface: Interface,
@@ -121,7 +121,7 @@ pub(crate) enum Change<'a> {
     },
     /// A server is gone: its interface is closed.
     Gone(ServerId),
-    /// Who is the OVM from now on; also after [`FastPath::stop`].
+    /// The OVM from now on; also ends [`FastPath::stop`].
     Ovm(Option<ServerId>),
 }
 
@@ -129,22 +129,22 @@ pub(crate) enum Change<'a> {
 enum Meaning {
     /// A packet for the engine, in this part of the frame at hand.
     Packet(Origin, Range<usize>),
-    /// Dealt with, or nothing to do.
+    /// The plane has dealt with the frame, or has nothing to do.
     Done,
 }
 
-/// The plane that a service's configuration asks for, if this host has it; else the portable one and why.
+/// The plane that a service's configuration asks for, if this host can run it; otherwise the plane `pcap`, and why.
 pub(crate) struct Choice {
     /// The plane.
     pub(crate) plane: Plane,
-    /// What goes on the service's interfaces.
+    /// The programs to attach to the service's interfaces.
     pub(crate) programs: Option<Programs>,
-    /// Why it is not the one that was asked for.
+    /// Why it is not the configured plane.
     pub(crate) reason: Option<String>,
 }
 
-/// Chooses a service's plane, whose maps, if it has any, are pinned there. It goes on where a predecessor's was, with that
-/// OVM. May take a moment: the kernel verifies programs.
+/// Chooses a service's plane. If it has maps, they are pinned at `pins`. The plane continues where a predecessor
+/// stopped (`left`), with that OVM. May take a moment, because the kernel verifies programs.
 pub(crate) fn choose(
     service: &config::Service,
     pins: Option<&Path>,
@@ -175,7 +175,7 @@ pub(crate) fn choose(
 }
 
 impl Plane {
-    /// A server's vif opened, a server goes on under another id or is gone, or another server is the OVM.
+    /// Applies a change to the plane's servers.
     pub(crate) fn change(&mut self, change: Change<'_>) {
         match change {
             Change::Opened { server, interface: Interface { index, device }, vif } => {
@@ -209,8 +209,8 @@ impl Plane {
         self.fast.iter().flat_map(FastPath::fds).chain(self.ports.fds()).collect()
     }
 
-    /// Which of [`Plane::fds`] have something, in their order; the others, and those that are not told of, are left alone
-    /// until the next poll.
+    /// Notes which of [`Plane::fds`] are readable, in their order. The plane does not read any others until the next
+    /// poll.
     pub(crate) fn set_ready(&mut self, ready: &[PollFlags]) {
         let rings = self.fast.as_ref().map_or(0, |fast| fast.fds().count());
         if let Some(fast) = &mut self.fast {
@@ -219,8 +219,8 @@ impl Plane {
         self.ports.set_ready(ready.get(rings..).unwrap_or_default(), self.ovm);
     }
 
-    /// The next packet of this round, fairly from all that are ready. Gives a bounded number of packets after each
-    /// [`Plane::set_ready`]. Answers neighbours' questions on the way.
+    /// The next packet of this round, taken fairly from all readable interfaces; a bounded number after each
+    /// [`Plane::set_ready`]. Answers ARP and ND for the PSC on the way.
     pub(crate) fn receive(&mut self, now: Instant) -> Option<Inbound<'_>> {
         if let Some(taken) = self.fast.as_mut().and_then(|fast| fast.receive(now)) {
             return self.inbound(taken);
@@ -243,7 +243,7 @@ impl Plane {
         Some(Inbound { from, packet, passage: Passage::Kept })
     }
 
-    /// Does what is due, and says when to call again.
+    /// Does what is due, and returns when to call again.
     pub(crate) fn tick(&mut self, now: Instant) -> Option<Instant> {
         let look = self.fast.as_mut().and_then(|fast| fast.tick(now));
         look.into_iter().chain(self.presence.tick(now, &mut self.ports)).min()

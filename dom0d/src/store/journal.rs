@@ -65,7 +65,7 @@ pub(crate) struct Journal {
     sum: u32,
 }
 
-/// Why a daemon can't go on where its predecessor was.
+/// Why a daemon can't continue where its predecessor stopped.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Lost {
     /// There was no predecessor, or it ended in order.
@@ -221,14 +221,14 @@ impl Journal {
         }))
     }
 
-    /// Begins anew with a snapshot, in the other file. `save` writes it to the beginning of what it is given and says
-    /// how long it is; `None` if there is no room for it.
+    /// Begins a new turn with a snapshot, in the second of the two files. `save` writes the snapshot to the beginning
+    /// of the bytes that it is given and returns its length; `None` if it does not fit.
     pub(crate) fn turn(&mut self, save: impl Fn(&mut [u8]) -> Option<usize>) -> io::Result<()> {
-        // A turn takes 12 MiB of log: nobody comes round.
+        // A turn takes 12 MiB of log, so the number never wraps.
         let turn = self.turn + 1;
         let parity = (turn % 2) as usize;
         if let Some(pages) = &mut self.files[parity] {
-            // Whole no more.
+            // From here on this file is no complete journal.
             pages.set_word(PLACE_TURN, 0);
         }
         let mut least = HEAD + LEAST + RESERVE;
@@ -255,7 +255,7 @@ impl Journal {
         Ok(())
     }
 
-    /// A file with at least so many bytes; those that it has stay.
+    /// A file of at least `least` bytes; keeps the bytes that it has.
     fn file(&mut self, parity: usize, least: usize) -> io::Result<&mut Pages> {
         let pages = match self.files[parity].take() {
             Some(pages) if pages.bytes().len() >= least => pages,
@@ -264,7 +264,7 @@ impl Journal {
         Ok(self.files[parity].insert(pages))
     }
 
-    /// Nobody goes on from here: what follows is not written down.
+    /// Ends the journal: no successor can continue from it, because later inputs are not recorded.
     pub(crate) fn give_up(mut self) {
         for pages in self.files.iter_mut().flatten() {
             pages.set_word(PLACE_TURN, 0);
@@ -276,8 +276,8 @@ impl Journal {
         self.at >= self.due
     }
 
-    /// Adds a record. `write` writes it to the beginning of what it is given and says how long it is, `None` if there is no
-    /// room for it; then the result is `false`.
+    /// Adds a record. `write` writes it to the beginning of the bytes that it is given and returns its length; `None`
+    /// if it does not fit, and then the result is `false`.
     #[must_use]
     pub(crate) fn add(&mut self, write: impl FnOnce(&mut [u8]) -> Option<usize>) -> bool {
         let (at, sum) = (self.at, self.sum);

@@ -27,28 +27,28 @@ pub(crate) struct Memory {
     pub(crate) services: BTreeMap<String, ServiceMemory>,
 }
 
-/// What is remembered of one service.
+/// The memory of one service (rule 14).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ServiceMemory {
     /// How often another domain began to serve.
     generation: u64,
-    /// The domain that served last, or does.
+    /// The domain that serves, or served last.
     last: Option<Last>,
     /// RVMs that had everything that the OVM of their time had.
     equals: Vec<Equal>,
-    /// Why nobody can say who served last; an operator's word ends it.
+    /// Why it is unknown which domain served last; an operator's statement ends the doubt.
     doubt: Option<String>,
     /// Domains that have been in the queue: they need a new statement on their state.
     seen: Vec<Uuid>,
     /// Domains that an operator detached.
     detached: Vec<Uuid>,
-    /// A client has been served: a domain that appears now has missed something.
+    /// Whether a client has been served: a domain that appears now has missed something.
     pub(crate) served: bool,
-    /// Left by a clean end: who was promotable and had everything. The PSC is gone while no dom0d runs
-    /// (on the `pcap` plane), so nothing can be missed meanwhile. Good for the next start only.
+    /// Left by a clean end: the RVMs that were promotable and had everything. On the plane `pcap` the PSC is gone while
+    /// no dom0d runs, so they can miss nothing meanwhile. Valid for the next start only.
     in_step: Option<InStep>,
-    /// Which boot of dom0 this was last known in.
+    /// The boot of dom0 in which this memory was last used.
     boot: String,
 }
 
@@ -79,7 +79,8 @@ struct Equal {
     name: String,
     /// The generation of that OVM.
     generation: u64,
-    /// When that ended, in seconds since the Unix epoch; `None` while it lasts, 0 if nobody saw.
+    /// When it ceased to equal that OVM, in seconds since the Unix epoch; `None` while it does, 0 if the time is
+    /// unknown.
     until: Option<u64>,
 }
 
@@ -90,14 +91,14 @@ impl Default for Memory {
 }
 
 impl Memory {
-    /// What is remembered of a service, in this boot of dom0.
+    /// The memory of a service, in this boot of dom0.
     pub(crate) fn of(&self, service: &str, boot: &str) -> ServiceMemory {
         let mut memory = self.services.get(service).cloned().unwrap_or_default();
         for equal in memory.equals.iter_mut().filter(|equal| equal.until.is_none()) {
             equal.until = Some(0);
         }
         if memory.boot != boot {
-            // All domains have begun anew: none is as it was left, and none has missed what nobody was given.
+            // All domains have rebooted: none is as it was left, and if no client was served, none has missed anything.
             memory.in_step = None;
             if !memory.served {
                 memory.seen.clear();
@@ -107,7 +108,7 @@ impl Memory {
         memory
     }
 
-    /// What was remembered is lost for this reason: of these services nobody knows who served last.
+    /// The memory is lost, for this reason: for these services it is unknown which domain served last.
     pub(crate) fn lost<'a>(services: impl Iterator<Item = &'a str>, reason: &str) -> Self {
         let doubt = || ServiceMemory { doubt: Some(reason.to_owned()), served: true, ..Default::default() };
         Self { services: services.map(|name| (name.to_owned(), doubt())).collect(), ..Self::default() }
@@ -115,18 +116,19 @@ impl Memory {
 }
 
 impl ServiceMemory {
-    /// Whether `domain` is to serve; `None` if that is the configuration's choice, since nobody was served yet.
+    /// Whether `domain` is to serve; `None` if no client was served yet, so that the configuration decides.
     pub(crate) fn serves(&self, domain: &DomainRef) -> Option<bool> {
         if self.doubt.is_some() {
             return Some(false);
         }
         let last = self.last.as_ref().filter(|_| self.served || self.generation > 1)?;
-        // By name after a reboot of dom0, which ends all domains, and for which xl makes up new UUIDs. At any other time
-        // somebody has created that domain, and what it holds is his to say.
+        // By name after a reboot of dom0, which ends all domains, and for which xl makes up new UUIDs. At any other
+        // time an operator has created that domain, and must state what state it has.
         Some(last.uuid == domain.uuid || (last.name == domain.name && last.boot != self.boot))
     }
 
-    /// What a service waits for that has nobody to serve, and what to do, as far as the memory knows; `domains` are there.
+    /// If a service has no domain that may serve: what it waits for and what the operator can do, as far as the memory
+    /// knows. `domains` are the present ones.
     pub(crate) fn question<'a>(
         &self,
         service: &str,

@@ -5,7 +5,7 @@
 //!     Open ────────────────────▶ Recuperating ────────────────▶ Open
 //!       │                             │
 //!       │ both FINs acknowledged, or the client's RST (RFC 9293 §3.10.7.4); a RST of the OVM (§3.5.3);
-//!       │ nobody can carry it on (rule 7)
+//!       │ no server can continue it (rule 7)
 //!       ▼                             ▼
 //!     Closed ◀────────────────────────┘
 //! ```

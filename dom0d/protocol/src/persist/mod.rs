@@ -1,3 +1,3 @@
-//! A service as bytes, so that another process can go on where this one was.
+//! A service as bytes, so that another process can continue where this one stopped.
 
 pub(crate) mod saved;

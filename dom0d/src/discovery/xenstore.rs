@@ -1,11 +1,10 @@
 //! Lists the domains anew whenever xenstore changes. Keeps a connection to xenstored, watches what matters, and survives a
 //! xenstored that restarts.
 //!
-//! A task that both drained a watch and asked xenstore would deadlock inside xenstore-rs once nine
-//! events wait (its dispatcher blocks on the watch's channel and answers nobody). So each watch has a
-//! task of its own that only sets a flag, and the lister, which asks, waits for that flag. The crate
-//! does not tell that its connection died either: every request has a deadline, and an idle connection
-//! is asked something now and then.
+//! A task that both drained a watch and asked xenstore would deadlock inside xenstore-rs once nine events wait (its
+//! dispatcher blocks on the watch's channel and answers nobody). So each watch has a task of its own that only sets a
+//! flag, and the lister, which asks, waits for that flag. The crate does not report that its connection died either:
+//! every request has a deadline, and the lister queries an idle connection now and then.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -58,23 +57,23 @@ const WATCH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Waits before xenstored is tried again: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// How others ask for a new list, when they have heard of a change that no event may tell.
+/// How other threads ask for a new list, when they know of a change for which xenstore may send no event.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Relist(Arc<Notify>);
 
 impl Relist {
-    /// Asks. What is asked until the list is made is asked once; nobody waits.
+    /// Asks for a new list, and does not wait. All requests until the list is made count as one.
     pub(crate) fn ask(&self) {
         self.0.notify_one();
     }
 
-    /// Whether somebody has asked; not any more once this was called.
+    /// Whether a list was asked for since the last call.
     #[cfg(test)]
     pub(crate) async fn is_asked(&self) -> bool {
         timeout(Duration::ZERO, self.0.notified()).await.is_ok()
     }
 
-    /// Resolves once somebody has asked, but not too soon after the last list.
+    /// Resolves once a list was asked for, but not too soon after the last list.
     async fn asked(&self, last: Instant) {
         sleep_until(last + ASKED).await;
         self.0.notified().await;
@@ -173,7 +172,7 @@ async fn read_requests(xenstore: XsTokio, requests: Arc<Requests>, changed: Arc<
         }
         let unread = mem::take(&mut *requests.unread.lock().unwrap_or_else(PoisonError::into_inner));
         for domid in unread {
-            // A connection that fails is the lister's to tell.
+            // The lister reports a connection that fails.
             if let Ok(Some(request)) = request_to(&xenstore, domid).await {
                 let mut read = requests.read.lock().unwrap_or_else(PoisonError::into_inner);
                 read.insert(domid, (request, Instant::now()));
@@ -214,7 +213,7 @@ impl Connection {
         }
     }
 
-    /// Lists after each change; returns why the connection is of no use any more.
+    /// Makes a list after each change; returns why the connection is no longer usable.
     async fn follow(&mut self, found: &watch::Sender<Found>, relist: &Relist) -> io::Error {
         loop {
             let mut snapshot = match list(&self.xenstore).await {

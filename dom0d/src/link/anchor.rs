@@ -64,9 +64,9 @@ pub(crate) enum AnchorError {
     /// The kernel refused.
     #[error("can't {what}: {error}")]
     Netlink {
-        /// What was being done.
+        /// The step that failed.
         what: String,
-        /// What the kernel said.
+        /// The kernel's answer.
         error: rtnetlink::Error,
     },
     /// A setting of an interface can't be written.
@@ -127,7 +127,7 @@ fn link(message: &LinkMessage) -> Link {
     link
 }
 
-/// Makes a PSC's veth pair with its anchor on `bridge`. Replaces one that a crash left.
+/// Makes a PSC's veth pair with its anchor on `bridge`. Replaces a pair that a crash left.
 pub(crate) async fn create(
     netlink: &Handle,
     psc_mac: Mac,
@@ -140,7 +140,7 @@ pub(crate) async fn create(
     refused(format!("create the veth pair {anchor}"), netlink.link().add(veth).execute().await)?;
     let result = set_up(netlink, (&anchor, &far), psc_mac, vlan, bridge).await;
     if result.is_err() {
-        // A half-made pair must not stay. The error of setting it up says more than one of removing it.
+        // A half-made pair must not stay. Report the error of setting it up, not that of removing it.
         let _ = remove(netlink, psc_mac).await;
     }
     result.map(|()| far)
@@ -153,7 +153,7 @@ async fn set_up(
     vlan: Option<u16>,
     bridge: &Link,
 ) -> Result<(), AnchorError> {
-    // Before they are up: an interface that comes up with IPv6 speaks at once.
+    // Before they are up: an interface that comes up with IPv6 sends packets at once.
     for name in [anchor, far] {
         disable_ipv6(name)?;
         let message = LinkUnspec::new_with_name(name)
@@ -178,7 +178,7 @@ async fn set_up(
     tie(netlink, psc_mac, vlan, index).await
 }
 
-/// Has the bridge send what is for the PSC's MAC to its anchor, whose number this is, in the service's VLAN.
+/// Makes the bridge send frames for the PSC's MAC to its anchor, the interface with this number, in the service's VLAN.
 pub(crate) async fn tie(
     netlink: &Handle,
     psc_mac: Mac,
@@ -226,22 +226,22 @@ fn disable_ipv6(interface: &str) -> Result<(), AnchorError> {
 pub(crate) async fn remove(netlink: &Handle, psc_mac: Mac) -> Result<(), AnchorError> {
     let (anchor, far) = names(psc_mac);
     let links = links(netlink).await?;
-    // Either end takes the other along.
+    // Deleting either end deletes both.
     match links.iter().find(|link| link.name == anchor || link.name == far) {
         Some(link) => delete(netlink, link).await,
         None => Ok(()),
     }
 }
 
-/// Takes from all interfaces the programs that dom0ds have put there, but for those of the services with these MACs.
-/// Gives where there were any.
+/// Removes from all interfaces the programs that any dom0d attached, except those of the services with these MACs.
+/// Returns the interfaces that had any.
 pub(crate) async fn remove_programs(netlink: &Handle, kept: &[Mac]) -> Result<Vec<String>, AnchorError> {
     let kept: Vec<u32> = kept.iter().map(|&mac| understudy_bpf::number(mac)).collect();
     let mut found = Vec::new();
     for link in links(netlink).await? {
         for is_ingress in [true, false] {
             for (priority, number) in filters(netlink, &link, is_ingress).await?.iter().filter_map(program) {
-                // What contains domains is anew with each dom0d.
+                // Each dom0d attaches its own containment program.
                 if priority != understudy_bpf::PRIORITY || !kept.contains(&number) {
                     understudy_bpf::take_off(&link.name, is_ingress, priority, number);
                     found.push(link.name.clone());
@@ -253,7 +253,7 @@ pub(crate) async fn remove_programs(netlink: &Handle, kept: &[Mac]) -> Result<Ve
     Ok(found)
 }
 
-/// Priority and number of a program that some dom0d has put on an interface; `None` if the filter is somebody else's.
+/// Priority and number of a program that a dom0d attached to an interface; `None` if the filter is not dom0d's.
 fn program(filter: &TcMessage) -> Option<(u16, u32)> {
     let number = (u32::from(filter.header.handle.major) << 16) | u32::from(filter.header.handle.minor);
     let is_bpf = filter.attributes.iter().any(|part| *part == TcAttribute::Kind("bpf".to_owned()));
@@ -282,8 +282,8 @@ async fn filters(netlink: &Handle, link: &Link, is_ingress: bool) -> Result<Vec<
     refused(format!("list the filters of {}", link.name), found)
 }
 
-/// Takes the place for programs (the clsact qdisc) from interfaces, unless somebody else's are there; one that is gone
-/// took it along.
+/// Removes the place for programs (the clsact qdisc) from interfaces, unless it holds programs that are not dom0d's. An
+/// interface that is gone has none any more.
 pub(crate) async fn remove_clsact(netlink: &Handle, interfaces: &[String]) -> Result<(), AnchorError> {
     for link in links(netlink).await?.iter().filter(|link| interfaces.contains(&link.name)) {
         let mut others = filters(netlink, link, true).await?;
@@ -305,7 +305,7 @@ pub(crate) async fn remove_leftovers(netlink: &Handle, psc_macs: &[Mac]) -> Resu
     let wanted: Vec<(String, String)> = psc_macs.iter().map(|&mac| names(mac)).collect();
     for link in links(netlink).await? {
         let is_wanted = wanted.iter().any(|(anchor, far)| link.name == *anchor || link.name == *far);
-        // Deleting one end of a pair deletes the other.
+        // Deleting one end of a pair deletes both.
         if link.ours && !is_wanted && link.name.starts_with("usa") {
             tracing::info!(interface = link.name, "removing an anchor that was left behind");
             delete(netlink, &link).await?;
@@ -340,14 +340,14 @@ fn refused<T>(what: impl Into<String>, result: Result<T, rtnetlink::Error>) -> R
     result.map_err(|error| AnchorError::Netlink { what: what.into(), error })
 }
 
-/// Asks the network whether somebody has the PSC's addresses already; gives the first who answers.
-/// Takes a fraction of a second. Frames of clients that come meanwhile are lost.
+/// Asks the network whether a host already has one of the PSC's addresses; returns the first that answers. Takes a
+/// fraction of a second. Frames of clients that come meanwhile are lost.
 pub(crate) fn probe(device: &mut Device, psc: &Psc) -> Option<(std::net::IpAddr, Mac)> {
     let mut frame = Vec::new();
     for _ in 0..PROBES {
         if let Some(v4) = psc.v4 {
             let probe = frame::arp_request(psc.mac, std::net::Ipv4Addr::UNSPECIFIED, v4);
-            // A lost probe is what the others are for.
+            // A lost probe does no harm: more follow.
             let _ = device.send(&probe, None);
         }
         if let Some(v6) = psc.v6 {

@@ -1,5 +1,5 @@
-//! Hears from the kernel (rtnetlink) when interfaces must be looked at again: one came, went or changed, somebody removed
-//! filters from one, or the bridge forgot a PSC.
+//! Learns from the kernel (rtnetlink) when interfaces must be looked at again: an interface came, went or changed or
+//! lost its filters, or the bridge forgot a PSC.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::frame::Mac;
 
-/// What is heard; any number of changes until it is asked for is one.
+/// The pending notice. Any number of changes until it is taken counts as one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Changes(Arc<Notify>);
 

@@ -10,7 +10,7 @@ use crate::link::psc::Psc;
 use crate::message::Message;
 
 impl Placement {
-    /// Sees to it that the PSC has its place on `bridge`.
+    /// Makes sure that the PSC's anchor is on `bridge`.
     pub(super) async fn anchor(
         &mut self,
         index: usize,
@@ -63,7 +63,8 @@ impl Placement {
         Ok(())
     }
 
-    /// Makes the anchor, or takes it as it `is_left` there; the PSC's addresses are nobody else's then.
+    /// Makes the anchor, or adopts the one that a predecessor left (`is_left`). Fails if dom0 itself has one of the
+    /// PSC's addresses, or, before a new anchor comes into use, if another host answers for one.
     pub(super) async fn place(
         &self,
         service: &config::Service,

@@ -107,7 +107,7 @@ impl Placement {
             }
             let left = (open.name != new.name).then(|| open.name.clone());
             if open.addresses != new.addresses {
-                // Not the server it was: it leaves and comes as another.
+                // It is no longer the same server: the old one leaves, and a new one comes.
                 self.tell(Message::Departed { service: key.0, domain: key.1 });
             }
             if let Some(vif) = left {

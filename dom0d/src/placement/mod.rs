@@ -35,7 +35,7 @@ use crate::wake::Waker;
 /// How often everything is looked at again while something is missing.
 const IMPATIENT: Duration = Duration::from_secs(1);
 
-/// How often everything is looked at again while nothing is: what netlink tells of may have been too much to be heard.
+/// How often everything is looked at again while nothing is missing: netlink may have dropped messages.
 const PATIENT: Duration = Duration::from_secs(10);
 
 /// Shortest time between two looks that changes of interfaces cause.
@@ -47,7 +47,7 @@ const AFTER_LOSS: Duration = Duration::from_millis(200);
 /// How often it is asked meanwhile whether it is gone: it is lost a moment before.
 const GONE_YET: Duration = Duration::from_millis(5);
 
-/// How long a PSC whose address is taken by somebody else waits before it is tried again.
+/// How long placement waits before it tries again an anchor whose PSC address another host has.
 const ADDRESS_TAKEN: Duration = Duration::from_secs(10);
 
 const KERNEL_RELEASE: &str = "/proc/sys/kernel/osrelease";
@@ -64,7 +64,7 @@ pub(crate) struct Placement {
     given: BTreeMap<(usize, DomainId), Given>,
     /// By service: every vif that a domain of it has, or had and that is still there.
     vifs: Vec<BTreeMap<String, GuestVif>>,
-    /// What holds domains back in the kernel, if it can, and the numbers of the vifs that it is on.
+    /// The containment program, if the kernel has loaded it, and the numbers of the vifs that have it.
     containment: Option<Containment>,
     contained: BTreeMap<String, u32>,
     /// Domains with two lives at present: what of them is not usable now may be in a moment.
@@ -190,7 +190,7 @@ impl Placement {
         self.follow_moves(snapshot);
         let links = anchor::links(&self.netlink).await.map_err(|error| error.to_string());
         if let Ok(links) = &links {
-            // First: a vif must be contained before it comes up.
+            // This comes first: a vif must be contained before it comes up (rule 13).
             let services = 0..self.config.services.len();
             let changed: Vec<usize> =
                 services.filter(|&index| self.note_vifs(index, snapshot, links)).collect();

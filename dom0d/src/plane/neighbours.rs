@@ -1,6 +1,5 @@
-//! Which link-layer address has a given IP address? Learned from the traffic that dom0d sees, so that an
-//! RVM's questions can be answered with the real next hop, and so that nothing need be resolved at a
-//! promotion.
+//! Link-layer addresses of neighbours, by IP address. dom0d learns them from the traffic that it sees, so that it can
+//! answer an RVM's questions with the real next hop, and need resolve nothing at a promotion.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -16,7 +15,7 @@ const GENERATION: usize = 2_048;
 /// Questions that wait for an answer, over all servers.
 const WAITING: usize = 64;
 
-/// How long a question waits for the real answer before its asker is given the PSC's MAC.
+/// How long a question waits for the real answer before dom0d answers it with the PSC's MAC.
 const PATIENCE: Duration = Duration::from_millis(900);
 
 /// A known neighbour.
@@ -24,7 +23,7 @@ const PATIENCE: Duration = Duration::from_millis(900);
 pub(crate) struct Neighbour {
     /// Its link-layer address.
     pub(crate) mac: Mac,
-    /// It said that it is a router (IPv6).
+    /// It announced itself as a router (IPv6).
     pub(crate) router: bool,
 }
 
@@ -48,8 +47,8 @@ pub(crate) enum Response {
     Answer(Neighbour),
     /// Ask the network first.
     Ask,
-    /// It has been waiting too long: nobody has that address, or only behind a router. Any answer lets
-    /// the asker's TCP speak, and its frames go to dom0d in any case.
+    /// The question has waited too long: no host of the link has that address, or only one behind a router. Any answer
+    /// lets the asker's TCP send, and its frames go to dom0d in any case.
     AnswerWithPsc,
     /// Asked already; wait.
     Wait,
@@ -58,7 +57,7 @@ pub(crate) enum Response {
 /// Neighbours and open questions; bounded, and cheap per packet whatever a client sends.
 #[derive(Default)]
 pub(crate) struct Neighbours {
-    /// Those heard of lately. When it is full it becomes `old`, and what was old is forgotten.
+    /// Neighbours learned recently. When this is full, it becomes `old`, and the former `old` is forgotten.
     young: HashMap<IpAddr, Neighbour>,
     old: HashMap<IpAddr, Neighbour>,
     /// Spares a look-up per packet: bulk traffic comes from one address.
@@ -67,7 +66,7 @@ pub(crate) struct Neighbours {
 }
 
 impl Neighbours {
-    /// Learns that `address` is reached through `mac`; gives the questions that this answers.
+    /// Learns that `address` is reached through `mac`; returns the questions that this answers.
     pub(crate) fn learn(&mut self, address: IpAddr, mac: Mac, router: Option<bool>) -> Vec<Question> {
         if router.is_none() && self.last == Some((address, mac)) {
             return Vec::new();
@@ -118,7 +117,7 @@ impl Neighbours {
             }
             Some(_) => Response::Wait,
             None if self.waiting.len() >= WAITING => {
-                // Whatever has waited longest has been asked again by now, or never will be.
+                // The kernel of the oldest question has asked again by now, or never will.
                 self.waiting.remove(0);
                 self.waiting.push((question, now));
                 Response::Ask

@@ -1,5 +1,5 @@
-//! A service's open interfaces: the far end of the PSC's anchor, and its servers' vifs. What they hold is taken in turns,
-//! and frames are sent from them; failures are counted, for to a TCP they are losses.
+//! A service's open interfaces: the far end of the PSC's anchor, and its servers' vifs. Takes their frames in turns,
+//! and sends frames from them. Counts failures, which to a TCP are losses.
 //!
 //! Frames for a guest go to its vif itself, never through the bridge.
 
@@ -14,14 +14,14 @@ use crate::link::device::{Device, Lost, SendError};
 use crate::link::frame::{self, Mac};
 use crate::link::vif::Vif;
 
-/// Bytes taken from the anchor and from the OVM before the others have their turn: one super-packet, which
-/// makes some forty segments for each server.
+/// Bytes taken from the anchor and from the OVM before other interfaces get their turn: one super-packet, which makes
+/// some forty segments for each server.
 const TURN: usize = 65_536;
 
 /// The same for an RVM: room for the acknowledgments of such a super-packet, and no more for a flood.
 const RVM_TURN: usize = 32_768;
 
-/// The number of bytes that the smallest frame counts for: its cost is not in its bytes.
+/// The number of bytes for which the smallest frame counts, because its cost does not depend on its bytes.
 const LEAST_COST: usize = 1_024;
 
 /// An interface that a service lost.
@@ -37,7 +37,7 @@ pub(crate) struct Loss {
 #[derive(Default)]
 pub(crate) struct Ports {
     anchor: Option<Port>,
-    /// The anchor was opened, and nobody has asked yet.
+    /// The anchor was opened since [`Ports::take_is_new`] was last called.
     is_new: bool,
     servers: BTreeMap<ServerId, Server>,
     /// Whose turns are left until the next poll.
@@ -63,7 +63,7 @@ struct Turn {
     from: Option<ServerId>,
     /// What may still be taken, in bytes.
     left: usize,
-    /// When what it has is taken, it is lost.
+    /// The interface is down: once its last frames are taken, it is lost.
     is_down: bool,
 }
 
@@ -202,8 +202,8 @@ impl Ports {
         }
     }
 
-    /// An interface gives nothing any more. The socket says so once, and libpcap, which then asks whether the interface
-    /// is still there, keeps that to itself where it is about to go.
+    /// An interface yields nothing any more. The socket reports that once; libpcap then checks whether the interface
+    /// still exists, and hides the error of an interface that is about to vanish.
     fn lose(&mut self, from: Option<ServerId>, error: String) {
         let port = match from {
             None => self.anchor.as_mut(),
@@ -286,7 +286,7 @@ impl Ports {
 }
 
 impl Counters {
-    /// Counts what became of a frame; `None` if there was no interface to send it from.
+    /// Counts a frame that was not sent; `None` if there was no interface to send it from.
     fn count_send(&mut self, sent: Option<Result<(), SendError>>) {
         let counter = match sent {
             Some(Ok(())) => return,

@@ -92,7 +92,7 @@ impl Places {
     }
 }
 
-/// Removes what killed dom0ds left of services that are not configured any more: nobody will succeed them.
+/// Removes what killed dom0ds left of services that are no longer configured: these have no successor.
 pub(crate) fn remove_strays(services: &[config::Service], directory: &Path) {
     let names: Vec<String> = services.iter().map(mac_name).collect();
     for (place, prefix) in [(Path::new(BPFFS), "understudy-"), (directory, "")] {

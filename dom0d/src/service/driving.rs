@@ -9,7 +9,7 @@ use crate::plane::{Change, FastPath, Inbound, Origin};
 use crate::report::Happening;
 use crate::store::succession::Engine;
 
-/// A service and what is around it.
+/// A service, and what it uses of the data path around it.
 struct Driving<'s, 'a> {
     service: &'s mut Service,
     around: &'s mut Surroundings<'a>,
@@ -71,7 +71,7 @@ pub(super) fn hear(engine: &mut Engine, now: Instant, inbound: &Inbound<'_>) {
 }
 
 impl Service {
-    /// Carries out what the engine wants; `true` if more waits.
+    /// Carries out the engine's outputs; `true` if more wait.
     pub(crate) fn drain(&mut self, now: Instant, around: &mut Surroundings<'_>) -> bool {
         understudy_driver::drain(&mut Driving { service: self, around }, now)
     }
@@ -109,7 +109,7 @@ impl Service {
             Output::StopPlane { .. } => {}
             Output::Event(event) => {
                 self.note(&event.kind);
-                // To the engine these happen at the instant of their cause; in force they are now.
+                // The engine dates these events to the instant of their cause; they take effect now.
                 let carried_out = matches!(
                     event.kind,
                     EventKind::CutOver { .. } | EventKind::FirstByte { .. } | EventKind::Recuperated { .. }

@@ -167,7 +167,7 @@ impl Service {
         Ok(new)
     }
 
-    /// Makes a server the OVM of a service that has none, because an operator says so.
+    /// Makes a server the OVM of a service that has none, because an operator asked for it.
     pub(crate) fn install(
         &mut self,
         now: Instant,

@@ -17,7 +17,7 @@ pub(crate) struct Server {
     pub(crate) vif: Vif,
     /// Where it stands.
     pub(crate) place: Place,
-    /// What the hypervisor said of it.
+    /// The hypervisor's last information on its domain.
     pub(crate) watch: Watch,
     /// It runs, as far as the hypervisor says.
     pub(crate) running: bool,

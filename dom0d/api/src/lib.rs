@@ -11,11 +11,7 @@ mod status;
 pub mod time;
 pub mod words;
 
-pub use command::{
-    Answer, Attach, Attached, Command, CopyEnd, DEFAULT_COPY_LIMIT_MS, DEFAULT_DRAIN_TIMEOUT_MS, Done,
-    Failover, Failure, Hold, HoldState, Holding, MAX_COPY_LIMIT_MS, MAX_DRAIN_TIMEOUT_MS, Notice,
-    NoticeEvent, Noticed, OnDomain, Promoted, Refusal, Switchover,
-};
+pub use command::*;
 pub use event::{EVENTS_LOST, Event};
 pub use status::{
     Conversation, Conversations, Domain, KnownDomain, Leg, Server, Service, Services, Status, queue_state,

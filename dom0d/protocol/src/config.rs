@@ -46,8 +46,9 @@ impl ServiceConfig {
     }
 }
 
-/// Bounds on memory and queues (rule 6). Each has a counter of the same name in [`crate::ServiceStatus`], which grows
-/// when the bound takes effect.
+/// Bounds on memory and queues (rule 6). A counter of the bound's name in [`crate::ServiceStatus`] grows when the engine drops,
+/// evicts or leaves unprotected for it. [`Self::promotions`] has `promotions_limited`; [`Self::inflight_bytes`] and
+/// [`Self::resets_per_ms`], which only delay, have none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
@@ -158,7 +159,7 @@ pub enum CandidatePolicy {
     Queue,
 }
 
-/// What happens when an RVM exceeds [`Limits::lag_bytes`] or [`Timing::lag_limit`].
+/// What happens when an RVM exceeds [`Limits::lag_bytes`], or slows clients for long.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LagPolicy {

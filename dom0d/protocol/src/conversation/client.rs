@@ -241,17 +241,22 @@ impl Conversation {
         turn.send_to_client(link, reset.emit());
     }
 
-    /// The client retransmitted its SYN: the OVM must answer, or the daemon in its place.
-    pub(crate) fn handle_repeated_syn(&mut self, syn: &Segment<'_>, turn: &mut Turn<'_>) {
-        if let Some(recuperating) = self.state.recuperating_mut() {
-            recuperating.ack_due = true;
-            return;
+    /// A SYN in an open conversation (RFC 5961 §4). The daemon answers it for all servers: RVMs never receive it, so the OVM
+    /// must not receive it either, since its kernel could close the connection. A client that has forgotten the
+    /// conversation answers the challenge with a RST, which closes it at every server. The RST's position is exact only
+    /// after the OVM has acknowledged everything recorded. Until then the daemon sends the OVM its first unacknowledged
+    /// segment again, and the client retransmits its SYN.
+    pub(crate) fn answer_syn(&mut self, link: LinkAddress, turn: &mut Turn<'_>) {
+        turn.counters.unacceptable += 1;
+        if self.told.acked == self.up_end() {
+            return turn.send_to_client(link, self.segment_to_client().emit());
         }
         let Some((slot, server)) = turn.ovm() else { return };
-        if self.legs.get(slot, server).is_some_and(|leg| leg.through)
-            && let Some(guest) = turn.guest(slot, self.key.psc)
-        {
-            turn.send_to_server(server, Segment { dst: guest, payload: &[], ..*syn }.emit());
+        if let Some(mut ovm) = self.legs.take(slot, server) {
+            if ovm.through {
+                self.retransmit_first(&mut ovm, turn);
+            }
+            self.legs.put(slot, ovm);
         }
     }
 

@@ -29,11 +29,10 @@ impl Service {
             self.ctx.counters.unacceptable += 1;
             return;
         }
-        let known = self.table.find(&key).filter(|id| {
-            self.table.get_mut(*id).is_some_and(|known| known.is_open() && known.client.iss == syn.seq)
-        });
-        if let Some(id) = known {
-            return self.with(id, |conversation, turn| conversation.handle_repeated_syn(syn, turn));
+        let open =
+            self.table.find(&key).filter(|id| self.table.get_mut(*id).is_some_and(|known| known.is_open()));
+        if let Some(id) = open {
+            return self.with(id, |conversation, turn| conversation.answer_syn(link, turn));
         }
         let former = self.table.find(&key).and_then(|id| self.table.get_mut(id)).map(|former| &*former);
         if former.is_some_and(|former| !former.is_open() && former.client.iss == syn.seq) {

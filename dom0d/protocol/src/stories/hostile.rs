@@ -288,6 +288,21 @@ fn addresses_used_again_at_once_do_not_make_replicas_stale() {
 }
 
 #[test]
+fn a_syn_in_an_open_conversation_reaches_no_server() {
+    // An OVM that closed for it would refuse what replicas took.
+    let mut story = Story::established(1);
+    for seq in [CLIENT_ISS, at(1), at(100_000)] {
+        story.client_says(Say { seq, flags: Flags::SYN, payload: b"SET", ..Say::default() });
+        let challenge = story.client_hears();
+        assert_eq!((challenge.seq, challenge.ack, challenge.flags), (iss(0) + 1, at(1), Flags::ACK));
+        story.silence();
+    }
+    story.fail_ovm();
+    story.silence();
+    assert_eq!(story.service.status().conversations, 1);
+}
+
+#[test]
 fn a_request_that_no_service_reads_evicts_nobody() {
     // The replica's receive buffer is the smaller one.
     for reads in [false, true] {

@@ -275,13 +275,13 @@ impl Conversation {
     /// One exception: if the client stops acknowledging, a server whose congestion window is smaller than the OVM's
     /// would stop before the OVM's position, and through the record (rule 3) hold up the requests of all other clients.
     /// The daemon retains what it sent that client and can supply it whoever serves, so it acknowledges those bytes to
-    /// the server.
+    /// the server. In a conversation that has ended the client acknowledges nothing more either.
     fn told_to(&self, leg: &Leg) -> (u64, u64) {
         if leg.through {
             return (self.client.acked, self.client.edge.min(self.bounds.1));
         }
         let mut acknowledged = leg.produced().min(self.client.acked);
-        if self.is_client_silent || self.state.was_reset() {
+        if self.is_client_silent || !self.is_open() {
             acknowledged = acknowledged.max(leg.said.compared.min(self.down.end()));
         }
         // The server may send everything that the client was sent, even if the client's window has shrunk since. It

@@ -73,8 +73,7 @@ impl Conversation {
         turn.counters.rvm_segments += 1;
         let Some(start) = position_of(leg.numbers.iss, segment.seq, leg.said.answers.end()) else { return };
         if segment.flags.has(Flags::RST) {
-            self.note_gone(slot, leg, turn);
-            return;
+            return self.handle_suppressed_reset(leg, slot, start, turn);
         }
         if leg.gone.is_some() {
             // The server has sent a RST, and whatever follows is ignored; or it has not received the daemon's RST,
@@ -130,6 +129,20 @@ impl Conversation {
             let position = start + segment.payload.len() as u64;
             leg.ack_due |= leg.said.fin.is_some();
             leg.said.fin.get_or_insert(position);
+        }
+    }
+
+    /// Only a RST at the exact position counts (RFC 5961 §3): the server's SND.NXT, or, if the server has no such socket any
+    /// more, the position that the daemon last acknowledged to it. Any other RST is challenged, and a server that has
+    /// closed answers the challenge with an exact one. A new OVM that still catches up answers a client's wrong
+    /// acknowledgment with a RST and keeps the connection (RFC 9293 §3.10.7.4, SYN-RECEIVED).
+    fn handle_suppressed_reset(&self, leg: &mut Leg, slot: Slot, start: u64, turn: &mut Turn<'_>) {
+        if [leg.said.answers.end(), leg.produced(), leg.told.0].contains(&start) {
+            return self.note_gone(slot, leg, turn);
+        }
+        turn.counters.unacceptable += 1;
+        if let Some(guest) = turn.guest(slot, self.key.psc).filter(|_| leg.gone.is_none()) {
+            turn.send_to_server(leg.server, self.segment_to_leg(leg, guest).emit());
         }
     }
 

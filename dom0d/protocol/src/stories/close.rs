@@ -98,6 +98,19 @@ fn a_clients_reset_reaches_the_replica_behind_its_data() {
 }
 
 #[test]
+fn what_a_client_left_unacknowledged_at_its_reset_stops_no_replica() {
+    // A kernel with Nagle's algorithm says the rest of an answer only when what it said before is acknowledged.
+    let mut story = Story::established(1);
+    story.client_sends(1, b"q", 1);
+    story.server_sends(0, 1, b"answer", 2);
+    story.server_sends(1, 1, b"answ", 2);
+    story.client_says(Say { seq: at(2), ack: iss(0) + 3, ..Say::default() });
+    story.servers[1].clear();
+    story.client_says(Say { seq: at(2), flags: Flags::RST, ..Say::default() });
+    assert_eq!(story.server_hears(1).ack, iss(1).wrapping_add(5));
+}
+
+#[test]
 fn a_conversation_that_the_ovm_reset_is_not_counted_any_more() {
     let mut story = Story::established(0);
     story.server_says(
@@ -192,6 +205,21 @@ fn a_reset_of_the_ovm_beside_the_exact_position_is_challenged() {
     story.server_says(0, Say { seq: iss(0) + 1, flags: Flags::RST, ..Say::default() });
     story.wait(Duration::from_millis(21));
     assert!(story.client_hears().flags.has(Flags::RST));
+}
+
+#[test]
+fn a_reset_of_a_replica_beside_the_exact_position_is_challenged() {
+    // A new OVM in SYN-RECEIVED answers a client's wrong acknowledgment with one, and goes on (RFC 9293 §3.10.7.4).
+    let mut story = Story::established(1);
+    story.server_says(1, Say { seq: iss(1).wrapping_add(40), flags: Flags::RST, ..Say::default() });
+    let challenge = story.server_hears(1);
+    assert_eq!((challenge.seq, challenge.ack, challenge.flags), (at(1), iss(1).wrapping_add(1), Flags::ACK));
+    story.client_sends(1, b"q", 1);
+    assert_eq!(story.server_hears(1).payload, b"q");
+    // One that is gone answers exactly.
+    story.server_says(1, Say { seq: challenge.ack, flags: Flags::RST, ..Say::default() });
+    story.client_sends(2, b"q", 1);
+    assert!(story.servers[1].is_empty());
 }
 
 #[test]

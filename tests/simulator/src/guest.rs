@@ -18,8 +18,9 @@ const UNSENT_LIMIT: usize = 128 << 10;
 const RING_PACKETS: usize = 256;
 /// Sockets ready to accept a SYN.
 const BACKLOG: usize = 2;
-/// Sockets that wait for the process to accept, in any state.
-const SOCKETS: usize = 64;
+/// Sockets that wait for the process to accept, in any state: more than the hostile clients of a run can half open, since
+/// smoltcp refuses what finds no room, where kernels answer with cookies or not at all.
+const SOCKETS: usize = 256;
 
 /// A server's properties.
 #[derive(Clone, Debug)]

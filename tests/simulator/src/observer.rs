@@ -145,6 +145,8 @@ pub(crate) struct Leg {
     pub(crate) contradicts_itself: bool,
     pub(crate) fin: Option<i64>,
     pub(crate) reset: bool,
+    /// Sequence number of its last RST.
+    reset_at: Option<u32>,
     /// It sent more than the client had a window for.
     pub(crate) overran: bool,
     /// When its FIN or RST was first seen.
@@ -481,12 +483,15 @@ impl Observer {
             // A server that was reset before it said anything may be asked again.
             let anew = leg.iss != Some(segment.seq) && leg.produced.high() == 0;
             if acks_isn && anew {
-                *leg = Leg { iss: Some(segment.seq), ..Leg::default() };
+                // Its RST may have overtaken it on the link.
+                let reset = leg.reset_at == Some(segment.seq.wrapping_add(1));
+                *leg = Leg { iss: Some(segment.seq), reset, reset_at: leg.reset_at, ..Leg::default() };
                 leg.window_scale = segment.window_scale.unwrap_or(0).min(14);
                 leg.window_edge = i64::from(segment.window);
             }
         } else if segment.rst {
             leg.reset = true;
+            leg.reset_at = Some(segment.seq);
             // smoltcp's RST may lie before what it has sent: nobody takes notice of it (RFC 5961 §3.2).
             let position = leg.iss.map(|iss| i64::from(segment.seq.wrapping_sub(iss.wrapping_add(1)) as i32));
             let end = leg.produced.contiguous() as i64;

@@ -156,6 +156,12 @@ impl Daemon {
         let group = Pid::from_raw(i32::try_from(self.pid())?);
         killpg(group, Signal::SIGKILL).context("killing dom0d")?;
         self.child.wait().context("waiting for dom0d's end")?;
+        // And waits for both: whoever connects meanwhile would take what is left of the socket for the successor's.
+        let deadline = Instant::now() + STOP_LIMIT;
+        while killpg(group, None).is_ok() {
+            ensure!(Instant::now() < deadline, "a child of the killed dom0d is there after {STOP_LIMIT:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         Ok(())
     }
 

@@ -142,7 +142,16 @@ fn killed(lab: &str) -> Result<()> {
     let before = traces(&lab)?;
     let config = with_plane(&lab.default_config(), Plane::Pcap);
     let mut stage = Stage::take(lab, &config)?;
-    let running = traces(&stage.lab)?;
+    // Rules are written in steps, between which there are two tables.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let running = loop {
+        let running = traces(&stage.lab)?;
+        if !running.contains("understudy_meanwhile") {
+            break running;
+        }
+        ensure!(Instant::now() < deadline, "the rules are not written to the end:\n{running}");
+        sleep(Duration::from_millis(50));
+    };
     let target = stage.psc(Service::Redis)?;
     let load = Plan::new(target, "killed").start(&stage.client())?;
     load.wait_answers(300, Duration::from_secs(20))?;
@@ -153,7 +162,6 @@ fn killed(lab: &str) -> Result<()> {
     stage.until("the restarted dom0d serves", Duration::from_secs(10), |status| {
         status.services[0].serving && status.services[0].servers.len() == 2
     })?;
-    // Rules are written in steps.
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let again = traces(&stage.lab)?;

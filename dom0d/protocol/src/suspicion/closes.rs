@@ -210,3 +210,56 @@ fn scatter(seed: u64) -> u64 {
     mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^ mixed >> 31
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOLD: Duration = Duration::from_millis(20);
+
+    fn at(ms: u64) -> Instant {
+        Instant::from_micros(ms * 1_000)
+    }
+
+    /// RVMs disputed two closes of the OVM at 10 ms, and the OVM accepted the daemon's SYN at `accepted` ms.
+    fn disputed(accepted: u64) -> Closes {
+        let mut closes = Closes::default();
+        for n in [1, 2] {
+            closes.set(ConversationId::for_tests(n), true, true, at(10));
+        }
+        closes.listens = Some((true, at(accepted)));
+        closes
+    }
+
+    #[test]
+    fn closes_are_on_purpose_if_the_service_accepts_a_connection_long_enough_after_the_last() {
+        for (accepted, expected) in [(109, None), (110, Some(true))] {
+            assert_eq!(
+                disputed(accepted).are_on_purpose(HOLD, at(0), at(accepted)),
+                expected,
+                "{accepted} ms"
+            );
+        }
+    }
+
+    #[test]
+    fn a_further_close_counts_before_anybody_disputes_it() {
+        for (accepted, expected) in [(150, None), (200, Some(true))] {
+            let mut closes = disputed(accepted);
+            closes.set(ConversationId::for_tests(3), true, false, at(100));
+            assert_eq!(closes.are_on_purpose(HOLD, at(0), at(accepted)), expected, "{accepted} ms");
+        }
+    }
+
+    #[test]
+    fn what_a_late_daemon_hears_may_have_been_said_long_before() {
+        for (late, expected) in [(10, Some(true)), (11, None)] {
+            assert_eq!(disputed(110).are_on_purpose(HOLD, at(late), at(110)), expected, "late at {late} ms");
+        }
+        let mut silent = disputed(0);
+        silent.listens = None;
+        for (late, expected) in [(10, Some(true)), (500, None)] {
+            assert_eq!(silent.are_on_purpose(HOLD, at(late), at(1_010)), expected, "late at {late} ms");
+        }
+    }
+}

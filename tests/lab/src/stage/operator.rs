@@ -16,6 +16,15 @@ use crate::host::{hear_signals, setup};
 /// How long dom0d may take to find every domain and take it up, in namespaces.
 const READY: Duration = Duration::from_secs(15);
 
+/// Least time between two questions.
+const PERIOD: Duration = Duration::from_millis(20);
+
+/// Waits four times as long as the question took that was asked then: on an emulated host a process takes 100 ms of
+/// CPU, and whoever asks without a pause keeps `xl` from what it asks for.
+fn pause_since(asked: Instant) {
+    sleep((4 * asked.elapsed()).max(PERIOD));
+}
+
 /// An operator at one dom0d's control socket.
 #[derive(Clone, Debug)]
 pub(crate) struct Operator {
@@ -71,6 +80,7 @@ impl Operator {
         let wanted: Config = config.parse()?;
         let deadline = Instant::now() + self.ready;
         while Instant::now() < deadline {
+            let asked = Instant::now();
             let status = self.status()?;
             let mut complete = status.ready;
             for service in &status.services {
@@ -95,7 +105,7 @@ impl Operator {
             if complete {
                 return Ok(());
             }
-            sleep(Duration::from_millis(20));
+            pause_since(asked);
         }
         self.wait_ready(config)
     }
@@ -104,6 +114,7 @@ impl Operator {
     pub(crate) fn until(&self, what: &str, limit: Duration, wanted: impl Fn(&Status) -> bool) -> Result<()> {
         let deadline = Instant::now() + limit;
         loop {
+            let asked = Instant::now();
             let status = self.status()?;
             if wanted(&status) {
                 return Ok(());
@@ -111,7 +122,7 @@ impl Operator {
             if Instant::now() > deadline {
                 bail!("not within {limit:?}: {what}; status: {}", serde_json::to_string(&status)?);
             }
-            sleep(Duration::from_millis(20));
+            pause_since(asked);
         }
     }
 

@@ -17,6 +17,8 @@ use crate::client::redis::session::{Answer, Session};
 use crate::host::{BRIDGE, Fault, FaultInstant, Service, domain_name, guest_addresses, guest_mac};
 use crate::xen::Kind;
 
+/// How long `xl` may take to remove a domain that it restarts at the same time.
+const DESTROY_LIMIT: Duration = Duration::from_secs(60);
 /// From a guest's creation to services that answer; 12 s were seen.
 const SERVICES_LIMIT: Duration = Duration::from_secs(180);
 
@@ -39,10 +41,7 @@ impl Guests {
             if self.is_fit(place) {
                 continue;
             }
-            if exists(&name) {
-                run(&["xl", "destroy", &name])
-                    .or_else(|error| if exists(&name) { Err(error) } else { Ok(String::new()) })?;
-            }
+            destroy(&name)?;
             let begun = Instant::now();
             self.create(place)?;
             progress(&format!("{name} created in {:.0} s", begun.elapsed().as_secs_f64()));
@@ -153,6 +152,20 @@ pub(super) fn domid(name: &str) -> Result<u16> {
 
 pub(super) fn exists(name: &str) -> bool {
     domid(name).is_ok()
+}
+
+/// Destroys a domain, if there is one. `xl` fails if it destroys or restarts the domain itself at that moment, as
+/// it does when a guest has crashed.
+pub(super) fn destroy(name: &str) -> Result<()> {
+    let deadline = Instant::now() + DESTROY_LIMIT;
+    while exists(name) {
+        let destroyed = run(&["xl", "destroy", name]);
+        if Instant::now() > deadline {
+            destroyed?;
+        }
+        sleep(Duration::from_millis(200));
+    }
+    Ok(())
 }
 
 /// The letters by which `xl list` shows a domain's state.

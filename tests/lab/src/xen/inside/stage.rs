@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::command::{run, shell};
-use super::guests::{Guests, client, fault};
+use super::guests::{Guests, client, destroy, exists, fault};
 use crate::client::place::Place;
 use crate::client::redis::load::{Outcome, Plan, Running};
 use crate::client::redis::verify::verify;
-use crate::host::{Fault, FaultInstant, LabConfig, Service, default_config, psc_addresses};
+use crate::host::{Fault, FaultInstant, LabConfig, Service, default_config, domain_name, psc_addresses};
 use crate::stage::expect_unharmed;
 use crate::stage::failover::Failover;
 use crate::stage::operator::{Events, Operator};
@@ -25,6 +25,8 @@ const READY: Duration = Duration::from_secs(60);
 const CLOSED: Duration = Duration::from_secs(5);
 /// Until some answers came: on a busy machine an answer may take a second.
 pub(super) const ANSWERS: Duration = Duration::from_secs(60);
+/// Until a domain that reboots is created anew and its kernel has connected its vif.
+pub(super) const REBOOTED: Duration = Duration::from_secs(120);
 
 /// Guests, dom0d run by its unit, and the operator's view of it.
 #[derive(Debug)]
@@ -137,13 +139,17 @@ pub(super) fn config(replicas: usize, services: &[Service]) -> String {
 
 /// Ends dom0d, and what it remembers of domains; first, if it runs, the conversations that clients have
 /// closed: a FIN that is repeated when the next dom0d runs belongs to a conversation which that one could
-/// not replicate, and makes its replicas stale. What is not closed by then is aborted.
+/// not replicate, and makes its replicas stale. If some stay open, as after a story that failed, the guests are
+/// destroyed: what they repeat to a client that is gone makes it send an RST, and no replica is taken as identical
+/// once a client was heard.
 pub(super) fn forget() -> Result<()> {
     if run(&["systemctl", "is-active", "dom0d"]).is_ok() {
-        // A story that failed may leave some open.
-        let _ = operator().until("no conversation", CLOSED, |status| {
+        let closed = operator().until("no conversation", CLOSED, |status| {
             status.services.iter().all(|service| service.conversations == 0)
         });
+        if closed.is_err() {
+            (1..).map(domain_name).take_while(|name| exists(name)).try_for_each(|name| destroy(&name))?;
+        }
     }
     shell(
         "systemctl stop dom0d; systemctl reset-failed dom0d 2>/dev/null || :; rm -rf /var/lib/understudy/*

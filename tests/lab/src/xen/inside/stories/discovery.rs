@@ -11,12 +11,10 @@ use crate::scenarios::Scenario;
 use crate::xen::Kind;
 use crate::xen::inside::command::{run, shell};
 use crate::xen::inside::guests::domid;
-use crate::xen::inside::stage::{ANSWERS, Stage};
+use crate::xen::inside::stage::{ANSWERS, REBOOTED, Stage};
 
 /// What dom0d may take to see something, in emulation; on a real host it is a second.
 const SEEN: Duration = Duration::from_secs(10);
-/// A reboot, which creates the domain anew, or a new domain until its kernel has connected its vif.
-const REBOOTED: Duration = Duration::from_secs(120);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![

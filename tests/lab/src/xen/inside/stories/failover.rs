@@ -15,7 +15,7 @@ use crate::stage::failover::Failover;
 use crate::xen::Kind;
 use crate::xen::inside::command::run;
 use crate::xen::inside::guests::{LARGE, client, domid, large_sha256};
-use crate::xen::inside::stage::{ANSWERS, Stage};
+use crate::xen::inside::stage::{ANSWERS, REBOOTED, Stage};
 
 /// Where in the download a fault strikes.
 const STRIKES: [u64; 2] = [4 << 20, 12 << 20];
@@ -130,7 +130,7 @@ fn reboot(kind: Kind) -> Result<()> {
     let at = stage.fault(Fault::Reboot, "guest-1")?;
     let failover = stage.failover(Service::Redis, Fault::Reboot, at)?;
     load.wait_answers(40, ANSWERS)?;
-    stage.operator.until("guest-1 is back as a replica", ANSWERS, |status| {
+    stage.operator.until("guest-1 is back as a replica", REBOOTED, |status| {
         status.services[0].servers.iter().any(|server| {
             let domain = server.domain.as_ref();
             domain.is_some_and(|domain| domain.name == "guest-1" && domain.domid != before)

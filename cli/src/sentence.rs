@@ -25,11 +25,19 @@ fn known(event: &Event) -> Option<String> {
         "evicted" => format!("{} was evicted: {}", server()?, stale(event)?),
         "stale" => format!("{} is stale: {}", server()?, stale(event)?),
         "seeded" => format!("{} is seeded: its state equals the OVM's", server()?),
-        "drain_failed" => format!(
-            "the drain for {} failed: {} conversations were still open at its deadline",
-            server()?,
-            number("open")?
-        ),
+        "drain_failed" => match text("reason")? {
+            "ovm_changed" => {
+                format!(
+                    "the drain for {} failed: another OVM serves now, whose state it may not equal",
+                    server()?
+                )
+            }
+            _ => format!(
+                "the drain for {} failed: {} conversations were still open at its deadline",
+                server()?,
+                number("open")?
+            ),
+        },
         "held" => "clients wait: the OVM's state can be copied now".to_owned(),
         "released" => match text("reason")? {
             "seeded" => "clients are let in again: the copy is in the queue".to_owned(),
@@ -184,7 +192,7 @@ mod tests {
     use super::*;
     use serde::Serialize;
     use serde_json::{Value, json};
-    use understudy_api::protocol::EventKind;
+    use understudy_api::protocol::{EventKind, Release};
 
     fn said(mut what: Value) -> String {
         what["seq"] = json!(1);
@@ -217,7 +225,7 @@ mod tests {
             EventKind::Evicted { server, reason: StaleReason::Lagged },
             EventKind::Stale { server, reason: StaleReason::MissedBytes },
             EventKind::Seeded { server },
-            EventKind::DrainFailed { server, open: 3 },
+            EventKind::DrainFailed { server, open: 3, reason: Release::OvmChanged },
             EventKind::Suspected { server, evidence },
             EventKind::CutOver { epoch: 2, from: None, to: server, evidence: None, conversations: 0 },
             EventKind::Recovering { server },

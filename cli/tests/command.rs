@@ -229,9 +229,10 @@ fn an_attach_needs_a_statement() {
 
 #[test]
 fn a_drain_is_waited_for() {
-    for (end, code) in
-        [(r#""event":"seeded","server":2"#, 0), (r#""event":"drain_failed","server":2,"open":3"#, 1)]
-    {
+    for (end, code) in [
+        (r#""event":"seeded","server":2"#, 0),
+        (r#""event":"drain_failed","server":2,"open":3,"reason":"conversations_open""#, 1),
+    ] {
         let directory = Directory::new();
         let requests = listen(&directory, move |request| match request.starts_with("GET /v1/events") {
             true => {

@@ -118,12 +118,14 @@ pub enum EventKind {
         /// The server.
         server: ServerId,
     },
-    /// Conversations were still open at a drain's deadline; the RVM stays stale.
+    /// Conversations were still open at a drain's deadline, or another server became the OVM; the RVM stays stale.
     DrainFailed {
         /// The server.
         server: ServerId,
         /// Conversations that were still open.
         open: u64,
+        /// Why: [`Release::ConversationsOpen`] or [`Release::OvmChanged`].
+        reason: Release,
     },
     /// No conversation is open and none can begin: the OVM's state can be copied.
     Held,

@@ -196,7 +196,8 @@ pub enum Seeding {
     /// Its state equals the OVM's now. The engine refuses this while conversations are open.
     AssumeIdentical,
     /// Its state will equal the OVM's once the open conversations have ended. Until then the engine holds new SYNs. If
-    /// a conversation is still open at the deadline, the drain fails: SYNs flow again, and the RVM stays stale.
+    /// a conversation is still open at the deadline, or another server becomes the OVM, the drain fails: SYNs flow
+    /// again, and the RVM stays stale.
     Drain {
         /// When the drain fails.
         deadline: Instant,

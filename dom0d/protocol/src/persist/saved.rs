@@ -11,7 +11,7 @@ use crate::config::ServiceConfig;
 use crate::service::Service;
 
 /// The format of the saved state. This version reads no other.
-const FORMAT: u32 = 10;
+const FORMAT: u32 = 11;
 
 /// Most bytes that an idle conversation with three RVMs takes.
 const IDLE: usize = 1 << 10;

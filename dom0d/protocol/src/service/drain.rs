@@ -19,13 +19,13 @@ impl Service {
         if self.drain.is_some() {
             return Err(OperatorError::DrainUnderWay);
         }
-        self.begin_drain(Purpose::Hold { limit, epoch: self.ctx.epoch }, deadline);
+        self.begin_drain(Purpose::Hold { limit }, deadline);
         Ok(())
     }
 
     /// Clients are held: nothing that they send reaches the OVM.
     pub fn is_held(&self) -> bool {
-        self.drain.as_ref().is_some_and(|drain| matches!(drain.purpose, Purpose::Held { .. }))
+        self.drain.as_ref().is_some_and(|drain| matches!(drain.purpose, Purpose::Held))
     }
 
     pub(crate) fn release_for(&mut self, reason: Release) {
@@ -36,41 +36,39 @@ impl Service {
     }
 
     pub(crate) fn begin_drain(&mut self, purpose: Purpose, deadline: Instant) {
-        self.drain = Some(Drain { purpose, deadline, held: VecDeque::new() });
+        self.drain = Some(Drain { purpose, epoch: self.ctx.epoch, deadline, held: VecDeque::new() });
         self.end_drain();
     }
 
     pub(crate) fn end_drain(&mut self) {
-        let Some((purpose, deadline)) = self.drain.as_ref().map(|drain| (drain.purpose, drain.deadline))
-        else {
+        let Some(Drain { purpose, epoch, deadline, .. }) = self.drain else {
             return;
         };
         let open = self.unsettled();
         let is_late = self.ctx.now >= deadline;
-        match purpose {
-            Purpose::Hold { epoch, .. } | Purpose::Held { epoch } if epoch != self.ctx.epoch => {
-                self.release_for(Release::OvmChanged);
-            }
-            Purpose::Held { .. } if is_late => self.release_for(Release::Limit),
-            Purpose::Hold { limit, epoch } if open == 0 => {
+        let reason = match purpose {
+            _ if epoch != self.ctx.epoch => Release::OvmChanged,
+            Purpose::Hold { limit } if open == 0 => {
                 if let Some(drain) = &mut self.drain {
-                    drain.purpose = Purpose::Held { epoch };
+                    drain.purpose = Purpose::Held;
                     drain.deadline = self.ctx.now + limit;
                 }
-                self.ctx.event(EventKind::Held);
+                return self.ctx.event(EventKind::Held);
             }
-            Purpose::Hold { .. } if is_late => self.release_for(Release::ConversationsOpen),
-            Purpose::Seed(server) if open == 0 || is_late => {
-                if open == 0 {
-                    self.mark_seeded(server);
-                } else {
-                    self.ctx.event(EventKind::DrainFailed { server, open });
-                }
-                if let Some(drain) = self.drain.take() {
-                    self.let_in(drain);
-                }
-            }
-            _ => {}
+            Purpose::Seed(_) if open == 0 => Release::Seeded,
+            Purpose::Held if is_late => Release::Limit,
+            Purpose::Seed(_) | Purpose::Hold { .. } if is_late => Release::ConversationsOpen,
+            _ => return,
+        };
+        let Purpose::Seed(server) = purpose else {
+            return self.release_for(reason);
+        };
+        match reason {
+            Release::Seeded => self.mark_seeded(server),
+            _ => self.ctx.event(EventKind::DrainFailed { server, open, reason }),
+        }
+        if let Some(drain) = self.drain.take() {
+            self.let_in(drain);
         }
     }
 

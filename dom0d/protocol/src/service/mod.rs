@@ -45,6 +45,8 @@ const TICK: Duration = Duration::from_millis(100);
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Drain {
     pub(crate) purpose: Purpose,
+    /// The epoch of the OVM that it is about.
+    pub(crate) epoch: u64,
     pub(crate) deadline: Instant,
     pub(crate) held: VecDeque<(LinkAddress, Vec<u8>)>,
 }
@@ -54,10 +56,10 @@ pub(crate) struct Drain {
 pub(crate) enum Purpose {
     /// The service takes this server as equal to the OVM.
     Seed(ServerId),
-    /// The service then holds clients for at most `limit`, so that nothing changes the state of the OVM of this epoch.
-    Hold { limit: Duration, epoch: u64 },
-    /// The service holds clients now, in this epoch.
-    Held { epoch: u64 },
+    /// The service then holds clients for at most `limit`, so that nothing changes the OVM's state.
+    Hold { limit: Duration },
+    /// The service holds clients now.
+    Held,
 }
 
 /// One PSC with its server queue and conversations.

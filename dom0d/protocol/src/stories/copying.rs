@@ -129,3 +129,18 @@ fn a_copy_of_an_ovm_that_was_deposed_counts_for_nothing() {
     story.wait(Duration::from_millis(200));
     assert_eq!(released(&story), Some(Release::OvmChanged));
 }
+
+#[test]
+fn a_statement_about_an_ovm_ends_with_it() {
+    let mut story = Story::established(1);
+    let deadline = story.now + DRAIN;
+    story.command(Command::Attach { spec: spec(2), seeding: Seeding::Drain { deadline } }).unwrap();
+    story.command(Command::Switchover { to: Some(ServerId(1)) }).unwrap();
+    story.wait(Duration::from_millis(200));
+    assert!(story.events.contains(&EventKind::DrainFailed {
+        server: ServerId(2),
+        open: 1,
+        reason: Release::OvmChanged
+    }));
+    assert!(story.service.status().servers[2].not_promotable.is_some());
+}

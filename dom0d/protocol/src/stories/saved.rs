@@ -36,7 +36,7 @@ fn what_waits_to_be_polled_is_saved_too() {
         EventKind::Evicted { server, reason: StaleReason::Lagged },
         EventKind::Stale { server, reason: StaleReason::NotSeeded },
         EventKind::Seeded { server },
-        EventKind::DrainFailed { server, open: 3 },
+        EventKind::DrainFailed { server, open: 3, reason: crate::Release::ConversationsOpen },
         EventKind::Held,
         EventKind::Released { reason: crate::Release::OvmChanged },
         EventKind::Suspected { server, evidence: Evidence::DomainGone },

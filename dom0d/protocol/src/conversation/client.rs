@@ -1,5 +1,7 @@
 //! The client's segments: the daemon judges each as a TCP would, records it, and passes it on to the OVM (rule 2).
 
+use core::time::Duration;
+
 use crate::conversation::turn::Turn;
 use crate::conversation::{Conversation, text_before};
 use crate::event::{LinkAddress, ServerId};
@@ -8,6 +10,10 @@ use crate::key::Slot;
 use crate::output::Destination;
 use crate::tcp::seq::{later, position_of, seq_of};
 use crate::wire::{Flags, IcmpError, Options, Segment};
+
+/// For how long a kernel keeps a half-open connection at least: Linux drops one at its first retransmission timeout
+/// at the earliest (RFC 6298 §2), when it has too many.
+const HALF_OPEN: Duration = Duration::from_secs(1);
 
 impl Conversation {
     /// A segment of the client that is not a SYN.
@@ -181,6 +187,11 @@ impl Conversation {
         // A FIN before text that is recorded already is ignored: servers may have accepted that text.
         if segment.flags.has(Flags::FIN) && self.up_fin.is_none() && end >= self.up.highest() {
             self.up_fin = Some((end, turn.record.mark()));
+        }
+        if self.up_end() > 1 && self.refusable_until.is_none() {
+            let is_late = turn.now.since(self.begun) >= HALF_OPEN;
+            let hold = if is_late { turn.config.timing.close_hold } else { Duration::ZERO };
+            self.refusable_until = Some(turn.now + hold);
         }
         Some(contradicts)
     }

@@ -156,6 +156,20 @@ impl Conversation {
         }
     }
 
+    /// Position from which on the server in `slot`, an RVM, waits for the OVM, which may never take these bytes: its RST
+    /// is held; or its kernel may have dropped the half-open connection of a client that completed its handshake late,
+    /// and is given time to refuse the first bytes. Otherwise a client alone could make RVMs act on bytes that the OVM
+    /// never took (rule 11).
+    pub(super) fn refused_from(&self, slot: Slot, turn: &Turn<'_>) -> Option<u64> {
+        let (_, server) = turn.ovm().filter(|(ovm, _)| *ovm != slot)?;
+        if let Some(held) = self.state.held().filter(|held| held.rst) {
+            return Some(held.had);
+        }
+        let ovm = self.legs.get(turn.queue.ovm()?, server).filter(|ovm| ovm.through)?;
+        let is_taken = self.told.acked.max(ovm.rcv_nxt) > 1 || self.down.end() > 1 || ovm.said.fin.is_some();
+        self.refusable_until.filter(|until| !is_taken && turn.now < *until).map(|_| 1)
+    }
+
     /// The record does not wait for a server that diverged. Only the length of its answers shows that it has read the
     /// requests, and only if its answers have the same length; hence the time limit.
     fn has_answered(&self, leg: &Leg, turn: &Turn<'_>) -> bool {
@@ -178,7 +192,8 @@ impl Conversation {
         let limit = leg
             .edge
             .min(leg.sender.limit(leg.rcv_nxt, turn.config.limits.inflight_bytes))
-            .min(self.up.end().min(reset).min(first));
+            .min(self.up.end().min(reset).min(first))
+            .min(self.refused_from(slot, turn).unwrap_or(u64::MAX));
         let stop = limit.min(from + LARGEST / room * room);
         let mut to = from;
         while to < stop {
@@ -220,6 +235,7 @@ impl Conversation {
         if refused
             || leg.sender.nxt != position
             || position != self.up.end()
+            || self.refused_from(slot, turn).is_some_and(|refused| refused <= position)
             || (position > leg.rcv_nxt && !leg.is_established())
             || !turn.permits(slot, mark, self.id)
         {

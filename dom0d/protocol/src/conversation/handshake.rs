@@ -357,7 +357,8 @@ impl Embryonic {
         let client = Client::agreed(self.iss, self.window, &self.options, &answer.options, default_mss);
         let scales = client.shift.is_some();
         let told = Told::by_syn_ack(answer.iss, answer.window, &answer.options, scales, default_mss);
-        let mut conversation = Box::new(Conversation::opened((id, key), self.link, client, told, turn));
+        let mut conversation =
+            Box::new(Conversation::opened((id, key), self.begun, self.link, client, told, turn));
         let mut recuperates = true;
         for (slot, server) in turn.roster() {
             let leg = if Some(server) == answer.server {

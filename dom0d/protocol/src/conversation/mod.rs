@@ -149,6 +149,10 @@ pub(crate) struct Conversation {
     told: Told,
     /// Recorded bytes of the client.
     pub(crate) up: Stream,
+    /// When the client's handshake began.
+    begun: Instant,
+    /// Until when the OVM may refuse the client's first byte or FIN ([`Self::refused_from`]), once it is recorded.
+    refusable_until: Option<Instant>,
     /// Position of the client's FIN, and its mark in the service-wide record.
     pub(crate) up_fin: Option<(u64, u64)>,
     /// Position of the client's RST, and its mark in the service-wide record.
@@ -192,6 +196,7 @@ impl Conversation {
     /// A conversation as its handshake leaves it, without legs.
     pub(crate) fn opened(
         (id, key): (ConversationId, Key),
+        begun: Instant,
         link: LinkAddress,
         client: Client,
         told: Told,
@@ -207,6 +212,8 @@ impl Conversation {
             client,
             told,
             up: Stream::new(1),
+            begun,
+            refusable_until: None,
             up_fin: None,
             up_rst: None,
             down: Stream::new(1),

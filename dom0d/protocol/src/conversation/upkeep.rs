@@ -173,6 +173,8 @@ impl Conversation {
         for (slot, server) in turn.roster() {
             if let Some(leg) = self.legs.get(slot, server) {
                 consider(leg.sender.deadline());
+                let is_refused = self.refused_from(slot, turn).is_some();
+                consider(self.refusable_until.filter(|until| is_refused && turn.now < *until));
                 if leg.gone.is_some() && !leg.through && self.is_open() {
                     consider(leg.gone.map(|gone| gone + GONE_GRACE));
                 }

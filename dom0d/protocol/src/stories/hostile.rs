@@ -639,9 +639,53 @@ fn bytes_beyond_gaps_find_no_room_before_anybody_is_evicted_for_them() {
     story.client_sends(2, b"bc", 1);
     assert!(story.servers[0].is_empty());
     story.client_sends(1, b"abc", 1);
+    story.server_sends(0, 1, b"", 4);
     for server in 0..3 {
         assert_eq!(story.server_hears(server).payload, b"abc");
     }
+}
+
+/// A kernel keeps a half-open connection only for some time, and the client decides when it completes its handshake.
+#[test]
+fn replicas_get_a_late_first_request_once_the_ovm_takes_it() {
+    let hears = |story: &mut Story| -> Vec<usize> {
+        (1..3).map(|n| story.servers[n].drain(..).map(|heard| heard.payload.len()).sum()).collect()
+    };
+    let late = || {
+        let mut story = Story::established(2);
+        story.wait(Duration::from_secs(1));
+        story.client_sends(1, b"SET", 1);
+        assert_eq!(story.server_hears(0).payload, b"SET");
+        assert_eq!(hears(&mut story), [0, 0]);
+        story
+    };
+    let mut taken = late();
+    taken.server_sends(0, 1, b"", 4);
+    assert_eq!(hears(&mut taken), [3, 3]);
+    // An OVM whose kernel is dead refuses nothing.
+    let mut silent = late();
+    silent.wait(Duration::from_millis(20));
+    assert_eq!(hears(&mut silent), [3, 3]);
+    let mut refused = late();
+    refused.server_says(0, Say { seq: iss(0) + 1, flags: Flags::RST, ..Say::default() });
+    refused.wait(Duration::from_millis(30));
+    assert_eq!(hears(&mut refused), [0, 0]);
+    assert!(refused.client_hears().flags.has(Flags::RST));
+    assert!(is_promotable(&refused, 1) && is_promotable(&refused, 2));
+}
+
+#[test]
+fn replicas_get_nothing_that_a_client_sends_after_the_ovm_has_reset() {
+    let mut story = Story::established(2);
+    story.server_says(
+        0,
+        Say { seq: iss(0) + 1, ack: at(1), flags: Flags::RST.with(Flags::ACK), ..Say::default() },
+    );
+    story.client_sends(1, b"SET", 1);
+    story.wait(Duration::from_millis(30));
+    let bytes: usize = story.servers[1..].iter().flatten().map(|heard| heard.payload.len()).sum();
+    assert_eq!(bytes, 0);
+    assert!(is_promotable(&story, 1) && is_promotable(&story, 2));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! a sound one is promoted when it is needed.
 
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -132,6 +132,14 @@ fn play(lab: &str, trouble: Trouble, when: When) -> Result<()> {
         make(&stage, trouble, "guest-2")?;
         load.wait_answers(2_000, Duration::from_secs(30))?;
     }
+    if trouble == Trouble::SendsResets && matches!(when, When::Opening | When::Busy) {
+        // A RST misses while its conversation moves on.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while covers_all(&stage, "guest-2")? {
+            ensure!(Instant::now() < deadline, "guest-2 has reset no conversation");
+            make(&stage, trouble, "guest-2")?;
+        }
+    }
     ensure!(load.broken() == 0, "clients noticed the replica's trouble");
     let at = stage.lab.fault(Fault::Freeze, "guest-1")?;
     if when == When::Recuperating {
@@ -191,11 +199,11 @@ fn flood(guest: &Domain) -> Result<()> {
     place.run(move || {
         let wire = Wire::open_only()?;
         let client = "10.77.0.1:40000".parse()?;
-        let until = std::time::Instant::now() + Duration::from_secs(1);
+        let until = Instant::now() + Duration::from_secs(1);
         let mut segment = Segment::new(own, client, ACK);
         segment.payload = vec![b'x'; 1_000];
         for n in 0..30_000_u32 {
-            if std::time::Instant::now() > until {
+            if Instant::now() > until {
                 break;
             }
             segment.sequence = n.wrapping_mul(7_919);
@@ -216,9 +224,9 @@ fn reset(guest: &Domain) -> Result<()> {
     let (place, own) = own_address(guest, Service::Redis)?;
     place.run(move || {
         let wire = Wire::open_only()?;
-        let until = std::time::Instant::now() + Duration::from_millis(500);
+        let until = Instant::now() + Duration::from_millis(500);
         let mut sent = 0;
-        while sent < 50 && std::time::Instant::now() < until {
+        while sent < 50 && Instant::now() < until {
             let seen =
                 wire.next(Duration::from_millis(100), |seen| seen.to == own && seen.flags & ACK != 0)?;
             let Some(seen) = seen else { continue };
@@ -316,9 +324,18 @@ fn slow(lab: &str) -> Result<()> {
 }
 
 fn is_promotable(service: &understudy_api::Service, guest: &str) -> bool {
+    server(service, guest).is_some_and(|server| server.promotable)
+}
+
+fn covers_all(stage: &Stage, guest: &str) -> Result<bool> {
+    let service = stage.operator.service(Service::Redis.name())?;
+    Ok(server(&service, guest).is_some_and(|server| server.uncovered == 0))
+}
+
+fn server<'a>(service: &'a understudy_api::Service, guest: &str) -> Option<&'a understudy_api::Server> {
     let is_named =
         |server: &&understudy_api::Server| server.domain.as_ref().is_some_and(|domain| domain.name == guest);
-    service.servers.iter().find(is_named).is_some_and(|server| server.promotable)
+    service.servers.iter().find(is_named)
 }
 
 /// Nobody reads the rings while a replica floods: it fills its own ring, and clients continue in theirs. It loses only its own

@@ -94,8 +94,9 @@ impl Conversation {
         self.note_suppressed_acknowledgment(leg, segment, turn);
         let before = leg.said.answers.end();
         let was_stopped = leg.is_stopped(self.client.mss);
-        // The server was never told of a larger window: bytes beyond it would only cost memory (rule 6).
-        let edge = self.client.edge.max(leg.told.1).max(self.down.highest());
+        // The server was never told of a larger window: bytes beyond it would only cost memory (rule 6). But the byte of
+        // a window probe is kept: a sender may have no timer to repeat it once the window is open.
+        let edge = self.client.edge.max(leg.told.1).max(self.down.highest()).max(before + 1);
         let text = text_before(leg.said.fin.into_iter().chain([edge]).min(), start, segment.payload);
         if !text.is_empty() {
             // Bytes that equal what the client was sent need not be kept for a later comparison.
@@ -119,8 +120,8 @@ impl Conversation {
                 leg.said.answered_at = turn.now;
                 turn.note_produced(slot);
             }
-            // A segment beyond a gap, or a retransmission, calls for an ACK (RFC 9293 §3.10.7.4).
-            leg.ack_due |= grown == 0;
+            // A segment beyond a gap, a retransmission, or a window probe calls for an ACK (RFC 9293 §3.10.7.4).
+            leg.ack_due |= grown == 0 || start >= leg.told.1;
         } else if start < leg.said.answers.end() || !segment.payload.is_empty() {
             // A keepalive or a window probe calls for an ACK.
             leg.ack_due = true;

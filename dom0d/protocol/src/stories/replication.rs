@@ -220,3 +220,23 @@ fn the_next_request_takes_the_acknowledgment_of_a_replicas_answer_along() {
     assert_eq!((next.payload.as_slice(), next.ack), (b"two".as_slice(), iss(1).wrapping_add(7)));
     assert!(story.servers[1].is_empty(), "one packet is enough");
 }
+
+#[test]
+fn the_byte_of_a_replicas_window_probe_is_kept_and_answered() {
+    let mut story = Story::established(1);
+    // The answers fill the client's window.
+    let window = usize::from(Say::default().window);
+    for server in [0, 1] {
+        story.server_sends(server, 1, &vec![b'a'; window], 1);
+    }
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1 + window as u32, window: 0, ..Say::default() });
+    story.servers[1].clear();
+    story.server_sends(1, 1 + window as u32, b"p", 1);
+    let end = iss(1).wrapping_add(1 + window as u32);
+    assert_eq!(story.server_hears(1).ack, end, "the client has not acknowledged it");
+    // The OVM's own byte reaches the client; the replica need not repeat its byte.
+    story.client_says(Say { seq: at(1), ack: iss(0) + 1 + window as u32, ..Say::default() });
+    story.server_sends(0, 1 + window as u32, b"p", 1);
+    story.client_says(Say { seq: at(1), ack: iss(0) + 2 + window as u32, ..Say::default() });
+    assert_eq!(story.servers[1].drain(..).last().map(|heard| heard.ack), Some(end.wrapping_add(1)));
+}

@@ -14,6 +14,7 @@ use crate::conversation::turn::Turn;
 use crate::event::Evidence;
 use crate::follower::leg::{Leg, Phase};
 use crate::follower::mask::{self, Compared};
+use crate::follower::queue::Follower;
 use crate::key::{MAX_SERVERS, Slot};
 use crate::suspicion::{REMINDERS, Suspicion, reminder};
 use crate::tcp::seq::seq_of;
@@ -212,12 +213,10 @@ impl Conversation {
         let least = u64::from(ovm.numbers.mss);
         let shut = ovm.is_open() && ovm.edge.saturating_sub(ovm.rcv_nxt) < least.min(1 << ovm.numbers.shift);
         let (mut witnesses, mut open) = (0, 0);
-        for server in turn.queue.iter().filter(|server| shut && turn.not_promotable(server).is_none()) {
+        for server in self.witnesses(ovm, turn).filter(|_| shut) {
             witnesses += 1;
             let leg = self.legs.get(server.slot, server.id).filter(|leg| leg.is_open() && leg.covers());
-            open += usize::from(
-                leg.is_some_and(|rvm| rvm.rcv_nxt >= ovm.rcv_nxt && rvm.edge >= ovm.edge + least),
-            );
+            open += usize::from(leg.is_some_and(|rvm| rvm.edge >= ovm.edge + least));
         }
         if open * 2 <= witnesses {
             self.suspicion.shut_since = None;
@@ -245,12 +244,21 @@ impl Conversation {
         }
     }
 
-    /// By slot: the legs of promotable RVMs that have produced an answer beyond `position`. Also the number of
-    /// promotable RVMs.
+    /// Promotable RVMs, without those that lack bytes which the OVM has acknowledged: what they do not answer says
+    /// nothing.
+    fn witnesses<'a>(&'a self, ovm: &Leg, turn: &'a Turn<'_>) -> impl Iterator<Item = &'a Follower> {
+        let taken = ovm.rcv_nxt;
+        turn.queue.iter().filter(move |server| {
+            let leg = self.legs.get(server.slot, server.id);
+            turn.not_promotable(server).is_none() && leg.is_none_or(|rvm| rvm.rcv_nxt >= taken)
+        })
+    }
+
+    /// By slot: the legs of witnesses that have produced an answer beyond `position`. Also the number of witnesses.
     fn ahead(&self, position: u64, ovm: &Leg, turn: &Turn<'_>) -> ([Option<&Leg>; MAX_SERVERS], usize) {
         let mut witnesses = 0;
         let mut ahead = [None; MAX_SERVERS];
-        for server in turn.queue.iter().filter(|server| turn.not_promotable(server).is_none()) {
+        for server in self.witnesses(ovm, turn) {
             witnesses += 1;
             ahead[server.slot.index()] = self
                 .legs

@@ -195,11 +195,13 @@ impl Leg {
         edge < end + mss.min(edge.saturating_sub(acked) / 2) || end.saturating_sub(acked) >= IN_FLIGHT * mss
     }
 
-    /// Notes the acknowledgment and right window edge that the server is told.
+    /// Notes the acknowledgment and right window edge that the server is told. If that lets it go on, by its windows or
+    /// by Nagle's algorithm (RFC 9293 §3.7.4), what it sends next follows without a pause.
     pub(crate) fn tell(&mut self, told: (u64, u64), mss: u16, now: Instant) {
-        let was_stopped = self.is_stopped(mss);
+        let is_acknowledged = |leg: &Self| leg.told.0 >= leg.said.answers.end();
+        let (was_stopped, was_acknowledged) = (self.is_stopped(mss), is_acknowledged(self));
         self.told = told;
-        if was_stopped && !self.is_stopped(mss) {
+        if !self.is_stopped(mss) && (was_stopped || (is_acknowledged(self) && !was_acknowledged)) {
             self.said.answered_at = now;
         }
     }

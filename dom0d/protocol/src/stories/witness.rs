@@ -119,6 +119,31 @@ fn an_answer_that_the_ovm_breaks_off_is_evidence() {
     assert!(is_suspected(&story));
 }
 
+/// Nagle's algorithm (RFC 9293 §3.7.4): a replica holds the rest of its answer back until the client acknowledges.
+#[test]
+fn an_answer_that_a_replica_continues_once_it_is_acknowledged_is_evidence() {
+    let mut story = Story::established(1);
+    story.client_sends(1, b"ask", 1);
+    for server in [0, 1] {
+        story.server_sends(server, 1, b"the first half", 4);
+    }
+    wait_alive(&mut story, Duration::from_millis(100));
+    story.client_says(Say { seq: at(4), ack: iss(0) + 15, ..Say::default() });
+    story.server_sends(1, 15, b", and the other", 4);
+    wait_alive(&mut story, Duration::from_millis(255));
+    assert!(is_suspected(&story));
+}
+
+#[test]
+fn a_replica_that_lacks_the_request_does_not_deny_that_the_ovm_hangs() {
+    let mut story = Story::established(2);
+    story.client_sends(1, b"ask", 1);
+    story.server_sends(0, 1, b"", 4);
+    story.server_sends(2, 1, b"answer", 4);
+    wait_alive(&mut story, Duration::from_millis(255));
+    assert!(is_suspected(&story));
+}
+
 #[test]
 fn an_ovm_is_given_the_clients_acknowledgment_again_before_it_is_accused() {
     let mut story = Story::established(1);

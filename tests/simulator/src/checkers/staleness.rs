@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use understudy_protocol::{EventKind, ServerId};
+use understudy_protocol::{EventKind, ServerId, StaleReason};
 
 use super::Checker;
 use crate::observer::{Observer, Seen};
@@ -10,6 +10,7 @@ use crate::observer::{Observer, Seen};
 #[derive(Default)]
 pub(crate) struct Staleness {
     blemished: BTreeSet<ServerId>,
+    ovm: Option<ServerId>,
 }
 
 impl Checker for Staleness {
@@ -22,6 +23,10 @@ impl Checker for Staleness {
             Seen::Blemish(server) => {
                 self.blemished.insert(*server);
             }
+            Seen::Event(EventKind::CutOver { to, .. }) => self.ovm = Some(*to),
+            // Its service may have been killed, and then its kernel refused what replicas took.
+            Seen::Event(EventKind::Stale { reason: StaleReason::TookMore, .. })
+                if self.ovm.is_some_and(|ovm| self.blemished.contains(&ovm)) => {}
             Seen::Event(EventKind::Stale { server, reason } | EventKind::Evicted { server, reason })
                 if !self.blemished.contains(server) =>
             {

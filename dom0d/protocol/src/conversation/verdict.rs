@@ -128,7 +128,8 @@ impl Conversation {
     /// An RVM sent data after `from`. If it was free to send, was not asked for anything, and had paused before, the
     /// data is unsolicited: other servers may be about to send the same by their own timers.
     pub(crate) fn note_pause(&mut self, rvm: &Leg, from: u64, was_stopped: bool, turn: &Turn<'_>) {
-        let paused = turn.now.since(turn.measured_from(rvm.said.answered_at)) >= PAUSE;
+        let since = rvm.said.answered_at.max(rvm.said.acknowledged_at);
+        let paused = turn.now.since(turn.measured_from(since)) >= PAUSE;
         if rvm.said.asked || was_stopped || !paused || from < self.down.end() {
             return;
         }

@@ -83,6 +83,9 @@ pub(crate) struct Said {
     pub(crate) diverged_at: Option<u64>,
     /// When it last sent new answer bytes, or was last told of room to send some.
     pub(crate) answered_at: Instant,
+    /// When it was last told that everything it had sent is acknowledged: Nagle's algorithm (RFC 9293 §3.7.4) may have
+    /// held back the rest of an answer until then.
+    pub(crate) acknowledged_at: Instant,
 }
 
 /// What the daemon and the clients wait for from a server, and since when.
@@ -148,6 +151,7 @@ impl Leg {
                 fin: None,
                 diverged_at: None,
                 answered_at: Instant::default(),
+                acknowledged_at: Instant::default(),
             },
             gone: None,
             told: (0, 0),
@@ -195,13 +199,14 @@ impl Leg {
         edge < end + mss.min(edge.saturating_sub(acked) / 2) || end.saturating_sub(acked) >= IN_FLIGHT * mss
     }
 
-    /// Notes the acknowledgment and right window edge that the server is told. If that lets it go on, by its windows or
-    /// by Nagle's algorithm (RFC 9293 §3.7.4), what it sends next follows without a pause.
+    /// Notes the acknowledgment and right window edge that the server is told.
     pub(crate) fn tell(&mut self, told: (u64, u64), mss: u16, now: Instant) {
-        let is_acknowledged = |leg: &Self| leg.told.0 >= leg.said.answers.end();
-        let (was_stopped, was_acknowledged) = (self.is_stopped(mss), is_acknowledged(self));
+        let was_stopped = self.is_stopped(mss);
+        if self.told.0 < self.said.answers.end() && told.0 >= self.said.answers.end() {
+            self.said.acknowledged_at = now;
+        }
         self.told = told;
-        if !self.is_stopped(mss) && (was_stopped || (is_acknowledged(self) && !was_acknowledged)) {
+        if was_stopped && !self.is_stopped(mss) {
             self.said.answered_at = now;
         }
     }

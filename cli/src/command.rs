@@ -228,8 +228,12 @@ async fn drained(events: &mut Events<'_>, service: &str, attached: &Attached) ->
         match event.kind() {
             "seeded" => return Ok(()),
             "drain_failed" | "detached" | "evicted" => {
+                let advice = match event.text("reason") {
+                    Some("conversations_open") => "try again with a longer --timeout or fewer clients",
+                    _ => "bring its state in line with the present OVM's, then try again",
+                };
                 let message = format!(
-                    "service {service}: {}. {} is not promotable; try again with a longer --timeout or fewer clients",
+                    "service {service}: {}. {} is not promotable; {advice}",
                     sentence::sentence(&event),
                     attached.domain.name
                 );

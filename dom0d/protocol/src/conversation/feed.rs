@@ -161,13 +161,18 @@ impl Conversation {
     /// and is given time to refuse the first bytes. Otherwise a client alone could make RVMs act on bytes that the OVM
     /// never took (rule 11).
     pub(super) fn refused_from(&self, slot: Slot, turn: &Turn<'_>) -> Option<u64> {
-        let (_, server) = turn.ovm().filter(|(ovm, _)| *ovm != slot)?;
-        if let Some(held) = self.state.held().filter(|held| held.rst) {
-            return Some(held.had);
+        let refused = self.state.held().filter(|held| held.rst).map(|held| held.had);
+        let is_pending = self.refusable_until.is_some_and(|until| turn.now < until);
+        if refused.is_none() && !is_pending {
+            return None;
         }
-        let ovm = self.legs.get(turn.queue.ovm()?, server).filter(|ovm| ovm.through)?;
-        let is_taken = self.told.acked.max(ovm.rcv_nxt) > 1 || self.down.end() > 1 || ovm.said.fin.is_some();
-        self.refusable_until.filter(|until| !is_taken && turn.now < *until).map(|_| 1)
+        let (ovm, server) = turn.ovm().filter(|(ovm, _)| *ovm != slot)?;
+        refused.or_else(|| {
+            let ovm = self.legs.get(ovm, server).filter(|ovm| ovm.through)?;
+            let is_taken =
+                self.told.acked.max(ovm.rcv_nxt) > 1 || self.down.end() > 1 || ovm.said.fin.is_some();
+            (!is_taken).then_some(1)
+        })
     }
 
     /// The record does not wait for a server that diverged. Only the length of its answers shows that it has read the

@@ -33,6 +33,8 @@ pub(crate) enum Seen<'a> {
     Status(&'a ServiceStatus),
     /// A fault struck this server or its link.
     Blemish(ServerId),
+    /// The service of this server, the OVM, was killed.
+    Killed(ServerId),
 }
 
 /// Bytes by position, as far as they are known.
@@ -371,7 +373,7 @@ impl Observer {
                     self.conversations[index].reset_to_client = true;
                 }
             }
-            Seen::Event(_) | Seen::Status(_) | Seen::Blemish(_) => {}
+            Seen::Event(_) | Seen::Status(_) | Seen::Blemish(_) | Seen::Killed(_) => {}
         }
         if let Seen::FromClient(segment) = seen
             && let Some(i) = self.index_of(segment.src, segment.dst)

@@ -10,6 +10,7 @@ use crate::observer::{Observer, Seen};
 #[derive(Default)]
 pub(crate) struct Staleness {
     blemished: BTreeSet<ServerId>,
+    killed: BTreeSet<ServerId>,
     ovm: Option<ServerId>,
 }
 
@@ -23,10 +24,13 @@ impl Checker for Staleness {
             Seen::Blemish(server) => {
                 self.blemished.insert(*server);
             }
+            Seen::Killed(server) => {
+                self.killed.insert(*server);
+            }
             Seen::Event(EventKind::CutOver { to, .. }) => self.ovm = Some(*to),
-            // Its service may have been killed, and then its kernel refused what replicas took.
+            // The kernel of a killed service refuses what replicas took.
             Seen::Event(EventKind::Stale { reason: StaleReason::TookMore, .. })
-                if self.ovm.is_some_and(|ovm| self.blemished.contains(&ovm)) => {}
+                if self.ovm.is_some_and(|ovm| self.killed.contains(&ovm)) => {}
             Seen::Event(EventKind::Stale { server, reason } | EventKind::Evicted { server, reason })
                 if !self.blemished.contains(server) =>
             {

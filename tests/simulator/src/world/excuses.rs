@@ -3,7 +3,7 @@
 use super::World;
 use crate::fault::Fault;
 use crate::guest::Health;
-use crate::observer::Conversation;
+use crate::observer::{Conversation, Seen};
 
 impl World {
     /// Promotable replicas that no fault struck.
@@ -40,6 +40,7 @@ impl World {
     pub(super) fn excuse_of_blow(&mut self, fault: Fault) {
         if let (Fault::Kill { .. }, Some(ovm)) = (fault, self.service.ovm()) {
             self.died.insert(ovm);
+            self.see(&Seen::Killed(ovm));
         }
         let healthy = self.healthy_replicas();
         if healthy.is_empty() {
